@@ -1,0 +1,15 @@
+"""Projected gradient descent. Madry et al. 2017, arXiv:1706.06083, sec. 2.1; the paper's eq. 3."""
+
+from sparsetrail.core import Problem, Streams
+
+
+def pgd(p: Problem, g: Streams, *, steps: int = 7, step: float = 0.01, restarts: int = 1) -> None:
+    """`steps` steps of length `step` (input units) along the sign of the gradient, from `restarts` random starts.
+
+    Defaults are the paper's. The best point on the way counts, not the last.
+    """
+    for _ in range(restarts):
+        u = p.sample(g)
+        for _ in range(steps):
+            u = p.project(u + step * p.grad(u).sign())
+        p.loss(u)

@@ -1,0 +1,219 @@
+"""Encoders: pixels [n c h w] in 0..1 to an input sequence [t n c h w], as pure functions with a declared backward rule.
+
+A discrete encoder has a true gradient of zero almost everywhere. What an adversary uses instead is named, never silent:
+
+    true       the real derivative (direct code)
+    identity   each step passes its gradient on as if it had carried the pixel itself: g = sum_t G_t
+    weighted   the same, weighted as the code weights its bits: g = sum_t 2^-(1 + t mod bits) G_t
+    secant     the slope of the code between the neighbouring grey levels: g = sum_t G_t (E[v+1, t] - E[v-1, t]) / (2/255)
+    none       severed: asking for a pixel gradient is an error, not a row of zeros
+
+Finite codes carry their `codebook` [256, t]: the code of every grey level. Off-grid pixels are rounded to the nearest
+grey level first, as an 8-bit image file would.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrail._shapes import Float
+
+BACKWARD_RULES = ("true", "identity", "weighted", "secant", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """An encoder ready to call. `knobs` rebuild it through `ENCODERS[name](**knobs)`; `random` draws afresh each call."""
+
+    name: str
+    knobs: dict[str, Any]
+    steps: int
+    backward: str
+    apply: Callable[[Tensor], Tensor] = field(repr=False, compare=False)
+    codebook: Tensor | None = field(default=None, repr=False, compare=False)
+    random: bool = False
+
+    def __call__(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "t n c h w"]:
+        if not x.is_floating_point():
+            raise ValueError(f"encoder {self.name}: expected float pixels in 0..1, got {x.dtype}; divide uint8 by 255")
+        return self.apply(x)
+
+    def route(self, backward: str) -> "Encoder":
+        """The same encoder with another backward rule."""
+        if "backward" not in self.knobs:
+            if backward == self.backward:
+                return self
+            raise ValueError(f"encoder {self.name}: its backward rule is {self.backward} and cannot be changed")
+        return ENCODERS[self.name](**(self.knobs | {"backward": backward}))
+
+
+class _Coded(torch.autograd.Function):
+    """Forward: look the code up. Backward: slope [256, t] of the declared rule times the incoming gradient."""
+
+    @staticmethod
+    def forward(x: Tensor, code: Tensor, slope: Tensor) -> Tensor:
+        return _look_up(code, grey_levels(x)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, _, slope = inputs
+        ctx.save_for_backward(x, slope)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, slope = ctx.saved_tensors
+        if bool((slope == slope[:1]).all()):  # the same slope at every grey level
+            return torch.einsum("t...,t->...", grad, slope[0].to(grad.dtype)), None, None
+        return (grad * _look_up(slope, grey_levels(x)).to(grad.dtype)).sum(0), None, None
+
+
+def grey_levels(x: Tensor) -> Tensor:
+    """Nearest grey level 0..255 of pixels in 0..1, int64. Half-way values go to the even level."""
+    return (x.detach() * 255).round().clamp(0, 255).long()
+
+
+def _look_up(table: Tensor, v: Tensor) -> Tensor:
+    return table.t().contiguous().to(v.device)[:, v]
+
+
+def _coded(name: str, knobs: dict[str, Any], code: Tensor, weights: Tensor | None, backward: str) -> Encoder:
+    steps = code.shape[1]
+    if backward == "identity":
+        slope = torch.ones(256, steps)
+    elif backward == "weighted" and weights is not None:
+        slope = weights.expand(256, steps)
+    elif backward == "secant":
+        level = torch.arange(256)
+        up, down = (level + 1).clamp(max=255), (level - 1).clamp(min=0)
+        slope = (code[up] - code[down]) / ((up - down)[:, None] / 255)
+    elif backward == "none":
+        slope = torch.zeros(256, steps)
+    else:
+        fit = [r for r in ("identity", "weighted", "secant", "none") if r != "weighted" or weights is not None]
+        raise ValueError(f"encoder {name}: backward expected one of {', '.join(fit)}, got {backward!r}")
+
+    def apply(x: Tensor) -> Tensor:
+        if backward == "none":
+            return _look_up(code, grey_levels(x)).to(x.dtype)
+        return _Coded.apply(x, code, slope)
+
+    return Encoder(name=name, knobs=knobs, steps=steps, backward=backward, apply=apply, codebook=code)
+
+
+def phase(*, steps: int = 10, bits: int = 8, weighting: str = "none", backward: str = "identity") -> Encoder:
+    """Phase code: step t shows bit t mod `bits` of the grey level, most significant first.
+
+    Kim et al. 2018, Neurocomputing 311:373, as input code only. The paper (T=10, K=8) shows the bits unweighted,
+    `weighting="none"`; `weighting="input"` multiplies step t by 2^-(1 + t mod bits). Exact for all 256 grey levels,
+    where SpikingJelly's encoder takes v/256 and refuses 1.0.
+    """
+    if steps < 1 or bits < 1:
+        raise ValueError(f"phase: expected steps >= 1 and bits >= 1, got steps={steps}, bits={bits}")
+    if weighting not in ("none", "input"):
+        raise ValueError(f"phase: weighting expected 'none' or 'input', got {weighting!r}")
+    place = torch.arange(steps) % bits
+    level = torch.arange(256)[:, None]
+    code = torch.where(place < 8, (level >> (7 - place).clamp(min=0)) & 1, 0).float()
+    weights = torch.exp2(-(1.0 + place))
+    if weighting == "input":
+        code = code * weights
+    knobs = {"steps": steps, "bits": bits, "weighting": weighting, "backward": backward}
+    return _coded("phase", knobs, code, weights, backward)
+
+
+def bit_plane(*, bits: int = 8, backward: str = "identity") -> Encoder:
+    """Bit planes of the grey level, most significant first, each shown once. Luu et al. 2024, arXiv:2410.08229."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bit_plane: expected 1 to 8 bits, got {bits}")
+    plane = phase(steps=bits, bits=bits)
+    assert plane.codebook is not None
+    weights = torch.exp2(-(1.0 + torch.arange(bits)))
+    return _coded("bit_plane", {"bits": bits, "backward": backward}, plane.codebook, weights, backward)
+
+
+def latency(*, steps: int = 10, curve: str = "linear", backward: str = "identity") -> Encoder:
+    """Time to first spike: one spike a pixel, the brighter the earlier, at round((T-1)(1-x)), half to even.
+
+    `curve="log"` fires at round(T - 1 - ln(a x + 1)) with a = e^(T-1) - 1. Both as SpikingJelly's LatencyEncoder: a
+    black pixel spikes at the last step.
+    """
+    if steps < 2:
+        raise ValueError(f"latency: expected at least 2 steps, got {steps}")
+    x = torch.arange(256, dtype=torch.float32) / 255
+    if curve == "linear":
+        when = ((steps - 1.0) * (1.0 - x)).round()
+    elif curve == "log":
+        a = torch.exp(torch.tensor(steps - 1.0)) - 1
+        when = (steps - 1.0 - torch.log(a * x + 1)).round()
+    else:
+        raise ValueError(f"latency: curve expected 'linear' or 'log', got {curve!r}")
+    code = torch.nn.functional.one_hot(when.long(), steps).float()
+    return _coded("latency", {"steps": steps, "curve": curve, "backward": backward}, code, None, backward)
+
+
+def direct(*, steps: int = 10) -> Encoder:
+    """The image itself at every step; differentiable. Rueckauer et al. 2017, doi:10.3389/fnins.2017.00682."""
+    if steps < 1:
+        raise ValueError(f"direct: expected steps >= 1, got {steps}")
+
+    def apply(x: Tensor) -> Tensor:
+        return x.unsqueeze(0).expand(steps, *x.shape)
+
+    return Encoder(name="direct", knobs={"steps": steps}, steps=steps, backward="true", apply=apply)
+
+
+class _Bernoulli(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, u: Tensor) -> Tensor:
+        return (u <= x).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.sum(0), None
+
+
+def poisson(
+    *, steps: int = 10, backward: str = "identity", seed: int = 0, generator: torch.Generator | None = None
+) -> Encoder:
+    """Rate code: each step spikes with probability x, drawn afresh at every call from `generator` (or from `seed`).
+
+    As SpikingJelly's PoissonEncoder, 1[U <= x]. Random, so an attack on it needs averaging over draws.
+    """
+    if steps < 1:
+        raise ValueError(f"poisson: expected steps >= 1, got {steps}")
+    if backward not in ("identity", "none"):
+        raise ValueError(f"encoder poisson: backward expected identity or none, got {backward!r}")
+    g = torch.Generator().manual_seed(seed) if generator is None else generator
+
+    def apply(x: Tensor) -> Tensor:
+        u = torch.rand((steps, *x.shape), generator=g, device=g.device).to(x)
+        return _Bernoulli.apply(x, u) if backward == "identity" else (u <= x.detach()).to(x.dtype)
+
+    knobs = {"steps": steps, "backward": backward, "seed": seed}
+    return Encoder(name="poisson", knobs=knobs, steps=steps, backward=backward, apply=apply, random=True)
+
+
+ENCODERS: dict[str, Callable[..., Encoder]] = {
+    "phase": phase,
+    "direct": direct,
+    "poisson": poisson,
+    "latency": latency,
+    "bit_plane": bit_plane,
+}
+
+
+def build_encoder(name: str, **knobs: Any) -> Encoder:
+    """An encoder by name, refused with the list of names and of its settings."""
+    if name not in ENCODERS:
+        raise ValueError(f"encoder: expected one of {', '.join(ENCODERS)}, got {name!r}")
+    try:
+        return ENCODERS[name](**knobs)
+    except TypeError as error:
+        raise ValueError(f"encoder {name}: {error}") from None

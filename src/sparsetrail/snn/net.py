@@ -1,0 +1,97 @@
+"""Networks by specification: build one, and hand it to the adversary as a `Victim`."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrail.core import Mode, Victim
+from sparsetrail.snn.encode import Encoder
+from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
+
+ARCHITECTURES = tuple(f"{family}_resnet{depth}" for family in ("sew", "spiking") for depth in DEPTHS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetSpec:
+    """What to build; every field is used. `width` multiplies all channel counts; `connect` is read by SEW only.
+
+    The stem "imagenet" is 7x7/2 and a 3x3/2 pool (the paper's, on 32x32 images too), "cifar" one 3x3 and no pool.
+    `exact` runs neurons step by step under autograd instead of fused: slower, the same numbers.
+    """
+
+    arch: str = "sew_resnet18"
+    classes: int = 10
+    channels: int = 3
+    width: float = 1.0
+    stem: Stem = "imagenet"
+    pool: Pool = "max"
+    connect: Connect = "add"
+    neuron: NeuronSpec = field(default_factory=NeuronSpec)
+    steps: int = 10
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        for name, got, allowed in (
+            ("arch", self.arch, ARCHITECTURES),
+            ("stem", self.stem, ("imagenet", "cifar")),
+            ("pool", self.pool, ("max", "avg")),
+            ("connect", self.connect, ("add", "and", "iand")),
+        ):
+            if got not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
+        if self.arch.startswith("spiking") and self.connect != "add":
+            raise ValueError(f"connect: a Spiking-ResNet adds currents; {self.connect!r} is for SEW-ResNet")
+        if min(self.classes, self.channels, self.steps) < 1 or not self.width > 0:
+            raise ValueError(
+                f"expected positive classes, channels, steps and width, got classes={self.classes}, "
+                f"channels={self.channels}, steps={self.steps}, width={self.width}"
+            )
+
+
+def build(spec: NetSpec, *, seed: int = 3407) -> SpikingResNet:
+    """A freshly initialised network; the same spec and seed give the same weights."""
+    family, depth = spec.arch.split("_resnet")
+    net = SpikingResNet(
+        depth=int(depth),
+        sew=family == "sew",
+        classes=spec.classes,
+        channels=spec.channels,
+        width=spec.width,
+        stem=spec.stem,
+        pool=spec.pool,
+        connect=spec.connect,
+        neuron=spec.neuron,
+        steps=spec.steps,
+        exact=spec.exact,
+    )
+    net.initialise(torch.Generator().manual_seed(seed))
+    return net
+
+
+def victim(net: nn.Module, encode: Encoder, *, name: str = "victim", surrogate: str = "", classes: int | None = None) -> Victim:
+    """A network and its encoder as a `Victim` in eval mode; a net in train mode is refused at every call."""
+    k = classes if classes is not None else net.fc.out_features  # type: ignore[union-attr]
+    mode: Mode = "eval"
+
+    def logits(u: Tensor) -> Tensor:
+        if net.training:
+            raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
+        return net(u)
+
+    route = f"{surrogate or describe(net)}; encoder {encode.name}: {encode.backward}"
+    return Victim(
+        encode=encode, logits=logits, steps=encode.steps, classes=k, name=name, route=route, mode=mode,
+        random=encode.random, module=net,
+    )
+
+
+def describe(net: nn.Module) -> str:
+    """The gradient route of a network's neurons in words, e.g. 'BPTT atan(2), reset detached'."""
+    specs = {m.spec for m in net.modules() if isinstance(getattr(m, "spec", None), NeuronSpec)}
+    words = []
+    for s in sorted(specs, key=str):
+        reset = "soft" if s.reset is None else "hard"
+        words.append(f"BPTT {s.surrogate.name}({s.surrogate.width:g}), {reset} reset {'detached' if s.detach_reset else 'in the graph'}")
+    return " + ".join(words) or "own gradient"

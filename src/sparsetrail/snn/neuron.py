@@ -1,0 +1,177 @@
+"""IF, LIF and PLIF neurons over a whole sequence [t ...]: the state is a local variable, there is nothing to reset.
+
+Per step, with v the potential left by the last step (v_reset at the start, 0 for a soft reset):
+
+    IF    h = v + x
+    LIF   h = v + (x - (v - r)) / tau        or, without decaying the input, h = v - (v - r) / tau + x
+    PLIF  as LIF with 1/tau = sigmoid(w), w learnt; Fang et al. 2021, arXiv:2007.05785
+    s = 1[h >= threshold];   hard reset v = s r + (1 - s) h,   soft reset v = h - s threshold
+
+with r the reset potential (0 for a soft reset). `reference` is that, step by step, with autograd; `fused` is one
+forward and one backward over all steps that keeps a single tensor, the charged potential h.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrail._shapes import Float
+from sparsetrail.snn.surrogate import Surrogate, heaviside
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronSpec:
+    """What a neuron is. `reset` is the hard-reset potential, or None for a soft reset (subtract the threshold).
+
+    `detach_reset` keeps the gradient out of the reset path; `tau` is in steps and read by LIF and PLIF (its start).
+    """
+
+    kind: Literal["if", "lif", "plif"] = "if"
+    threshold: float = 1.0
+    reset: float | None = 0.0
+    detach_reset: bool = True
+    tau: float = 2.0
+    decay_input: bool = True
+    surrogate: Surrogate = field(default_factory=Surrogate)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("if", "lif", "plif"):
+            raise ValueError(f"neuron: expected if, lif or plif, got {self.kind!r}")
+        if not (self.threshold > 0 and math.isfinite(self.threshold)):
+            raise ValueError(f"threshold: expected a positive number, got {self.threshold}")
+        if self.reset is not None and not self.reset < self.threshold:
+            raise ValueError(f"reset: expected a potential below the threshold {self.threshold}, got {self.reset}")
+        if self.kind != "if" and not self.tau > 1:
+            raise ValueError(f"tau: expected a time constant above 1 step, got {self.tau}")
+
+    @property
+    def rest(self) -> float:
+        """The potential at the start of a sequence."""
+        return 0.0 if self.reset is None else self.reset
+
+
+def charge(x: Tensor, v: Tensor, spec: NeuronSpec, leak: Tensor | None) -> Tensor:
+    """Potential before the spike. The order of operations is fixed: rounding decides which ties spike."""
+    if spec.kind == "if":
+        return v + x
+    away = v - spec.rest
+    if spec.kind == "lif":
+        return v + (x - away) / spec.tau if spec.decay_input else v - away / spec.tau + x
+    assert leak is not None
+    return v + (x - away) * leak if spec.decay_input else v - away * leak + x
+
+
+def discharge(h: Tensor, s: Tensor, spec: NeuronSpec) -> Tensor:
+    """Potential after the spike."""
+    if spec.reset is None:
+        return h - s * spec.threshold
+    return s * spec.reset + (1 - s) * h
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The state is float32 whatever the input, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def reference(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = None) -> Float[Tensor, "t ..."]:
+    """Spikes of a sequence, step by step under autograd: the definition that every faster path must equal."""
+    v = torch.full_like(x[0], spec.rest, dtype=state_dtype(x))
+    spikes = []
+    for now in x.to(v.dtype).unbind(0):
+        h = charge(now, v, spec, leak)
+        s = heaviside(h - spec.threshold, spec.surrogate)
+        v = discharge(h, s.detach() if spec.detach_reset else s, spec)
+        spikes.append(s)
+    return torch.stack(spikes).to(x.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """All steps at once; h is an output so that double backward and functorch see it depend on x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, leak: Tensor | None, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
+        v = torch.full_like(x[0], spec.rest)
+        spikes, charged = [], []
+        for now in x.unbind(0):
+            h = charge(now, v, spec, leak)
+            s = (h >= spec.threshold).to(h.dtype)
+            v = discharge(h, s, spec)
+            spikes.append(s)
+            charged.append(h)
+        return torch.stack(spikes), torch.stack(charged)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, leak, ctx.spec = inputs
+        _, charged = output
+        ctx.set_materialize_grads(False)
+        learnt = leak is not None
+        ctx.save_for_backward(charged, leak if learnt else None, x if learnt and ctx.spec.decay_input else None)
+
+    @staticmethod
+    def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
+        charged, leak, x = ctx.saved_tensors
+        return (*_through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
+
+
+def _through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec) -> tuple[Tensor, Tensor | None]:
+    if spec.kind == "if":
+        keep, gain = 1.0, 1.0
+    else:
+        share = leak if leak is not None else 1 / spec.tau
+        keep, gain = 1 - share, share if spec.decay_input else 1.0
+    carry: Any = None
+    out: list[Tensor] = []
+    grad_leak: Any = 0.0
+    for t in range(len(charged) - 1, -1, -1):
+        h = charged[t]
+        slope = spec.surrogate(h - spec.threshold)
+        g = None if grad_s is None else grad_s[t] * slope
+        if carry is not None:
+            s = (h >= spec.threshold).to(h.dtype)
+            path = torch.ones_like(s) if spec.reset is None else 1 - s
+            if not spec.detach_reset:
+                path = path + slope * (-spec.threshold if spec.reset is None else spec.reset - h)
+            g = carry * path if g is None else g + carry * path
+        if grad_h is not None:
+            g = grad_h[t] if g is None else g + grad_h[t]
+        if g is None:
+            g = torch.zeros_like(h)
+        if leak is not None:
+            before = charged[t - 1] if t else None
+            if before is None:
+                v = torch.full_like(h, spec.rest)
+            else:
+                v = discharge(before, (before >= spec.threshold).to(h.dtype), spec)
+            lever = spec.rest - v if x is None else x[t] - (v - spec.rest)
+            grad_leak = grad_leak + (g * lever).sum()
+        out.append(g if isinstance(gain, float) and gain == 1.0 else g * gain)
+        carry = g if isinstance(keep, float) and keep == 1.0 else g * keep
+    return torch.stack(out[::-1]), None if leak is None else grad_leak.to(leak.dtype).reshape(leak.shape)
+
+
+def fused(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = None) -> Float[Tensor, "t ..."]:
+    """Spikes of a sequence by one forward and one backward; spikes equal `reference` exactly, gradients to rounding."""
+    return _Fused.apply(x.to(state_dtype(x)), leak, spec)[0].to(x.dtype)
+
+
+class Neuron(nn.Module):
+    """A layer of neurons: spikes [t ...] from input currents [t ...]. PLIF keeps one learnt scalar `w`."""
+
+    def __init__(self, spec: NeuronSpec, *, exact: bool = False) -> None:
+        super().__init__()
+        self.spec = spec
+        self.run = reference if exact else fused
+        if spec.kind == "plif":
+            self.w = nn.Parameter(torch.tensor(-math.log(spec.tau - 1)))
+
+    def forward(self, x: Float[Tensor, "t ..."]) -> Float[Tensor, "t ..."]:
+        return self.run(x, self.spec, torch.sigmoid(self.w) if self.spec.kind == "plif" else None)
+
+    def extra_repr(self) -> str:
+        return str(self.spec)

@@ -1,0 +1,163 @@
+"""SEW-ResNet and Spiking-ResNet 18/34/50 over a whole sequence, with torchvision's parameter names.
+
+SEW (Fang et al. 2021, arXiv:2102.04159): every branch ends in a neuron, spikes are joined by ADD, AND or IAND.
+Spiking (SpikingJelly's `spiking_resnet`, which the paper runs and cites as Hu et al. 2021): currents are added, then
+the neuron. Convolution, BatchNorm, pooling and fc act on folded [t*n ...], so BatchNorm statistics run over t*n*h*w.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrail._shapes import Float
+from sparsetrail.snn.neuron import Neuron, NeuronSpec
+
+Connect = Literal["add", "and", "iand"]
+Pool = Literal["max", "avg"]
+Stem = Literal["imagenet", "cifar"]
+
+DEPTHS: dict[int, tuple[bool, tuple[int, int, int, int]]] = {  # depth: (bottleneck, blocks a stage)
+    18: (False, (2, 2, 2, 2)),
+    34: (False, (3, 4, 6, 3)),
+    50: (True, (3, 4, 6, 3)),
+}
+
+
+class Join(nn.Module):
+    """Element-wise meeting of two branches: add x+y, and x*y, iand x*(1-y). A module so that the trail sees it."""
+
+    def __init__(self, connect: Connect) -> None:
+        super().__init__()
+        self.connect = connect
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.connect == "add":
+            return x + y
+        return x * y if self.connect == "and" else x * (1 - y)
+
+    def extra_repr(self) -> str:
+        return self.connect
+
+
+class FoldedNeuron(Neuron):
+    """A neuron layer inside a folded network: [t*n ...] in and out, `steps` of them in time."""
+
+    def __init__(self, spec: NeuronSpec, steps: int, *, exact: bool = False) -> None:
+        super().__init__(spec, exact=exact)
+        self.steps = steps
+
+    def forward(self, x: Float[Tensor, "m ..."]) -> Float[Tensor, "m ..."]:
+        return super().forward(x.unflatten(0, (self.steps, -1))).flatten(0, 1)
+
+
+def _conv(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class Block(nn.Module):
+    """A residual block of two 3x3, or (bottleneck) 1x1, 3x3, 1x1 convolutions. The stride is on the first 3x3.
+
+    `sew`: neurons before the join; otherwise the currents are joined and one neuron follows. With ADD and AND the
+    order of the branches does not matter; with IAND a basic block gives identity*(1-out), a bottleneck
+    out*(1-identity), as SpikingJelly does.
+    """
+
+    def __init__(self, cin: int, width: int, stride: int, bottleneck: bool, sew: bool, connect: Connect, neuron) -> None:
+        super().__init__()
+        cout = 4 * width if bottleneck else width
+        self.sew, self.bottleneck = sew, bottleneck
+        self.conv1 = _conv(cin, width, 1) if bottleneck else _conv(cin, width, 3, stride)
+        self.bn1, self.sn1 = nn.BatchNorm2d(width), neuron()
+        self.conv2 = _conv(width, width, 3, stride) if bottleneck else _conv(width, cout, 3)
+        self.bn2, self.sn2 = nn.BatchNorm2d(width if bottleneck else cout), neuron()
+        if bottleneck:
+            self.conv3, self.bn3, self.sn3 = _conv(width, cout, 1), nn.BatchNorm2d(cout), neuron()
+        self.downsample: nn.Module | None = None
+        if stride != 1 or cin != cout:
+            self.downsample = nn.Sequential(_conv(cin, cout, 1, stride), nn.BatchNorm2d(cout))
+            if sew:
+                self.downsample_sn = neuron()
+        self.join = Join(connect if sew else "add")
+
+    def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d p q"]:
+        identity = x
+        if self.downsample is not None:
+            identity = self.downsample(x)
+            if self.sew:
+                identity = self.downsample_sn(identity)
+        out = self.bn2(self.conv2(self.sn1(self.bn1(self.conv1(x)))))
+        last = self.sn2
+        if self.bottleneck:
+            out = self.bn3(self.conv3(self.sn2(out)))
+            last = self.sn3
+        if not self.sew:
+            return last(self.join(out, identity))
+        out = last(out)
+        return self.join(out, identity) if self.bottleneck else self.join(identity, out)
+
+
+class SpikingResNet(nn.Module):
+    """The whole network: an input sequence [t n c h w] to class scores [n k], the mean over t of fc."""
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        sew: bool,
+        classes: int,
+        channels: int,
+        width: float,
+        stem: Stem,
+        pool: Pool,
+        connect: Connect,
+        neuron: NeuronSpec,
+        steps: int,
+        exact: bool = False,
+    ) -> None:
+        super().__init__()
+        bottleneck, stages = DEPTHS[depth]
+        widths = [max(1, round(w * width)) for w in (64, 128, 256, 512)]
+        self.steps = steps
+
+        def fire() -> FoldedNeuron:
+            return FoldedNeuron(neuron, steps, exact=exact)
+
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(channels, widths[0], 7, 2, padding=3, bias=False)
+            self.pool: nn.Module = nn.MaxPool2d(3, 2, 1) if pool == "max" else nn.AvgPool2d(3, 2, 1)
+        else:
+            self.conv1 = _conv(channels, widths[0], 3)
+            self.pool = nn.Identity()
+        self.bn1, self.sn1 = nn.BatchNorm2d(widths[0]), fire()
+        cin = widths[0]
+        for i, (count, w) in enumerate(zip(stages, widths, strict=True)):
+            blocks = []
+            for b in range(count):
+                blocks.append(Block(cin, w, 2 if i > 0 and b == 0 else 1, bottleneck, sew, connect, fire))
+                cin = 4 * w if bottleneck else w
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(cin, classes)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Kaiming normal (fan out) for convolutions, 1/0 for BatchNorm, PyTorch's uniform default for fc."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            elif isinstance(m, nn.Linear):
+                bound = m.in_features**-0.5
+                nn.init.uniform_(m.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(m.bias, -bound, bound, generator=generator)
+
+    def per_step(self, u: Float[Tensor, "t n c h w"]) -> Float[Tensor, "t n k"]:
+        """Scores of every step."""
+        if u.ndim != 5 or u.shape[0] != self.steps:
+            raise ValueError(f"expected an encoded input [{self.steps} n c h w], got shape {tuple(u.shape)}")
+        x = self.pool(self.sn1(self.bn1(self.conv1(u.flatten(0, 1)))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.fc(self.avgpool(x).flatten(1)).unflatten(0, (self.steps, -1))
+
+    def forward(self, u: Float[Tensor, "t n c h w"]) -> Float[Tensor, "n k"]:
+        return self.per_step(u).mean(0)

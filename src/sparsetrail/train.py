@@ -1,0 +1,451 @@
+"""Training: one specification, one loop, resumable to the bit.
+
+All randomness is keyed by (seed, epoch) or (seed, epoch, step), none is carried along: a run killed at any moment and
+started again with the same command ends with the weights of the uninterrupted run (same device and thread count).
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsetrail._shapes import Float, Int
+from sparsetrail.core import Rate
+from sparsetrail.data import Dataset, flip, pixels, split_validation
+from sparsetrail.data import crop as random_crop
+from sparsetrail.snn.encode import Encoder, build_encoder
+from sparsetrail.snn.net import NetSpec, build
+from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.snn.surrogate import Surrogate
+from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights, write_atomic
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """How to train; every field is used and written into the card. Defaults are the paper's text.
+
+    The paper's code adds weight_decay=1e-3 and picks the best epoch on the test set; we validate on `validation`, a
+    held-out share of the training set (0 keeps the last epoch). `clip` bounds the gradient norm (0: off), `crop` is
+    the zero padding of random crops (0: off), `schedule` acts on the learning rate per step.
+    """
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["none", "cosine"] = "none"
+    batch: int = 16
+    epochs: int = 100
+    flip: bool = True
+    crop: int = 0
+    clip: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    validation: float = 0.1
+    seed: int = 3407
+
+    def __post_init__(self) -> None:
+        for name, ok in (
+            ("optimizer", self.optimizer in ("adam", "sgd")),
+            ("schedule", self.schedule in ("none", "cosine")),
+            ("precision", self.precision in ("fp32", "bf16")),
+            ("lr", 0 < self.lr < math.inf),
+            ("batch", self.batch >= 1),
+            ("epochs", self.epochs >= 1),
+            ("crop", self.crop >= 0),
+            ("clip", self.clip >= 0),
+            ("weight_decay", self.weight_decay >= 0),
+            ("validation", 0 <= self.validation < 1),
+        ):
+            if not ok:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, which is out of range; see TrainSpec")
+
+
+@dataclass(frozen=True)
+class Seams:
+    """Where a defence enters the loop; each is optional, and a defence switched off is bit-equal to plain training.
+
+    `inputs(net, encode, x, y, generator)` gives the pixels trained on, `penalty(net, encode, x, y)` is added to the
+    loss, `after_step(net, generator)` acts on the weights after every optimiser step.
+    """
+
+    inputs: Callable[[nn.Module, Encoder, Tensor, Tensor, torch.Generator], Tensor] | None = None
+    penalty: Callable[[nn.Module, Encoder, Tensor, Tensor], Tensor] | None = None
+    after_step: Callable[[nn.Module, torch.Generator], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained model as it lies in a run folder: network in eval mode, encoder and card."""
+
+    net: nn.Module
+    encode: Encoder
+    card: dict[str, Any]
+    path: Path
+
+
+class TrainingStopped(Exception):
+    """Training ended early but cleanly: the same command continues it."""
+
+
+class TrainingFailed(Exception):
+    """The loss or a gradient was not finite; `failure.json` tells where, the last good checkpoint is kept."""
+
+
+@dataclass
+class _Progress:
+    epoch: int = 0
+    step: int = 0
+    best: float = -math.inf
+    best_epoch: int = -1
+    seconds: float = 0.0
+    loss: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+Say = Callable[[dict[str, Any]], None]
+
+
+def train(
+    net_spec: NetSpec,
+    encode: Encoder,
+    data: Dataset,
+    spec: TrainSpec,
+    out: Path,
+    *,
+    seams: Seams | None = None,
+    device: str | torch.device = "cpu",
+    checkpoint_seconds: float = 60.0,
+    say: Say | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Trained:
+    """Train `net_spec` on `data` into the folder `out`, or continue what lies there.
+
+    `out` gets `model.safetensors` (best validation accuracy), `last.safetensors`, `state.safetensors` and its
+    predecessor, `events.jsonl`. Every `checkpoint_seconds` and at every epoch's end the state is written. `say`
+    receives the events as they happen, `stop` is asked after every step. A folder that holds another experiment is
+    refused. Raises TrainingStopped and TrainingFailed.
+    """
+    identity = _identity(net_spec, encode, data, spec)
+    _check_fit(net_spec, encode, data)
+    out.mkdir(parents=True, exist_ok=True)
+    _check_folder(out, identity)
+    device = torch.device(device)
+    held_in, held_out = split_validation(data, spec.validation, spec.seed) if spec.validation else (data, None)
+    if len(held_in.labels) < spec.batch:
+        raise ValueError(f"batch: expected at most the {len(held_in.labels)} training images, got {spec.batch}")
+    images, labels = held_in.images.to(device), held_in.labels.to(device)
+
+    net = build(net_spec, seed=spec.seed).to(device)
+    optimizer = _optimizer(net, spec)
+    done = _Progress()
+    resumed = _restore(out, identity, net, optimizer, done)
+    steps_per_epoch = len(labels) // spec.batch
+    total = steps_per_epoch * spec.epochs
+    log = _Log(out / "events.jsonl", say)
+    log("resumed" if resumed else "started", epoch=done.epoch, step=done.step, of=total, **_machine(device))
+    if done.epoch >= spec.epochs:
+        return load_model(out)
+
+    started, saved, before = time.monotonic(), time.monotonic(), done.seconds
+
+    def save_state() -> None:
+        done.seconds = before + time.monotonic() - started
+        _save_state(out, identity, net, optimizer, done)
+
+    try:
+        for epoch in range(done.epoch, spec.epochs):
+            order = torch.randperm(len(labels), generator=_keyed(spec.seed, epoch)).to(device)
+            net.train()
+            for i in range(done.step, steps_per_epoch):
+                now = epoch * steps_per_epoch + i
+                rows = order[i * spec.batch : (i + 1) * spec.batch]
+                generator = _keyed(spec.seed, epoch, i)
+                x, y = _augment(images[rows], spec, generator), labels[rows]
+                _set_rate(optimizer, spec, now, total)
+                loss = _step(net, encode, optimizer, spec, seams or Seams(), x, y, generator)
+                if not math.isfinite(loss):
+                    raise _failure(out, log, net, encode, x, epoch, i, optimizer.param_groups[0]["lr"], loss)
+                done.step, done.loss = i + 1, loss
+                log("step", epoch=epoch, step=now + 1, of=total, loss=loss, keep=(now + 1) % 20 == 0)
+                if stop is not None and stop():
+                    save_state()
+                    log("stopped", epoch=epoch, step=now + 1, of=total)
+                    raise TrainingStopped(f"stopped at step {now + 1}/{total}; the same command continues")
+                if time.monotonic() - saved > checkpoint_seconds:
+                    save_state()
+                    saved = time.monotonic()
+            score = accuracy(net, encode, held_out, device=device) if held_out is not None else None
+            value = score.value if score is not None else float(epoch)
+            done.epoch, done.step = epoch + 1, 0
+            done.history.append({"epoch": epoch, "loss": done.loss, "validation": None if score is None else score.value})
+            if value > done.best:
+                done.best, done.best_epoch = value, epoch
+                _save_model(out / "model.safetensors", identity, net, done, score, device)
+            save_state()
+            saved = time.monotonic()
+            log("epoch", epoch=epoch, loss=done.loss, validation=None if score is None else score.value,
+                best_epoch=done.best_epoch, seconds=round(done.seconds, 2))
+        _save_model(out / "last.safetensors", identity, net, done, score, device)
+        log("done", epoch=spec.epochs, step=total, of=total, seconds=round(done.seconds, 2))
+    finally:
+        log.close()
+    return load_model(out)
+
+
+def _step(
+    net: nn.Module, encode: Encoder, optimizer: torch.optim.Optimizer, spec: TrainSpec, seams: Seams,
+    x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], generator: torch.Generator,
+) -> float:
+    """One update on one batch; returns the loss."""
+    if seams.inputs is not None:
+        x = seams.inputs(net, encode, x, y, generator)
+    net.train()
+    optimizer.zero_grad(set_to_none=True)
+    autocast = torch.autocast(x.device.type, torch.bfloat16) if spec.precision == "bf16" else contextlib.nullcontext()
+    with autocast:
+        loss = F.cross_entropy(net(encode(x)).float(), y)
+    if seams.penalty is not None:
+        loss = loss + seams.penalty(net, encode, x, y)
+    value = float(loss)
+    if not math.isfinite(value):
+        return value
+    loss.backward()
+    if spec.clip:
+        norm = float(nn.utils.clip_grad_norm_(net.parameters(), spec.clip))
+        if not math.isfinite(norm):
+            return norm
+    optimizer.step()
+    if seams.after_step is not None:
+        seams.after_step(net, generator)
+    return value
+
+
+def accuracy(
+    net: nn.Module, encode: Encoder, data: Dataset, *, batch: int = 128, device: str | torch.device = "cpu"
+) -> Rate:
+    """Clean accuracy in eval mode; the network's mode is put back."""
+    was = net.training
+    net.eval()
+    right = 0
+    try:
+        with torch.no_grad():
+            for i in range(0, len(data.labels), batch):
+                z = net(encode(pixels(data.images[i : i + batch].to(device))))
+                right += int((z.argmax(1) == data.labels[i : i + batch].to(device)).sum())
+    finally:
+        net.train(was)
+    return Rate(right, len(data.labels))
+
+
+def load_model(path: Path) -> Trained:
+    """The model of a run folder, or of one `.safetensors` file, rebuilt from its card; never a partial load."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    tensors, card = load_weights(file)
+    if card.get("kind") != "model":
+        raise CheckpointError(f"{file}: expected a model, found {card.get('kind', 'another file')}")
+    net = build(net_spec_from(card["net"]), seed=0)
+    ours, theirs = set(net.state_dict()), set(tensors)
+    if ours != theirs:
+        raise CheckpointError(
+            f"{file}: parameters do not fit {card['net']['arch']}: missing {sorted(ours - theirs)[:5]}, "
+            f"unexpected {sorted(theirs - ours)[:5]}"
+        )
+    net.load_state_dict(tensors)
+    return Trained(net=net.eval(), encode=build_encoder(card["encoder"]["name"], **card["encoder"]["knobs"]), card=card, path=file)
+
+
+def net_spec_from(card: dict[str, Any]) -> NetSpec:
+    """The NetSpec that `asdict` wrote."""
+    neuron = dict(card["neuron"])
+    neuron["surrogate"] = Surrogate(**neuron["surrogate"])
+    return NetSpec(**(card | {"neuron": NeuronSpec(**neuron)}))
+
+
+def _identity(net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec) -> dict[str, Any]:
+    text = {
+        "net": asdict(net),
+        "encoder": {"name": encode.name, "knobs": encode.knobs},
+        "data": {"name": data.name, "split": data.split, "n": len(data.labels), "sha256": data.sha256,
+                 "official": data.official},
+        "train": asdict(spec),
+    }
+    return json.loads(json.dumps(text))
+
+
+def _check_fit(net: NetSpec, encode: Encoder, data: Dataset) -> None:
+    for name, want, got in (
+        ("steps", encode.steps, net.steps),
+        ("channels", data.images.shape[1], net.channels),
+        ("classes", len(data.classes), net.classes),
+    ):
+        if want != got:
+            raise ValueError(f"{name}: encoder and data have {want}, the network was asked for {got}")
+
+
+def _check_folder(out: Path, identity: dict[str, Any]) -> None:
+    for name in ("state.safetensors", "model.safetensors"):
+        if not (out / name).exists():
+            continue
+        try:
+            _, card = load_weights(out / name)
+        except CheckpointError:
+            continue  # a damaged snapshot is dealt with where it is read
+        held = {k: card.get(k) for k in identity}
+        if held != identity:
+            differs = [k for k in identity if held[k] != identity[k]]
+            raise ValueError(
+                f"{out}: holds another experiment (different {', '.join(differs)}); give another --out, or --fresh to "
+                "move the old one aside"
+            )
+
+
+def _optimizer(net: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    if spec.optimizer == "adam":
+        return torch.optim.Adam(net.parameters(), spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(net.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, spec: TrainSpec, step: int, total: int) -> None:
+    rate = spec.lr if spec.schedule == "none" else spec.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _keyed(*key: int) -> torch.Generator:
+    """A generator that depends on the key only."""
+    seed = 0
+    for part in key:
+        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def _augment(images: Tensor, spec: TrainSpec, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+    if spec.crop:
+        images = random_crop(images, spec.crop, generator)
+    if spec.flip:
+        images = flip(images, generator)
+    return pixels(images)
+
+
+def _save_state(out: Path, identity, net: nn.Module, optimizer: torch.optim.Optimizer, done: _Progress) -> None:
+    tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
+    for i, held in optimizer.state_dict()["state"].items():
+        tensors |= {f"opt.{i}.{k}": torch.as_tensor(v) for k, v in held.items() if v is not None}
+    progress = asdict(done) | {"best": done.best if math.isfinite(done.best) else None}
+    path = out / "state.safetensors"
+    if path.exists():
+        os.replace(path, out / "state.previous.safetensors")
+    save_weights(path, tensors, identity | {"kind": "training state", "progress": progress})
+
+
+def _restore(out: Path, identity, net: nn.Module, optimizer: torch.optim.Optimizer, done: _Progress) -> bool:
+    problems = []
+    for name in ("state.safetensors", "state.previous.safetensors"):
+        if not (out / name).exists():
+            continue
+        try:
+            tensors, card = load_weights(out / name)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("opt."):
+                _, i, k = key.split(".", 2)
+                state.setdefault(int(i), {})[k] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for k, v in card["progress"].items():
+            setattr(done, k, -math.inf if k == "best" and v is None else v)
+        return True
+    if problems:
+        raise CheckpointError("; ".join(problems) + "; no good snapshot is left: use --fresh to start again")
+    return False
+
+
+def _save_model(path: Path, identity, net: nn.Module, done: _Progress, score: Rate | None, device: torch.device) -> None:
+    card = identity | {
+        "kind": "model",
+        "epochs_done": done.epoch,
+        "chosen_by": "last epoch" if score is None else "accuracy on the held-out part of the training set",
+        "validation": None if score is None else {"k": score.k, "n": score.n},
+        "made_with": _machine(device),
+    }
+    save_weights(path, net.state_dict(), card)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": f"{device.type} {name}", "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def _failure(out, log, net, encode, x, epoch: int, step: int, rate: float, loss: float) -> TrainingFailed:
+    """Write `failure.json`: where, and the first module whose output is not finite."""
+    first = first_nonfinite(net, encode(x))
+    found = {"epoch": epoch, "step": step, "lr": rate, "loss": str(loss), "first_nonfinite": first}
+    write_atomic(out / "failure.json", json.dumps(found, indent=1).encode())
+    log("failed", **found)
+    return TrainingFailed(
+        f"loss or gradient {loss} at epoch {epoch}, step {step} (first not finite: {first or 'a gradient'}); lower lr or "
+        f"set clip; the last good checkpoint is kept, see {out / 'failure.json'}"
+    )
+
+
+def first_nonfinite(net: nn.Module, u: Tensor) -> str | None:
+    """Name of the first parameter, or else first leaf module output, that is not finite; None if all are."""
+    for name, p in net.named_parameters():
+        if not p.isfinite().all():
+            return f"parameter {name}"
+    found: list[str] = []
+
+    def look(name: str):
+        def hook(_m, _inputs, output) -> None:
+            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(look(n)) for n, m in net.named_modules() if not list(m.children())]
+    try:
+        with torch.no_grad():
+            net(u)
+    finally:
+        for h in handles:
+            h.remove()
+    return found[0] if found else None
+
+
+class _Log:
+    """Append-only `events.jsonl`; steps are written every 20th, all events go to `say`."""
+
+    def __init__(self, path: Path, say: Say | None) -> None:
+        self.file, self.say = open(path, "a"), say
+
+    def __call__(self, event: str, *, keep: bool = True, **facts: Any) -> None:
+        line = {"event": event, "time": round(time.time(), 3), **facts}
+        if keep:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.say is not None:
+            self.say(line)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a run folder; a last line cut off by a crash is left out."""
+    for line in (path / "events.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
