@@ -1,0 +1,49 @@
+"""sparsetrail: train, attack, trace and judge spiking neural networks. The names below are the public ones."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name: module; loaded at first use, so that `import sparsetrail` does not pay for torch
+    "Claim": "core",
+    "Linf": "core",
+    "Problem": "core",
+    "Rate": "core",
+    "Report": "core",
+    "Run": "core",
+    "Streams": "core",
+    "Trail": "core",
+    "Victim": "core",
+    "NetSpec": "snn.net",
+    "NeuronSpec": "snn.neuron",
+    "Surrogate": "snn.surrogate",
+    "atan": "snn.surrogate",
+    "build": "snn.net",
+    "victim": "snn.net",
+    "bit_plane": "snn.encode",
+    "direct": "snn.encode",
+    "latency": "snn.encode",
+    "phase": "snn.encode",
+    "poisson": "snn.encode",
+    "Dataset": "data",
+    "load": "data",
+    "pixels": "data",
+    "TrainSpec": "train",
+    "load_model": "train",
+    "train": "train",
+    "attack": "attacks",
+    "authors": "attacks",
+    "fgsm": "attacks",
+    "noise": "attacks",
+    "pgd": "attacks",
+    "trail": "trail",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparsetrail' has no public name {name!r}")
+    return getattr(import_module(f"sparsetrail.{_HOME[name]}"), name)

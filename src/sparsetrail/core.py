@@ -26,8 +26,8 @@ class Victim:
     """A classifier as two stateless functions: the same input gives the same scores, there is nothing to reset.
 
     `encode` maps pixels [n c h w] in 0..1 to the encoded input [t n c h w]; `logits` maps that to class scores [n k].
-    `route` says in words how a gradient flows (surrogate, encoder rule); `mode` is that of BatchNorm while crafting.
-    `random` victims draw fresh noise in `encode`. `module` is the network behind `logits`, where there is one: the
+    `route` says in words how a gradient flows through the network, `encoding` how it flows through the encoder;
+    `mode` is that of BatchNorm while crafting. `random` victims draw fresh noise in `encode`. `module` is the network behind `logits`, where there is one: the
     trail needs it, attacks never see it.
     """
 
@@ -37,6 +37,7 @@ class Victim:
     classes: int
     name: str = "victim"
     route: str = "own gradient"
+    encoding: str = ""
     mode: Mode = "eval"
     random: bool = False
     module: nn.Module | None = None
@@ -44,6 +45,10 @@ class Victim:
     def scores(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Class scores of images."""
         return self.logits(self.encode(x))
+
+    def path(self, space: Space) -> str:
+        """The gradient route from the scores back to the attacked tensor, in words."""
+        return f"{self.route}; {self.encoding}" if space == "pixel" and self.encoding else self.route
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class Trained:
     encode: Encoder
     card: dict[str, Any]
     path: Path
+    sha256: str
 
 
 class TrainingStopped(Exception):
@@ -217,7 +218,7 @@ def _step(
         loss = F.cross_entropy(net(encode(x)).float(), y)
     if seams.penalty is not None:
         loss = loss + seams.penalty(net, encode, x, y)
-    value = float(loss)
+    value = float(loss.detach())
     if not math.isfinite(value):
         return value
     loss.backward()
@@ -251,7 +252,7 @@ def accuracy(
 def load_model(path: Path) -> Trained:
     """The model of a run folder, or of one `.safetensors` file, rebuilt from its card; never a partial load."""
     file = path / "model.safetensors" if path.is_dir() else path
-    tensors, card = load_weights(file)
+    tensors, card, sha256 = load_weights(file)
     if card.get("kind") != "model":
         raise CheckpointError(f"{file}: expected a model, found {card.get('kind', 'another file')}")
     net = build(net_spec_from(card["net"]), seed=0)
@@ -262,7 +263,7 @@ def load_model(path: Path) -> Trained:
             f"unexpected {sorted(theirs - ours)[:5]}"
         )
     net.load_state_dict(tensors)
-    return Trained(net=net.eval(), encode=build_encoder(card["encoder"]["name"], **card["encoder"]["knobs"]), card=card, path=file)
+    return Trained(net=net.eval(), encode=build_encoder(card["encoder"]["name"], **card["encoder"]["knobs"]), card=card, path=file, sha256=sha256)
 
 
 def net_spec_from(card: dict[str, Any]) -> NetSpec:
@@ -298,7 +299,7 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
         if not (out / name).exists():
             continue
         try:
-            _, card = load_weights(out / name)
+            _, card, _ = load_weights(out / name)
         except CheckpointError:
             continue  # a damaged snapshot is dealt with where it is read
         held = {k: card.get(k) for k in identity}
@@ -312,7 +313,7 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
 
 def _optimizer(net: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
     if spec.optimizer == "adam":
-        return torch.optim.Adam(net.parameters(), spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+        return torch.optim.Adam(net.parameters(), spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
     return torch.optim.SGD(net.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
 
 
@@ -355,7 +356,7 @@ def _restore(out: Path, identity, net: nn.Module, optimizer: torch.optim.Optimiz
         if not (out / name).exists():
             continue
         try:
-            tensors, card = load_weights(out / name)
+            tensors, card, _ = load_weights(out / name)
         except CheckpointError as error:
             problems.append(str(error))
             continue

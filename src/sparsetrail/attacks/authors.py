@@ -32,6 +32,8 @@ def authors(
     name: str = "victim",
     data: str = "",
     route: str = "own gradient",
+    say: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[Run, Run]:
     """FGSM and PGD runs of the published loop on a copy of `net`; `clean` is judged before any contamination.
 
@@ -59,6 +61,8 @@ def authors(
         return grad
 
     for i in range(0, len(y), batch):
+        if stop is not None and stop():
+            raise KeyboardInterrupt
         u0, labels = encode(x[i : i + batch]).detach(), y[i : i + batch]
         net.train()
         points = {"fgsm": (u0 + eps * gradient(u0, labels, "fgsm").sign()).clamp(0, 1)}
@@ -72,6 +76,8 @@ def authors(
                 m = margin(net(point), labels)
                 ties[kind] += int((m == 0).sum())
                 flags[kind].append((m < 0) & clean[i : i + batch])
+        if say is not None:
+            say(min(i + batch, len(y)), len(y))
     seconds = time.perf_counter() - started
 
     def run(kind: str, calls: int) -> Run:

@@ -82,7 +82,7 @@ def attack(
         knobs=knobs,
         threat=threat,
         victim=victim.name,
-        route=victim.route,
+        route=victim.path(threat.space),
         mode=victim.mode,
         data=data,
         seed=seed,

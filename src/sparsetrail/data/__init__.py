@@ -1,4 +1,4 @@
-"""Image sets as uint8 tensors with their identity; augmentation as tensor operations. Only `get` touches the network."""
+"""Image sets as uint8 tensors with their identity, and augmentation as tensor operations; only `get` downloads."""
 
 from sparsetrail.data.augment import crop as crop
 from sparsetrail.data.augment import flip as flip

@@ -8,17 +8,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparsetrail.data import layouts
-from sparsetrail.data.sets import CLASSES, KNOWN, SPLITS, DataError, Dataset, dataset
+from sparsetrail.data.sets import CLASSES, KNOWN, SPLITS, DataError, Dataset, make_dataset
 
 Progress = Callable[[str], None]
 
@@ -78,7 +77,7 @@ def load(name: str | Path, split: str = "test", *, root: Path | str | None = Non
     if path.exists():
         if (path / split / "info.json").is_file():
             return _read(path / split)
-        found = layouts.read(path, (split,))
+        found = layouts.read(path)
         if split not in found.splits:
             raise DataError(f"{path}: expected a {split} split, found {found.layout} without it; try the other split")
         return found.splits[split]
@@ -102,6 +101,8 @@ def add(
     if progress:
         progress(f"reading {path}")
     found = layouts.read(path, name=name)
+    if any(part.name == SLICE for part in found.splits.values()):
+        raise DataError(f"{path}: expected a set to add, found {SLICE}, which is inside the package; just load it")
     return store(list(found.splits.values()), route=f"{found.layout} at {path}", root=root, progress=progress)
 
 
@@ -125,11 +126,12 @@ def store(
         with _locked(base, name), _scratch(base, name) as scratch:
             for part in sets:
                 _refuse_to_replace_official(base, part)
-            for part in sets:
+            new = [part for part in sets if not _is_there(base, part)]
+            for part in new:
                 if progress:
                     progress(f"writing {name}/{part.split}: {len(part)} images, sha256 {part.sha256}")
                 _write(part, scratch / part.split, route)
-            for part in sets:
+            for part in new:
                 _move(scratch / part.split, base / name / part.split, scratch / f"old-{part.split}")
     except OSError as error:
         raise DataError(f"{base}: expected to write {name} there, found {error}; set SPARSETRAIL_DATA") from error
@@ -168,7 +170,7 @@ def _read(folder: Path) -> Dataset:
         # Copied before hashing, so that what was checked is what is returned.
         images = np.array(np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False))
         labels = np.array(np.load(folder / "labels.npy", allow_pickle=False))
-        part = dataset(info["name"], info["split"], images, labels, tuple(info["classes"]), where=str(folder))
+        part = make_dataset(info["name"], info["split"], images, labels, tuple(info["classes"]), where=str(folder))
     except _UNREADABLE as error:
         raise DataError(f"{folder}: expected a readable set, found {error}; {_mend(folder)}") from error
     if part.sha256 != info["sha256"]:
@@ -198,7 +200,7 @@ def _embedded(split: str) -> Dataset:
     """The slice of Fashion-MNIST inside the package."""
     with _slice_path().open("rb") as file, np.load(file, allow_pickle=False) as archive:
         images, labels = archive[f"x_{split}"], archive[f"y_{split}"].astype(np.int64)
-    part = dataset(SLICE, split, images[:, None], labels, CLASSES[SLICE])
+    part = make_dataset(SLICE, split, images[:, None], labels, CLASSES[SLICE])
     if not part.official:
         raise DataError(
             f"expected the embedded {SLICE}/{split} to have content hash {KNOWN[SLICE][split]}, found {part.sha256}; "
@@ -208,7 +210,7 @@ def _embedded(split: str) -> Dataset:
 
 
 def _slice_path() -> Path:
-    return Path(str(resources.files("sparsetrail").joinpath("assets", "fashion_mnist_slice.npz")))
+    return Path(__file__).parents[1] / "assets" / "fashion_mnist_slice.npz"
 
 
 def _split_folders(base: Path) -> list[Path]:
@@ -266,6 +268,15 @@ def _broken(folder: Path, problem: str) -> Entry:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
+def _is_there(base: Path, part: Dataset) -> bool:
+    """Whether the cache already has this content, whole; what others may be reading then stays untouched."""
+    folder = base / part.name / part.split
+    try:
+        return folder.is_dir() and _read(folder).sha256 == part.sha256
+    except DataError:
+        return False
+
+
 def _refuse_to_replace_official(base: Path, part: Dataset) -> None:
     folder = base / part.name / part.split
     if folder.is_dir() and not part.official and _describe(folder).official:
@@ -317,7 +328,7 @@ def _move(new: Path, place: Path, old: Path) -> None:
 
 
 @contextmanager
-def _locked(base: Path, name: str) -> Iterator[None]:
+def _locked(base: Path, name: str) -> Generator[None, None, None]:
     """One writer per set at a time."""
     from filelock import FileLock, Timeout
 
@@ -329,7 +340,7 @@ def _locked(base: Path, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _scratch(base: Path, name: str) -> Iterator[Path]:
+def _scratch(base: Path, name: str) -> Generator[Path, None, None]:
     """A temporary folder beside the sets, removed in any case; also removes those that a killed process left."""
     prefix = f".new-{name}-"
     for stale in base.glob(f"{prefix}*"):

@@ -97,8 +97,8 @@ def _download(urls: Sequence[str]) -> Callable[[Path, Progress], Path]:
     """A route that downloads files; of a single file the path is the file's, of several their folder's."""
 
     def fetch(folder: Path, say: Progress) -> Path:
-        for url in urls:
-            name = url.rsplit("/", 1)[1]
+        names = [url.rsplit("/", 1)[1] for url in urls]
+        for url, name in zip(urls, names, strict=True):
             with _open(url) as response, (folder / name).open("wb") as out:
                 size = int(response.headers.get("Content-Length") or 0)
                 done = 0
@@ -112,7 +112,7 @@ def _download(urls: Sequence[str]) -> Callable[[Path, Progress], Path]:
                     raise RouteError(f"expected all of {url}, found {error} after {done} bytes; try again") from error
                 if size and done != size:
                     raise RouteError(f"expected {size} bytes of {url}, found {done}; try again")
-        return folder / name if len(urls) == 1 else folder
+        return folder / names[0] if len(names) == 1 else folder
 
     return fetch
 

@@ -21,9 +21,10 @@ class DataError(ValueError):
     """A data set is missing, damaged or not what it claims to be; the text says what to do."""
 
 
-# Content hashes (see content_hash) of the sets as their authors published them. CIFAR-10 was hashed from batches whose
-# MD5 equal the ones in the official archive (test: 803d5f7f...), likewise CIFAR-100 (fine labels); Fashion-MNIST from
-# the four official IDX files.
+# Content hashes (see content_hash) of the sets as published, each taken from files whose MD5 are the published ones:
+# CIFAR-10 from the six binary batches (test: 803d5f7f4d78ea53de84dbe85f74fb6d), CIFAR-100 with fine labels from the
+# python files (test: f0ef6b0ae62326f3e7ffdfab6717acfc), Fashion-MNIST from the four IDX archives (test images:
+# bef4ecab320f06d8554ea6380940ec79; Debian's copies differ from these in the time and name in the gzip header only).
 KNOWN: dict[str, dict[str, str]] = {
     "cifar10": {
         "train": "83e33fc8b0d69a3ae88c4d98630b5a24899c46ca82278d1be89de4bdfb353c05",
@@ -43,20 +44,23 @@ KNOWN: dict[str, dict[str, str]] = {
     },
 }
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 CLASSES: dict[str, tuple[str, ...]] = {
-    "cifar10": tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
-    "cifar100": tuple(
-        (
-            "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly "
-            "camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup "
-            "dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower "
-            "leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid "
-            "otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray "
-            "road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar "
-            "sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle "
-            "wardrobe whale willow_tree wolf woman worm"
-        ).split()
+    "cifar10": _words("airplane automobile bird cat deer dog frog horse ship truck"),
+    "cifar100": _words(
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly "
+        "camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup "
+        "dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower "
+        "leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid "
+        "otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray "
+        "road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar "
+        "sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle "
+        "wardrobe whale willow_tree wolf woman worm"
     ),
     "fashion-mnist": _FASHION,
     "fashion-mnist-slice": _FASHION,
@@ -74,7 +78,7 @@ class Dataset:
     """Images as they are, with their identity.
 
     `images` is uint8 [N C H W], `labels` int64 [N], both on the CPU. `official` says that `sha256` is the known hash of
-    this name and split. Make one with `dataset`, which checks and hashes.
+    this name and split. Made by `make_dataset`, which checks and hashes.
     """
 
     name: str
@@ -128,13 +132,13 @@ def check(images: Pixels, labels: Labels, classes: int, *, where: str) -> None:
         )
 
 
-def dataset(
+def make_dataset(
     name: str, split: str, images: Pixels, labels: Labels, classes: tuple[str, ...], *, where: str = ""
 ) -> Dataset:
     """Check, hash and wrap arrays; errors name `where` they came from."""
     check(images, labels, len(classes), where=where or f"{name}/{split}")
     # torch wants writable memory; arrays read straight from a file's bytes are not.
-    images, labels = np.require(images, requirements="CW"), np.require(labels, np.int64, requirements="CW")
+    images, labels = np.require(images, requirements=["C", "W"]), np.require(labels, np.int64, requirements=["C", "W"])
     sha256 = content_hash(images, labels)
     return Dataset(
         name=name,
@@ -175,8 +179,8 @@ def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
 
     Class shares are rounded by largest remainder, so the second part has round(fraction * N) images.
     """
-    wanted = round(fraction * len(dataset))
-    if not 0.0 < fraction < 1.0 or not 0 < wanted < len(dataset):
+    wanted = round(fraction * len(dataset)) if 0.0 < fraction < 1.0 else 0
+    if not 0 < wanted < len(dataset):
         raise DataError(
             f"expected a fraction that leaves both parts images, found {fraction} of {len(dataset)}; 0.1 is usual"
         )
@@ -207,7 +211,7 @@ def _rank_within_class(labels: Labels, seed: int) -> NDArray[np.int64]:
 
 
 def _shuffled(n: int, seed: int) -> NDArray[np.int64]:
-    """A permutation of 0..n-1 from SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, figure 15).
+    """A permutation of 0..n-1: the order of n SplitMix64 numbers (Steele, Lea and Flood, OOPSLA 2014).
 
     Written out, not drawn from torch or numpy, whose shuffles may change with their version: a subset is part of a
     published result.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sparsetrail.core import Mode, Victim
+from sparsetrail.core import Victim
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
@@ -18,7 +18,7 @@ class NetSpec:
     """What to build; every field is used. `width` multiplies all channel counts; `connect` is read by SEW only.
 
     The stem "imagenet" is 7x7/2 and a 3x3/2 pool (the paper's, on 32x32 images too), "cifar" one 3x3 and no pool.
-    `exact` runs neurons step by step under autograd instead of fused: slower, the same numbers.
+    `exact` switches the fast paths off: neurons step by step under autograd, PyTorch's own convolutions.
     """
 
     arch: str = "sew_resnet18"
@@ -67,23 +67,28 @@ def build(spec: NetSpec, *, seed: int = 3407) -> SpikingResNet:
         exact=spec.exact,
     )
     net.initialise(torch.Generator().manual_seed(seed))
-    return net
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def victim(net: nn.Module, encode: Encoder, *, name: str = "victim", surrogate: str = "", classes: int | None = None) -> Victim:
+def victim(net: nn.Module, encode: Encoder, *, name: str = "victim", classes: int | None = None) -> Victim:
     """A network and its encoder as a `Victim` in eval mode; a net in train mode is refused at every call."""
     k = classes if classes is not None else net.fc.out_features  # type: ignore[union-attr]
-    mode: Mode = "eval"
 
     def logits(u: Tensor) -> Tensor:
         if net.training:
             raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
         return net(u)
 
-    route = f"{surrogate or describe(net)}; encoder {encode.name}: {encode.backward}"
     return Victim(
-        encode=encode, logits=logits, steps=encode.steps, classes=k, name=name, route=route, mode=mode,
-        random=encode.random, module=net,
+        encode=encode,
+        logits=logits,
+        steps=encode.steps,
+        classes=k,
+        name=name,
+        route=describe(net),
+        encoding=f"{encode.name} encoder: {encode.backward}",
+        random=encode.random,
+        module=net,
     )
 
 

@@ -42,9 +42,9 @@ class NeuronSpec:
             raise ValueError(f"neuron: expected if, lif or plif, got {self.kind!r}")
         if not (self.threshold > 0 and math.isfinite(self.threshold)):
             raise ValueError(f"threshold: expected a positive number, got {self.threshold}")
-        if self.reset is not None and not self.reset < self.threshold:
+        if self.reset is not None and not -math.inf < self.reset < self.threshold:
             raise ValueError(f"reset: expected a potential below the threshold {self.threshold}, got {self.reset}")
-        if self.kind != "if" and not self.tau > 1:
+        if self.kind != "if" and not 1 < self.tau < math.inf:
             raise ValueError(f"tau: expected a time constant above 1 step, got {self.tau}")
 
     @property
@@ -111,48 +111,70 @@ class _Fused(torch.autograd.Function):
         _, charged = output
         ctx.set_materialize_grads(False)
         learnt = leak is not None
-        ctx.save_for_backward(charged, leak if learnt else None, x if learnt and ctx.spec.decay_input else None)
+        held = charged, leak, x if learnt and ctx.spec.decay_input else None
+        ctx.save_for_backward(*held)
+        ctx.save_for_forward(*held)
 
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
         charged, leak, x = ctx.saved_tensors
         return (*_through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
 
+    @staticmethod
+    def jvp(ctx, tangent_x: Tensor | None, tangent_leak: Tensor | None, _):
+        charged, leak, x = ctx.saved_tensors
+        return _along_time(tangent_x, tangent_leak, charged, x, leak, ctx.spec)
+
+
+def _answers(charged: Tensor, spec: NeuronSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """At every step at once: ds/dh, dv/dh and the potential v after the spike."""
+    x = charged - spec.threshold
+    slope = spec.surrogate(x)
+    # with the reset in the graph, second derivatives pass through the spike too
+    s = (x >= 0).to(x.dtype) if spec.detach_reset else heaviside(x, spec.surrogate)
+    kept = torch.ones_like(x) if spec.reset is None else 1 - s
+    if not spec.detach_reset:
+        kept = kept + slope * (-spec.threshold if spec.reset is None else spec.reset - charged)
+    return slope, kept, discharge(charged, s, spec)
+
+
+def _gains(leak: Tensor | None, spec: NeuronSpec) -> tuple[Any, Any]:
+    """dh/dv and dh/dx of the charge."""
+    if spec.kind == "if":
+        return 1.0, 1.0
+    share = leak if leak is not None else 1 / spec.tau
+    return 1 - share, share if spec.decay_input else 1.0
+
+
+def _lever(after: Tensor, x: Tensor | None, spec: NeuronSpec) -> Tensor:
+    """dh/dleak at every step, from the potentials after the spikes."""
+    v = torch.cat([torch.full_like(after[:1], spec.rest), after[:-1]])
+    return spec.rest - v if x is None else x - (v - spec.rest)
+
 
 def _through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec) -> tuple[Tensor, Tensor | None]:
-    if spec.kind == "if":
-        keep, gain = 1.0, 1.0
-    else:
-        share = leak if leak is not None else 1 / spec.tau
-        keep, gain = 1 - share, share if spec.decay_input else 1.0
-    carry: Any = None
-    out: list[Tensor] = []
-    grad_leak: Any = 0.0
-    for t in range(len(charged) - 1, -1, -1):
-        h = charged[t]
-        slope = spec.surrogate(h - spec.threshold)
-        g = None if grad_s is None else grad_s[t] * slope
-        if carry is not None:
-            s = (h >= spec.threshold).to(h.dtype)
-            path = torch.ones_like(s) if spec.reset is None else 1 - s
-            if not spec.detach_reset:
-                path = path + slope * (-spec.threshold if spec.reset is None else spec.reset - h)
-            g = carry * path if g is None else g + carry * path
-        if grad_h is not None:
-            g = grad_h[t] if g is None else g + grad_h[t]
-        if g is None:
-            g = torch.zeros_like(h)
-        if leak is not None:
-            before = charged[t - 1] if t else None
-            if before is None:
-                v = torch.full_like(h, spec.rest)
-            else:
-                v = discharge(before, (before >= spec.threshold).to(h.dtype), spec)
-            lever = spec.rest - v if x is None else x[t] - (v - spec.rest)
-            grad_leak = grad_leak + (g * lever).sum()
-        out.append(g if isinstance(gain, float) and gain == 1.0 else g * gain)
-        carry = g if isinstance(keep, float) and keep == 1.0 else g * keep
-    return torch.stack(out[::-1]), None if leak is None else grad_leak.to(leak.dtype).reshape(leak.shape)
+    slope, kept, after = _answers(charged, spec)
+    keep, gain = _gains(leak, spec)
+    own = torch.zeros_like(charged) if grad_s is None else grad_s * slope
+    own = own if grad_h is None else own + grad_h
+    total: list[Tensor] = []
+    for g, onward in zip(own.unbind()[::-1], (kept * keep).unbind()[::-1], strict=True):
+        total.append(g + total[-1] * onward if total else g)
+    grad = torch.stack(total[::-1])
+    grad_leak = None if leak is None else (grad * _lever(after, x, spec)).sum().to(leak.dtype).reshape(leak.shape)
+    return grad * gain, grad_leak
+
+
+def _along_time(tangent_x, tangent_leak, charged, x, leak, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
+    slope, kept, after = _answers(charged, spec)
+    keep, gain = _gains(leak, spec)
+    own = torch.zeros_like(charged) if tangent_x is None else tangent_x * gain
+    own = own if tangent_leak is None else own + tangent_leak * _lever(after, x, spec)
+    total: list[Tensor] = []
+    for d, onward in zip(own.unbind(), torch.cat([kept[:1], (kept * keep)[:-1]]).unbind(), strict=True):
+        total.append(d + total[-1] * onward if total else d)
+    tangent = torch.stack(total)
+    return slope * tangent, tangent
 
 
 def fused(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = None) -> Float[Tensor, "t ..."]:

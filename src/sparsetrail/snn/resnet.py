@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
+from sparsetrail.snn.engine import Conv2d
 from sparsetrail.snn.neuron import Neuron, NeuronSpec
 
 Connect = Literal["add", "and", "iand"]
@@ -51,8 +52,8 @@ class FoldedNeuron(Neuron):
         return super().forward(x.unflatten(0, (self.steps, -1))).flatten(0, 1)
 
 
-def _conv(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
+def _conv(cin: int, cout: int, kernel: int, stride: int = 1) -> Conv2d:
+    return Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class Block(nn.Module):
@@ -124,7 +125,7 @@ class SpikingResNet(nn.Module):
             return FoldedNeuron(neuron, steps, exact=exact)
 
         if stem == "imagenet":
-            self.conv1 = nn.Conv2d(channels, widths[0], 7, 2, padding=3, bias=False)
+            self.conv1 = _conv(channels, widths[0], 7, 2)
             self.pool: nn.Module = nn.MaxPool2d(3, 2, 1) if pool == "max" else nn.AvgPool2d(3, 2, 1)
         else:
             self.conv1 = _conv(channels, widths[0], 3)
@@ -139,6 +140,9 @@ class SpikingResNet(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(cin, classes)
+        for m in self.modules():
+            if isinstance(m, Conv2d):
+                m.exact = exact
 
     def initialise(self, generator: torch.Generator) -> None:
         """Kaiming normal (fan out) for convolutions, 1/0 for BatchNorm, PyTorch's uniform default for fc."""

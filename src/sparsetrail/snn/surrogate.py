@@ -1,4 +1,4 @@
-"""Surrogate derivatives: the forward is the exact Heaviside step (1 where h - threshold >= 0), only the backward differs.
+"""Surrogate derivatives: the forward is the exact Heaviside step (1 where h - threshold >= 0), only the backward is not.
 
 Each derivative is a plain function of the centred potential x = h - threshold and one `width` parameter, named as the
 literature names it (alpha, gamma, ...). All integrate to one over the real line unless their docstring says otherwise.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def atan_derivative(x: Tensor, alpha: float) -> Tensor:
-    """(alpha/2) / (1 + (pi/2 alpha x)^2): never zero. Fang et al. 2021, arXiv:2007.05785; the paper's eq. 4 with alpha=2."""
+    """(alpha/2) / (1 + (pi/2 alpha x)^2): never zero. Fang et al. 2021, arXiv:2007.05785; the paper: alpha=2."""
     return (alpha / 2) / (1 + (math.pi / 2 * alpha * x).square())
 
 
@@ -24,7 +24,7 @@ def sigmoid_derivative(x: Tensor, alpha: float) -> Tensor:
 
 
 def triangle_derivative(x: Tensor, gamma: float) -> Tensor:
-    """max(0, gamma - |x|) / gamma^2: zero beyond gamma. Esser et al. 2016, arXiv:1603.08270; Ding et al. 2022 (SNN-RAT)."""
+    """max(0, gamma - |x|) / gamma^2: zero beyond gamma. Esser et al. 2016, arXiv:1603.08270; SNN-RAT (Ding 2022)."""
     return (gamma - x.abs()).clamp(min=0) / gamma**2
 
 
@@ -98,11 +98,17 @@ class _Heaviside(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, ctx.surrogate = inputs
         ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         return grad * ctx.surrogate(x), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        (x,) = ctx.saved_tensors
+        return tangent * ctx.surrogate(x)
 
 
 def heaviside(x: Tensor, surrogate: Surrogate) -> Tensor:

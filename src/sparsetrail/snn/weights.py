@@ -50,8 +50,8 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, A
     return sha
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and card of a file written by `save_weights`; anything damaged or foreign is refused."""
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Tensors, card and SHA-256 of a file written by `save_weights`; anything damaged or foreign is refused."""
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
         raise CheckpointError(f"{path}: expected a checkpoint, found no file" + (f"; there is {', '.join(near)}" if near else ""))
@@ -76,4 +76,4 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     found = digest(tensors, meta["card"])
     if found != meta["sha256"]:
         raise CheckpointError(f"{path}: SHA-256 expected {meta['sha256']}, found {found}: damaged; use another snapshot")
-    return tensors, json.loads(meta["card"])
+    return tensors, json.loads(meta["card"]), found

@@ -1,0 +1,62 @@
+"""The command line: verbs are loaded when called, so that help does not wait for torch. Exit codes in `main`."""
+
+import sys
+
+from cyclopts import App, CycloptsError
+
+from sparsetrail import __version__
+
+HOME = "sparsetrail.cli.verbs"
+VERBS = {
+    "quick": "Train two small SEW-ResNets on shipped images, attack both, trace both: a report in minutes.",
+    "train": "Train a network, or continue; Ctrl-C and kill -9 lose nothing.",
+    "attack": "Attack a trained model: one attack, one threat, one line.",
+    "trail": "Zeros in and norm of the gradient at every operation of a model.",
+    "reproduce": "Run a table or figure of the paper again, ours beside the published.",
+    "report": "Draw the report of a finished run again: HTML, Markdown, table.",
+    "doctor": "What this machine offers: torch, device, threads, data, optional tools.",
+}
+DATA_VERBS = {
+    "get": "Download an image set (the only verb that touches the network).",
+    "add": "Take in an image set from a local file or folder.",
+    "verify": "Check every set in the cache against its content hash.",
+    "list": "Sets in the cache and the one that is shipped.",
+}
+
+
+def app() -> App:
+    """The command tree."""
+    root = App(name="sparsetrail", version=__version__, help="Adversarial robustness of spiking neural networks, judged honestly.")
+    for verb, line in VERBS.items():
+        root.command(f"{HOME}:{verb}", name=verb, help=line)
+    data = App(name="data", help="Image sets: get, add, verify, list.")
+    for verb, line in DATA_VERBS.items():
+        data.command(f"{HOME}:data_{verb}", name=verb, help=line)
+    root.command(data)
+    return root
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 our bug or failed training, 2 usage, 4 input refused, 130 interrupted (resumable)."""
+    try:
+        app()(argv, exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        code = exit_code(error)
+        if code == 1 and type(error).__name__ != "TrainingFailed":
+            raise
+        print(f"sparsetrail: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+def exit_code(error: Exception) -> int:
+    """Refused input is a ValueError (4), an orderly stop is 130, anything else is a bug of ours (1)."""
+    if type(error).__name__ == "TrainingStopped":
+        return 130
+    return 4 if isinstance(error, ValueError | FileNotFoundError | PermissionError | NotADirectoryError) else 1

@@ -1,0 +1,76 @@
+"""What the terminal shows while work goes on: a live bar on a terminal, one plain line at most every 30 s elsewhere."""
+
+import signal
+import sys
+import time
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+EVERY = 30.0  # seconds between plain lines
+
+
+class Screen:
+    """Progress on stderr, so that stdout stays clean for results; and the first Ctrl-C asks for an orderly stop."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True)
+        self.live = self.console.is_terminal and not quiet
+        self.quiet = quiet
+        self.stopping = False
+        self.last, self.task_name, self.started = 0.0, "", time.monotonic()
+        self.progress: Progress | None = None
+        self.task = None
+
+    def __enter__(self) -> "Screen":
+        self.before = {s: signal.signal(s, self._signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.live:
+            self.progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+                console=self.console,
+            )
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def stop(self) -> bool:
+        """Has the user asked to stop?"""
+        return self.stopping
+
+    def tick(self, task: str, done: int, total: int, note: str) -> None:
+        """`done` of `total` of a task; done < 0 is a message about it."""
+        if self.quiet:
+            return
+        if done < 0:
+            self.say(f"{task}: {note}")
+            return
+        fresh = task != self.task_name
+        if self.progress is not None:
+            if fresh:
+                self.task = self.progress.add_task(task, total=total, note=note)
+            assert self.task is not None
+            self.progress.update(self.task, completed=done, total=total, note=note)
+        elif fresh or done == total or time.monotonic() - self.last > EVERY:
+            if not (fresh and done < total and time.monotonic() - self.last < 1):
+                self.say(f"{time.monotonic() - self.started:6.0f} s  {task}  {done}/{total}  {note}".rstrip())
+                self.last = time.monotonic()
+        self.task_name = task
+
+    def say(self, line: str) -> None:
+        """One line of plain text."""
+        if not self.quiet:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping:  # the second one means now
+            signal.signal(number, signal.SIG_DFL)
+            sys.exit(130)
+        self.stopping = True
+        self.say("stopping after the current batch; once more to stop at once")

@@ -1,0 +1,491 @@
+"""The verbs: thin functions that turn flags into calls and results into lines. `--json` prints one JSON line instead."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from cyclopts import Parameter, Token
+from rich.console import Console
+
+from sparsetrail import __version__, data
+from sparsetrail.attacks import ATTACKS
+from sparsetrail.cli.screen import Screen
+from sparsetrail.core import Linf, Report, Run, Trail
+from sparsetrail.recipes import measure, paper
+from sparsetrail.recipes import quick as quick_recipe
+from sparsetrail.report import console as print_table
+from sparsetrail.report import load as load_report
+from sparsetrail.report import write
+from sparsetrail.snn.encode import build_encoder
+from sparsetrail.snn.net import NetSpec
+from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.snn.surrogate import Surrogate
+from sparsetrail.train import Trained, TrainSpec, load_model
+from sparsetrail.train import train as train_model
+
+
+def _fraction(_type: Any, tokens: Sequence[Token]) -> float:
+    """A number as the field writes it: 8/255 or 0.031."""
+    text = tokens[0].value
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+
+
+Number = Annotated[float, Parameter(converter=_fraction)]
+Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:i")]
+Threads = Annotated[int | None, Parameter(help="CPU threads; default all cores")]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="print one JSON line instead of text")]
+Fresh = Annotated[bool, Parameter(negative="", help="move an older result in --out aside and start again")]
+Space = Literal["pixel", "encoded"]
+
+
+def _device(name: str, threads: int | None) -> str:
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device; this is torch {torch.__version__}. Use --device cpu or auto")
+    try:
+        torch.empty(0, device=name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; expected auto, cpu, cuda or cuda:i") from None
+    return name
+
+
+def _folder(out: Path, fresh: bool) -> Path:
+    """The output folder, writable before any work starts; `fresh` moves an older one aside."""
+    if fresh and out.exists():
+        n = 1
+        while (aside := out.with_name(f"{out.name}.old{n}")).exists():
+            n += 1
+        os.replace(out, aside)
+        print(f"moved {out} to {aside}", file=sys.stderr)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out}: expected a folder to write to, found {error.strerror}; choose another") from None
+    return out
+
+
+def _emit(facts: dict[str, Any]) -> None:
+    print(json.dumps(facts, default=str))
+
+
+def quick(
+    *,
+    out: Path = Path("runs/quick"),
+    images: int = 6000,
+    epochs: int = 2,
+    attacked: int = 200,
+    seed: int = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Train two small SEW-ResNets (max and average pool) on shipped Fashion-MNIST images, attack and trace both.
+
+    Writes report.html, report.md, result.json and the models into --out. About two minutes on two CPU cores; no
+    network and no GPU needed. The same command continues or, when finished, shows the result again.
+    """
+    where = _device(device, threads)
+    with Screen() as screen:
+        bench = measure.Bench(out=_folder(out, fresh), device=where, seed=seed, tick=screen.tick, stop=screen.stop)
+        spec = quick_recipe.QuickSpec(images=images, epochs=epochs, attacked=attacked)
+        report, examples = quick_recipe.quick(bench, spec)
+        screen.tick("report", 0, 1, "")
+        files = write(report, out, images=examples)
+        screen.tick("report", 1, 1, "")
+    _finish(report, files, as_json)
+
+
+def _finish(report: Report, files: dict[str, Path], as_json: bool) -> None:
+    if as_json:
+        _emit(_brief(report) | {"files": {k: str(v) for k, v in files.items()}})
+        return
+    console = Console()
+    console.print()
+    print_table(report, console)
+    for line in report.summary:
+        console.print(line, markup=False, highlight=False)
+    page = next((p for p in files.values() if p.suffix == ".html"), None)
+    console.print(f"\nreport   {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _brief(report: Report) -> dict[str, Any]:
+    return {
+        "title": report.title,
+        "runs": [_run_line(r) for r in report.runs],
+        "trails": [{"victim": t.victim, "mode": t.mode, "n": t.n, "operations": len(t.rows)} for t in report.trails],
+        "seconds": report.provenance.get("seconds"),
+    }
+
+
+def _run_line(run: Run) -> dict[str, Any]:
+    lo, hi = run.accuracy.interval()
+    return {
+        "victim": run.victim, "attack": run.attack, "knobs": run.knobs, "space": run.threat.space,
+        "norm": run.threat.norm, "eps": run.threat.eps, "mode": run.mode, "route": run.route, "data": run.data,
+        "n": run.n, "clean_acc": run.clean_accuracy.value, "robust_acc": run.accuracy.value, "interval95": [lo, hi],
+        "ties": run.ties, "zero_gradient": run.zero_gradient, "dead_examples": run.dead_examples,
+        "nonfinite": run.nonfinite, "forwards": run.forwards, "backwards": run.backwards, "seed": run.seed,
+        "seconds": round(run.seconds, 2), "note": run.note,
+    }  # fmt: skip
+
+
+def train(
+    arch: str = "sew_resnet18",
+    *,
+    data_name: Annotated[str, Parameter(name="--data", help="cifar10, cifar100, fashion-mnist, fashion-mnist-slice or a path")],
+    out: Path | None = None,
+    pool: Literal["max", "avg"] = "max",
+    connect: Literal["add", "and", "iand"] = "add",
+    stem: Literal["imagenet", "cifar"] = "imagenet",
+    width: float = 1.0,
+    steps: Annotated[int, Parameter(name=["--steps", "--T"])] = 10,
+    encoder: Literal["phase", "direct", "poisson", "latency", "bit_plane"] = "phase",
+    neuron: Literal["if", "lif", "plif"] = "if",
+    threshold: float = 1.0,
+    soft_reset: bool = False,
+    detach_reset: bool | None = None,
+    tau: float = 2.0,
+    surrogate: str = "atan",
+    surrogate_width: float = 2.0,
+    images: int | None = None,
+    epochs: int = 100,
+    batch: int = 16,
+    lr: float = 1e-3,
+    optimizer: Literal["adam", "sgd"] = "adam",
+    weight_decay: float = 0.0,
+    schedule: Literal["none", "cosine"] = "none",
+    clip: float = 0.0,
+    flip: bool = True,
+    crop: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    validation: float = 0.1,
+    seed: int = 3407,
+    root: Path | None = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Train ARCH (sew_resnet18/34/50, spiking_resnet18/34/50) on a data set; the same command continues.
+
+    Defaults are the paper's: Adam 1e-3, batch 16, 100 epochs, flip, seed 3407, IF neurons, arctan(2), phase code with
+    T=10. The reset is detached in SEW-ResNets and in the graph of Spiking-ResNets, unless --detach-reset says
+    otherwise. The best epoch is chosen on --validation of the training set.
+    """
+    where = _device(device, threads)
+    train_set = data.load(data_name, "train", root=root)
+    if images is not None and images < len(train_set.labels):
+        train_set = data.take(train_set, images, seed=0)
+    detach = arch.startswith("sew") if detach_reset is None else detach_reset
+    net = NetSpec(
+        arch=arch, classes=len(train_set.classes), channels=train_set.images.shape[1], width=width, stem=stem, pool=pool,
+        connect=connect, steps=steps,
+        neuron=NeuronSpec(kind=neuron, threshold=threshold, reset=None if soft_reset else 0.0, detach_reset=detach,
+                          tau=tau, surrogate=Surrogate(surrogate, surrogate_width)),
+    )  # fmt: skip
+    knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}
+    spec = TrainSpec(
+        optimizer=optimizer, lr=lr, weight_decay=weight_decay, schedule=schedule, batch=batch, epochs=epochs, flip=flip,
+        crop=crop, clip=clip, precision=precision, validation=validation, seed=seed,
+    )  # fmt: skip
+    folder = _folder(out or Path("runs") / f"{train_set.name}-{arch}-{pool}", fresh)
+    with Screen() as screen:
+
+        def say(event: dict[str, Any]) -> None:
+            if event["event"] == "step":
+                screen.tick("train", event["step"], event["of"], f"epoch {event['epoch'] + 1}/{epochs} loss {event['loss']:.3f}")
+            elif event["event"] == "epoch":
+                score = "" if event["validation"] is None else f", validation {event['validation']:.1%}"
+                screen.say(f"epoch {event['epoch'] + 1}/{epochs}: loss {event['loss']:.3f}{score}")
+            elif event["event"] == "resumed":
+                screen.say(f"continuing at epoch {event['epoch'] + 1}, step {event['step']}")
+
+        model = train_model(
+            net, build_encoder(encoder, **knobs), train_set, spec, folder, device=where, say=say, stop=screen.stop
+        )
+    facts = {"model": str(model.path), "sha256": model.sha256, "validation": model.card["validation"]}
+    if as_json:
+        _emit(facts)
+    else:
+        score = model.card["validation"]
+        tail = "" if score is None else f"   validation accuracy {score['k'] / score['n']:.1%} of {score['n']}"
+        print(f"model    {model.path}{tail}")
+
+
+def _target(target: str) -> tuple[Trained, Path]:
+    path = Path(target)
+    if not path.exists():
+        raise ValueError(f"{target}: expected a run folder or a model.safetensors, found nothing there")
+    model = load_model(path)
+    return model, path if path.is_dir() else path.parent
+
+
+def _test_set(model: Trained, name: str | None, n: int | None, root: Path | None) -> data.Dataset:
+    found = data.load(name or model.card["data"]["name"], "test", root=root)
+    return found if n is None or n >= len(found.labels) else data.take(found, n, seed=0)
+
+
+def attack(
+    target: str,
+    *,
+    name: Annotated[str, Parameter(help=f"one of {', '.join(ATTACKS)}")] = "pgd",
+    eps: Number | None = None,
+    space: Space | None = None,
+    compat: Annotated[Literal["authors"] | None, Parameter(help="the paper's code: encoded 6/255, crafted in train mode")] = None,
+    steps: int | None = None,
+    step: Number | None = None,
+    restarts: int | None = None,
+    draws: int | None = None,
+    encoder_gradient: Annotated[str | None, Parameter(help="identity, weighted, secant or none")] = None,
+    data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
+    n: int | None = 1000,
+    batch: int = 64,
+    seed: int = 0,
+    root: Path | None = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Attack TARGET (a run folder or model.safetensors) on test images; eval mode, best point kept, judged afresh.
+
+    --eps and --space have no default: say what the adversary may do, e.g. --eps 8/255 --space pixel. Results are kept
+    beside the model and not computed twice.
+    """
+    where = _device(device, threads)
+    knobs = {k: v for k, v in (("steps", steps), ("step", step), ("restarts", restarts), ("draws", draws)) if v is not None}
+    if compat is None:
+        if eps is None or space is None:
+            raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
+        if name not in ATTACKS:
+            raise ValueError(f"--name: expected one of {', '.join(ATTACKS)}, got {name!r}")
+        _check_knobs(name, knobs)
+        threat = Linf(eps, space=space)
+    elif space == "pixel" or eps is not None:
+        raise ValueError("--compat authors: its threat is fixed (encoded space, 6/255); leave --eps and --space out")
+    model, folder = _target(target)
+    test_set = _test_set(model, data_name, n, root)
+    label = folder.resolve().name
+    with Screen(quiet=as_json) as screen:
+        bench = measure.Bench(
+            out=folder / "attacks", device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
+        )
+        if compat:
+            if knobs:
+                raise ValueError(f"--compat authors: its settings are fixed; leave {', '.join('--' + k for k in knobs)} out")
+            runs = list(measure.strike_as_published(bench, model, label, test_set))
+        else:
+            runs = [measure.strike(bench, model, label, name, threat, test_set, backward=encoder_gradient, **knobs)]
+    for run in runs:
+        if as_json:
+            _emit(_run_line(run))
+        else:
+            _say_run(run)
+
+
+def _check_knobs(name: str, knobs: dict[str, Any]) -> None:
+    import inspect
+
+    allowed = [p.name for p in inspect.signature(ATTACKS[name]).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    for k, v in knobs.items():
+        if k not in allowed:
+            flags = ", ".join(f"--{a}" for a in allowed) or "no settings"
+            raise ValueError(f"--{k}: {name} does not have it; expected {flags}")
+        if v <= 0:
+            raise ValueError(f"--{k}: expected a positive number, got {v}")
+
+
+def _say_run(run: Run) -> None:
+    print(f"threat   {run.threat}, crafted in {run.mode} mode")
+    print(f"route    {run.route}")
+    print(f"data     {run.data}")
+    print(f"clean    {run.clean_accuracy}")
+    knobs = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in run.knobs.items())
+    print(f"{run.attack:<8} {run.accuracy}" + (f"   ({knobs})" if knobs else ""))
+    if run.zero_gradient is not None:
+        print(f"gradient {run.zero_gradient:.1%} exact zeros; {run.dead_examples} images once without any gradient")
+    for line in (f"{run.ties} ties, counted as not fooled" if run.ties else "",
+                 f"{run.nonfinite} images with a gradient that is not finite" if run.nonfinite else "", run.note):  # fmt: skip
+        if line:
+            print(f"note     {line}")
+
+
+def trail(
+    target: str,
+    *,
+    data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
+    n: int = 64,
+    per_step: bool = False,
+    mode: Literal["eval", "train"] = "eval",
+    out: Path | None = None,
+    root: Path | None = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """The sparsity trail of TARGET: exact zeros in, and L2 norm of, the gradient at the input of every operation.
+
+    Writes a page into --out (default: trail/ beside the model). --mode train uses batch statistics, as the paper's
+    code does; the model is left as it was.
+    """
+    where = _device(device, threads)
+    model, folder = _target(target)
+    test_set = _test_set(model, data_name, n, root)
+    label, started = folder.resolve().name, time.monotonic()
+    with Screen(quiet=as_json) as screen:
+        place = _folder(out or folder / "trail", False)
+        bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
+        found = measure.follow(bench, model, label, test_set, per_step=per_step, mode=mode)
+    report = Report(
+        title=f"Sparsity trail of {label}", summary=(_trail_sentence(found),), models=(),
+        runs=(), trails=(found,), claims=(), provenance=measure.provenance(bench, started, f"sparsetrail trail {target}"),
+    )  # fmt: skip
+    files = write(report, place)
+    if as_json:
+        from dataclasses import asdict
+
+        _emit(asdict(found))
+        return
+    print(f"{'operation':<28}{'kind':<9}{'zeros %':>9}{'forced %':>10}{'norm':>12}")
+    for r in found.rows:
+        print(f"{r.op:<28}{r.kind:<9}{100 * r.zero:>9.2f}{100 * r.forced:>10.2f}{r.norm:>12.3e}")
+    print(_trail_sentence(found))
+    print(f"report   {files.get('html', place)}")
+
+
+def _trail_sentence(t: Trail) -> str:
+    most = max(t.rows, key=lambda r: r.zero)
+    return (
+        f"{t.victim}, {t.mode} mode, n={t.n}: most zeros at {most.op} ({most.zero:.1%}, of which geometry forces "
+        f"{most.forced:.1%}); clean accuracy {t.clean_accuracy:.1%}."
+    )
+
+
+def reproduce(
+    figure: Literal["table1", "table2", "table3", "fig1", "fig3"],
+    *,
+    scale: Literal["smoke", "small", "paper"] = "small",
+    rows: Annotated[list[str] | None, Parameter(help="architectures, e.g. sew_resnet18; default by scale")] = None,
+    datasets: Annotated[list[str] | None, Parameter(help="cifar10, cifar100; default by figure and scale")] = None,
+    out: Path | None = None,
+    root: Path | None = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Run a table or figure of the paper on real CIFAR: ours beside the published value, each threat in its own column.
+
+    Resumes cell by cell. `smoke` proves that it runs (a minute), `small` trains one row within the hour on two cores,
+    `paper` is the published scale (a GPU and days).
+    """
+    where = _device(device, threads)
+    place = _folder(out or Path("runs") / f"{figure}-{scale}", fresh)
+    with Screen(quiet=as_json) as screen:
+        bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
+        report = paper.reproduce(
+            bench, figure, scale, rows=rows or (), datasets=datasets or (), root=None if root is None else str(root)
+        )
+        files = write(report, place)
+    _finish(report, files, as_json)
+
+
+def report(
+    path: Path,
+    *,
+    out: Path | None = None,
+    format: Literal["all", "table", "latex", "svg", "pdf"] = "all",
+) -> None:
+    """Draw the report in PATH (a run folder or result.json) again; `table` and `latex` print, `svg`/`pdf` draw the trail."""
+    from sparsetrail.report import figure as draw
+    from sparsetrail.report import table
+
+    found = load_report(path)
+    place = out or (path if path.is_dir() else path.parent)
+    if format == "table":
+        print(table(found, tablefmt="github"))
+    elif format == "latex":
+        print(table(found, tablefmt="latex_booktabs"))
+    elif format in ("svg", "pdf"):
+        print(f"figure   {draw(found, place / f'trail.{format}')}")
+    else:
+        print(f"report   {write(found, place)['html']}")
+
+
+def doctor(*, root: Path | None = None, as_json: Json = False) -> None:
+    """What was found on this machine, and what will not work."""
+    tools = {t: shutil.which(t) for t in ("npm", "chromium", "g++", "nvcc")}
+    facts = {
+        "sparsetrail": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores, no CUDA)",
+        "threads": torch.get_num_threads(),
+        "data": [f"{e.name}/{e.split}: {e.n} images{'' if e.official else ' (not the official content)'}" for e in data.available(root)],
+        "data folder": str(data.cache_root(root)),
+        "tools": {k: v or "not found" for k, v in tools.items()},
+    }
+    if as_json:
+        _emit(facts)
+        return
+    for k, v in facts.items():
+        if isinstance(v, list):
+            print(f"{k:<12} " + (f"\n{'':<12} ".join(v) if v else "none; `sparsetrail data get cifar10`"))
+        elif isinstance(v, dict):
+            print(f"{k:<12} " + ", ".join(f"{a}: {b}" for a, b in v.items()))
+        else:
+            print(f"{k:<12} {v}")
+
+
+def data_get(name: str, *, root: Path | None = None) -> None:
+    """Download NAME (cifar10, cifar100, fashion-mnist), check it against the known content hash, keep it."""
+    _say_import(data.get(name, root=root, progress=lambda line: print(line, file=sys.stderr)))
+
+
+def data_add(path: Path, *, name: str | None = None, root: Path | None = None) -> None:
+    """Take in PATH: official python or binary files, PNG sheets, npz, IDX, or an image folder; checked before kept."""
+    _say_import(data.add(path, name=name, root=root))
+
+
+def _say_import(found: Any) -> None:
+    for e in found.entries:
+        tag = "official content" if e.official else "not the official content"
+        print(f"{e.name}/{e.split}: {e.n} images {e.shape}, sha256 {e.sha256[:12]} ({tag})")
+    for line in found.warnings:
+        print(f"note: {line}")
+
+
+def data_verify(*, root: Path | None = None) -> None:
+    """Read every set in the cache and compare it with its recorded content hash."""
+    bad = 0
+    for e in data.verify(root):
+        print(f"{e.name}/{e.split}: {e.problem or 'ok'}")
+        bad += bool(e.problem)
+    if bad:
+        raise ValueError(f"{bad} damaged; see above")
+
+
+def data_list(*, root: Path | None = None) -> None:
+    """Name, split, size and identity of every set at hand."""
+    for e in data.available(root):
+        tag = "official" if e.official else "unofficial"
+        print(f"{e.name:<22}{e.split:<7}{e.n:>7}  {'x'.join(map(str, e.shape)):<10} {e.sha256[:12]}  {tag}  {e.path}")

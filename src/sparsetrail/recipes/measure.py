@@ -1,0 +1,234 @@
+"""The steps that experiments are made of, each kept on disk as soon as it is done: a repeated command continues.
+
+A cell is one measured thing; its key is a hash of everything that decides the result (weights, data, attack, settings,
+threat, route, seed), so a changed setting is a new cell and never a mix.
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrail import __version__
+from sparsetrail.attacks import ATTACKS, attack, authors
+from sparsetrail.core import Linf, Mode, Rate, Run, Trail, TrailRow, Victim
+from sparsetrail.data import Dataset, pixels
+from sparsetrail.snn.encode import Encoder
+from sparsetrail.snn.net import NetSpec, describe, victim
+from sparsetrail.snn.weights import load_weights, save_weights, write_atomic
+from sparsetrail.train import Trained, TrainSpec, accuracy, train
+from sparsetrail.trail import trail
+
+Tick = Callable[[str, int, int, str], None]  # task, done, total, note
+
+
+def _silent(task: str, done: int, total: int, note: str) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where an experiment works: its folder, device, seed, and how it reports and is stopped."""
+
+    out: Path
+    device: str = "cpu"
+    seed: int = 0
+    batch: int = 64
+    tick: Tick = _silent
+    stop: Callable[[], bool] = lambda: False
+
+
+def fit(bench: Bench, name: str, net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec) -> Trained:
+    """Train a model into `out/models/name`, or take the finished one from there."""
+    folder = bench.out / "models" / name
+
+    def say(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            bench.tick(f"train {name}", event["step"], event["of"], f"loss {event['loss']:.3f}")
+        elif event["event"] == "epoch" and event["validation"] is not None:
+            of = spec.epochs
+            bench.tick(f"train {name}", -1, of, f"epoch {event['epoch'] + 1}/{of}: validation {event['validation']:.1%}")
+
+    return train(net, encode, data, spec, folder, device=bench.device, say=say, stop=bench.stop)
+
+
+def as_victim(model: Trained, name: str, *, backward: str | None = None, device: str = "cpu") -> Victim:
+    """The adversary's view of a trained model; `backward` swaps the encoder's backward rule."""
+    encode = model.encode if backward is None else model.encode.route(backward)
+    return victim(model.net.to(device), encode, name=name)
+
+
+def strike(
+    bench: Bench, model: Trained, name: str, attack_name: str, threat: Linf, data: Dataset, *,
+    backward: str | None = None, **knobs: Any,
+) -> Run:
+    """One attack on one model as a cell; pixel-space points are kept beside it."""
+    v = as_victim(model, name, backward=backward, device=bench.device)
+    spec = _spec(model, v.path(threat.space), v.mode, data, bench.seed) | {
+        "attack": attack_name, "knobs": knobs, "threat": asdict(threat),
+    }
+    done = _read(bench, spec)
+    task = f"{attack_name} {threat}: {name}"
+    if done is not None:
+        bench.tick(task, len(data.labels), len(data.labels), "kept from before")
+        return run_from(done)
+    run = attack(
+        ATTACKS[attack_name], v, threat, pixels(data.images.to(bench.device)), data.labels.to(bench.device),
+        batch=bench.batch, seed=bench.seed, keep=threat.space == "pixel", data=identity(data),
+        say=lambda done, n: bench.tick(task, done, n, ""), stop=bench.stop, **knobs,
+    )
+    if run.adversarial is not None:
+        save_weights(_path(bench, spec).with_suffix(".safetensors"), {"adversarial": run.adversarial}, spec)
+    _write(bench, spec, run_to(run))
+    return run
+
+
+def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, **knobs: Any) -> tuple[Run, Run]:
+    """The paper's own evaluation (encoded space, crafted in train mode) as a pair of cells."""
+    route = describe(model.net)
+    spec = _spec(model, route, "train", data, 3407) | {"attack": "authors", "knobs": knobs}
+    task, n = f"authors' evaluation: {name}", len(data.labels)
+    done = _read(bench, spec)
+    if done is not None:
+        bench.tick(task, n, n, "kept from before")
+        return run_from(done["fgsm"]), run_from(done["pgd"])
+    fgsm, pgd = authors(
+        model.net.to(bench.device), model.encode, pixels(data.images.to(bench.device)), data.labels.to(bench.device),
+        name=name, data=identity(data), route=route, say=lambda done, n: bench.tick(task, done, n, ""),
+        stop=bench.stop, **knobs,
+    )
+    _write(bench, spec, {"fgsm": run_to(fgsm), "pgd": run_to(pgd)})
+    return fgsm, pgd
+
+
+def follow(
+    bench: Bench, model: Trained, name: str, data: Dataset, *, per_step: bool = False, mode: Mode = "eval"
+) -> Trail:
+    """The sparsity trail of one model as a cell."""
+    v = as_victim(model, name, device=bench.device)
+    spec = _spec(model, v.route, mode, data, 0) | {"trail": True, "per_step": per_step}
+    task, n = f"trail ({mode} mode): {name}", len(data.labels)
+    done = _read(bench, spec)
+    if done is not None:
+        bench.tick(task, n, n, "kept from before")
+        return trail_from(done)
+    found = trail(
+        v, pixels(data.images.to(bench.device)), data.labels.to(bench.device), mode=mode, per_step=per_step,
+        data=identity(data), say=lambda done, n: bench.tick(task, done, n, ""),
+    )
+    _write(bench, spec, asdict(found))
+    return found
+
+
+def clean(bench: Bench, model: Trained, name: str, data: Dataset) -> Rate:
+    """Clean accuracy on a whole set as a cell."""
+    spec = _spec(model, "", "eval", data, 0) | {"clean": True}
+    done = _read(bench, spec)
+    if done is None:
+        rate = accuracy(model.net.to(bench.device), model.encode, data, device=bench.device)
+        done = asdict(rate)
+        _write(bench, spec, done)
+    bench.tick(f"clean accuracy: {name}", len(data.labels), len(data.labels), "")
+    return Rate(**done)
+
+
+def card(model: Trained, name: str, test: Rate, data: Dataset) -> dict[str, Any]:
+    """What a report says about a model."""
+    net, spec, source = model.card["net"], model.card["train"], model.card["data"]
+    neuron = net["neuron"]
+    reset = "soft" if neuron["reset"] is None else f"hard to {neuron['reset']:g}"
+    return {
+        "name": name,
+        "architecture": f"{net['arch']}, width x{net['width']:g}, {net['stem']} stem, {net['pool']} pool",
+        "parameters": sum(p.numel() for p in model.net.parameters()),
+        "neuron": f"{neuron['kind'].upper()}, threshold {neuron['threshold']:g}, {reset} reset"
+        f"{', detached' if neuron['detach_reset'] else ''}, {neuron['surrogate']['name']}({neuron['surrogate']['width']:g})",
+        "encoder": f"{model.card['encoder']['name']} {model.card['encoder']['knobs']}",
+        "trained on": f"{source['name']} {source['split']}, {source['n']} images, content {source['sha256'][:12]}",
+        "training": f"{spec['optimizer']} lr {spec['lr']:g}, batch {spec['batch']}, {spec['epochs']} epochs, "
+        f"weight decay {spec['weight_decay']:g}, seed {spec['seed']}",
+        "chosen by": model.card["chosen_by"],
+        "clean test accuracy": f"{test} ({identity(data)})",
+        "weights sha256": model.sha256,
+    }
+
+
+def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
+    """Versions, machine and time of a report."""
+    return {
+        "command": command,
+        "sparsetrail": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": bench.device,
+        "threads": torch.get_num_threads(),
+        "seed": bench.seed,
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def identity(data: Dataset) -> str:
+    """A data set in one phrase for results."""
+    tag = "official" if data.official else "subset or unofficial"
+    return f"{data.name} {data.split}, n={len(data.labels)}, content {data.sha256[:12]} ({tag})"
+
+
+def run_to(run: Run) -> dict[str, Any]:
+    """A run as JSON-ready data, without its tensor."""
+    return {k: v for k, v in asdict(run).items() if k != "adversarial"}
+
+
+def run_from(held: dict[str, Any]) -> Run:
+    """The run that `run_to` wrote."""
+    threat = dict(held["threat"])
+    threat["box"] = tuple(threat["box"])
+    tuples = {k: tuple(held[k]) for k in ("clean", "robust", "trace")}
+    return Run(**(held | tuples | {"threat": Linf(threat.pop("eps"), **threat)}))
+
+
+def trail_from(held: dict[str, Any]) -> Trail:
+    """The trail that `asdict` wrote."""
+    rows = tuple(
+        TrailRow(**(r | {"per_step": None if r["per_step"] is None else tuple(r["per_step"])})) for r in held["rows"]
+    )
+    return Trail(**(held | {"rows": rows}))
+
+
+def adversarial(bench: Bench, run: Run, model: Trained, data: Dataset) -> Tensor | None:
+    """The kept adversarial images of a pixel-space run, if they are on disk."""
+    spec = _spec(model, run.route, run.mode, data, run.seed) | {
+        "attack": run.attack, "knobs": run.knobs, "threat": asdict(run.threat),
+    }
+    path = _path(bench, spec).with_suffix(".safetensors")
+    return load_weights(path)[0]["adversarial"] if path.exists() else None
+
+
+def _spec(model: Trained, route: str, mode: str, data: Dataset, seed: int) -> dict[str, Any]:
+    return {"weights": model.sha256, "data": data.sha256, "route": route, "mode": mode, "seed": seed, "format": 1}
+
+
+def _path(bench: Bench, spec: dict[str, Any]) -> Path:
+    text = json.dumps(spec, sort_keys=True)
+    return bench.out / "cells" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+
+def _read(bench: Bench, spec: dict[str, Any]) -> dict[str, Any] | None:
+    path = _path(bench, spec)
+    if not path.exists():
+        return None
+    held = json.loads(path.read_text())
+    if held["spec"] != json.loads(json.dumps(spec)):
+        raise ValueError(f"{path}: expected the cell of {spec}, found another; move the file away")
+    return held["result"]
+
+
+def _write(bench: Bench, spec: dict[str, Any], result: dict[str, Any]) -> None:
+    write_atomic(_path(bench, spec), json.dumps({"spec": spec, "result": result}).encode())

@@ -1,0 +1,311 @@
+"""The charts, one Vega-Lite specification each: interactive on the page, vector graphics in a paper.
+
+Colours differ in lightness as well as in hue, and shapes repeat them, so that print and colour-blind eyes lose nothing.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsetrail.core import Rate, Report, Run
+from sparsetrail.report.io import ReportError, replace
+from sparsetrail.report.labels import columns, settings
+from sparsetrail.report.tables import TrailGroup, percent, trail_groups
+
+SERIF = "'Iowan Old Style', 'Palatino Linotype', Palatino, 'URW Palladio L', P052, 'Liberation Serif', Georgia, serif"
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+LIGHT = {"ink": "#22262b", "soft": "#6b7178", "line": "#c9cdd2", "ground": "#ffffff"}
+DARK = {"ink": "#e6e4df", "soft": "#a3a6aa", "line": "#4a4f55", "ground": "#16181b"}
+SERIES = {
+    "light": ["#1d4e89", "#e58a1f", "#5aa89a", "#9b3f6c", "#7f7f7f", "#b5a642"],
+    "dark": ["#82b4f0", "#f0a24a", "#7fd0c0", "#e191b5", "#b0b0b0", "#d8ca6a"],
+}
+Spec = dict[str, Any]
+Which = Literal["trail", "accuracy", "steps"]
+
+
+def config(theme: Literal["light", "dark"] = "light") -> Spec:
+    """The look: serif, no grid, thin axes; the same for page and paper but for the colours of a dark page."""
+    c = LIGHT if theme == "light" else DARK
+    return {
+        "font": SERIF,
+        "background": None if theme == "dark" else c["ground"],
+        "view": {"stroke": None},
+        "axis": {
+            "grid": False,
+            "domainColor": c["soft"],
+            "tickColor": c["soft"],
+            "labelColor": c["ink"],
+            "titleColor": c["ink"],
+            "titleFontWeight": "normal",
+            "titleFontSize": 12,
+            "labelFontSize": 11,
+        },
+        "legend": {"labelColor": c["ink"], "titleColor": c["ink"], "labelFontSize": 12, "titleFontWeight": "normal"},
+        "title": {"color": c["ink"], "subtitleColor": c["soft"], "fontWeight": "normal", "fontSize": 13, "anchor": "start"},
+        "range": {"category": SERIES[theme], "symbol": SHAPES},
+        "style": {
+            "ink": {"color": c["ink"], "fill": c["ink"], "stroke": c["ink"]},
+            "forced": {"color": c["ink"]},
+            "stage": {"color": c["line"]},
+            "stage-name": {"color": c["soft"], "fill": c["soft"], "fontSize": 10.5},
+        },
+    }
+
+
+def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
+    """Zero share with the part that geometry forces (above) and L2 norm (below) of every operation, forward order."""
+    import altair as alt
+
+    data = alt.Data(values=_trail_values(group))
+    many = len(group.labels)
+    step = max(17, 7 * many + 4)
+    width = step * len(group.ops)
+    bar = max(3.0, (step - 3) / many - 0.5)
+    x = alt.X("op:N", sort=list(group.ops), scale=alt.Scale(paddingInner=0.14, paddingOuter=0.1))
+    series = alt.XOffset("victim:N", sort=list(group.labels), scale=alt.Scale(paddingInner=0.0))
+    colour = alt.Color(
+        "victim:N", sort=list(group.labels), legend=alt.Legend(title=None, orient="top", symbolType="square") if many > 1 else None
+    )
+    hints = [
+        alt.Tooltip("op:N", title="operation"),
+        alt.Tooltip("kind:N"),
+        alt.Tooltip("victim:N"),
+        alt.Tooltip("zero:Q", title="zero, %", format=".3f"),
+        alt.Tooltip("forced:Q", title="forced by geometry, %", format=".3f"),
+        alt.Tooltip("norm:Q", title="L2 norm", format=".3e"),
+        alt.Tooltip("entries:Q", title="entries an image", format=","),
+    ]
+    base = alt.Chart(data)
+    bars = base.mark_bar(size=bar).encode(
+        x=x.axis(None),
+        xOffset=series,
+        y=alt.Y("zero:Q", title="zero entries, %", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5)),
+        color=colour,
+        tooltip=hints,
+    )
+    forced = (
+        base.mark_tick(style="forced", thickness=2, size=bar + 2)
+        .encode(x=x.axis(None), xOffset=series, y="forced:Q", tooltip=hints)
+        .transform_filter("datum.forced > 0")
+    )
+    stages = _stages(group)
+    rules = (
+        alt.Chart(alt.Data(values=stages[1:]))
+        .mark_rule(style="stage", strokeDash=[2, 2])
+        .encode(x=alt.X("op:N", sort=list(group.ops), bandPosition=0, axis=None))
+    )
+    names = (
+        alt.Chart(alt.Data(values=stages))
+        .mark_text(style="stage-name", align="left", baseline="bottom", dx=2)
+        .encode(x=alt.X("op:N", sort=list(group.ops), bandPosition=0, axis=None), y=alt.value(-3), text="stage:N")
+    )
+    upper = (rules + bars + forced + names).properties(width=width, height=190)
+    norm = alt.Y(
+        "norm:Q",
+        title="L2 norm of the gradient",
+        scale=alt.Scale(type="log", nice=True),
+        axis=alt.Axis(format=".0e", tickCount=5),
+    )
+    below = x.axis(alt.Axis(labelAngle=-90, labelFontSize=9.5, title=None, labelLimit=180, labelOverlap=False))
+    lines = base.mark_line(strokeWidth=1, opacity=0.55).encode(x=below, y=norm, color=colour)
+    points = base.mark_point(size=26, filled=True, opacity=1).encode(
+        x=below,
+        y=norm,
+        color=colour,
+        shape=alt.Shape("victim:N", sort=list(group.labels), legend=None),
+        tooltip=hints,
+    )
+    lower = (rules + lines + points).transform_filter("isValid(datum.norm) && datum.norm > 0").properties(width=width, height=150)
+    chart = alt.vconcat(upper, lower, spacing=10).resolve_scale(color="shared")
+    if title:
+        chart = chart.properties(title=title)
+    return _spec(chart)
+
+
+def _trail_values(group: TrailGroup) -> list[Spec]:
+    return [
+        {
+            "op": op,
+            "kind": rows[op].kind,
+            "victim": label,
+            "zero": _finite(100 * rows[op].zero),
+            "forced": _finite(100 * rows[op].forced),
+            "norm": _finite(rows[op].norm),
+            "entries": rows[op].entries,
+        }
+        for label, rows in zip(group.labels, group.rows, strict=True)
+        for op in group.ops
+        if op in rows
+    ]
+
+
+def _stages(group: TrailGroup) -> list[Spec]:
+    """Where a new stage of the network begins: 'layer2.0.conv1' opens 'layer2'; single operations have no name."""
+    out: list[Spec] = []
+    for op in group.ops:
+        stage = op.split(".")[0] if "." in op else ""
+        if not out or out[-1]["stage"] != stage:
+            out.append({"op": op, "stage": stage})
+    return out
+
+
+def accuracy_spec(runs: Sequence[Run]) -> Spec:
+    """Accuracy with Wilson intervals, a panel per setting: panels of different threats never share an axis."""
+    import altair as alt
+
+    among, cells = settings(runs), columns(runs)
+    victims = list(dict.fromkeys(run.victim for run in runs))
+    routes = len({s.route for s in among}) > 1
+    rows = []
+    for data in dict.fromkeys(run.data for run in runs):
+        panels = []
+        for where in among:
+            here = {c: run for c, run in cells.items() if c[0].setting == where and run.data == data}
+            if not here:
+                continue
+            order, values = ["clean"], []
+            clean: dict[tuple[str, Rate], None] = {}
+            for run in here.values():
+                clean.setdefault((run.victim, run.clean_accuracy))
+            values += [_bar("clean", victim, rate) for victim, rate in clean]
+            for (column, _), run in here.items():
+                order.append(column.label)
+                values.append(_bar(column.label, run.victim, run.accuracy))
+            order = list(dict.fromkeys(order))
+            x = alt.X("attack:N", sort=order, axis=alt.Axis(title=None, labelAngle=0 if len(order) < 6 else -35, labelLimit=220))
+            offset = alt.XOffset("victim:N", sort=victims, scale=alt.Scale(paddingInner=0.6, paddingOuter=0.6))
+            scale = alt.Scale(domain=[0, 100])
+            axis = alt.Axis(tickCount=5, title="correct, %" if not panels else None)
+            colour = alt.Color("victim:N", sort=victims, legend=alt.Legend(title=None, orient="top") if not panels else None)
+            hints = [
+                alt.Tooltip("victim:N"),
+                alt.Tooltip("attack:N"),
+                alt.Tooltip("text:N", title="accuracy"),
+                alt.Tooltip("n:Q", title="images"),
+            ]
+            base = alt.Chart(alt.Data(values=values))
+            rule = base.mark_rule(strokeWidth=1.6).encode(
+                x=x, xOffset=offset, y=alt.Y("low:Q", scale=scale, axis=axis), y2="high:Q", color=colour
+            )
+            point = base.mark_point(size=58, filled=True, opacity=1).encode(
+                x=x,
+                xOffset=offset,
+                y=alt.Y("accuracy:Q", scale=scale, axis=axis),
+                color=colour,
+                shape=alt.Shape("victim:N", sort=victims, legend=alt.Legend(title=None, orient="top") if not panels else None),
+                tooltip=hints,
+            )
+            lines = [f"{where.mode}-mode BatchNorm"] + ([where.route] if routes else [])
+            name = alt.Title(where.short.split(",")[0], subtitle=lines, offset=10)
+            wide = max(120, len(order) * max(56, 22 * len(victims)))
+            panels.append((rule + point).properties(width=wide, height=210, title=name))
+        row = alt.hconcat(*panels, spacing=34).resolve_scale(x="independent", y="shared", color="shared", shape="shared")
+        rows.append(row.properties(title=data) if len({run.data for run in runs}) > 1 else row)
+    return _spec(rows[0] if len(rows) == 1 else alt.vconcat(*rows, spacing=30))
+
+
+def _bar(attack: str, victim: str, rate: Rate) -> Spec:
+    low, high = rate.interval()
+    return {
+        "attack": attack,
+        "victim": victim,
+        "accuracy": 100 * rate.value,
+        "low": 100 * low,
+        "high": 100 * high,
+        "n": rate.n,
+        "text": percent(rate),
+    }
+
+
+def steps_spec(group: TrailGroup) -> Spec | None:
+    """Zero share of every operation at every time step, a panel per victim; None where no step was kept."""
+    import altair as alt
+
+    panels = []
+    for label, rows in zip(group.labels, group.rows, strict=True):
+        values = [
+            {"op": op, "kind": row.kind, "step": step, "zero": _finite(100 * zero)}
+            for op, row in rows.items()
+            for step, zero in enumerate(row.per_step or (), 1)
+        ]
+        if not values:
+            continue
+        ops = alt.Axis(title=None, labelFontSize=9.5, labelOverlap=False, labelLimit=180, labels=not panels, ticks=not panels)
+        panels.append(
+            alt.Chart(alt.Data(values=values))
+            .mark_rect()
+            .encode(
+                x=alt.X("step:O", axis=alt.Axis(title="time step", labelAngle=0)),
+                y=alt.Y("op:N", sort=list(group.ops), axis=ops),
+                color=alt.Color(
+                    "zero:Q",
+                    scale=alt.Scale(domain=[0, 100], scheme="cividis"),
+                    legend=alt.Legend(title="zero entries, %", gradientLength=180),
+                ),
+                tooltip=[
+                    alt.Tooltip("op:N", title="operation"),
+                    alt.Tooltip("kind:N"),
+                    alt.Tooltip("step:O", title="time step"),
+                    alt.Tooltip("zero:Q", title="zero, %", format=".3f"),
+                ],
+            )
+            .properties(width=26 * max(row["step"] for row in values), height=12 * len(group.ops), title=label)
+        )
+    return _spec(alt.hconcat(*panels, spacing=24).resolve_scale(color="shared", y="shared")) if panels else None
+
+
+def figure(report: Report, path: str | Path, *, which: Which = "trail") -> Path:
+    """One chart as vector or raster graphics: .svg, .pdf, .png, or .json for the Vega-Lite specification itself.
+
+    `trail` and `steps` with trails of several modes, data or architectures give one picture with a panel each.
+    """
+    path = Path(path)
+    kinds = (".svg", ".pdf", ".png", ".json")
+    if path.suffix not in kinds:
+        raise ReportError(
+            f"expected a path ending in {', '.join(kinds)}, found {path.name!r}; likely fix: name the file trail.pdf"
+        )
+    spec = {**_which(report, which), "config": config()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        return replace(path, json.dumps(spec, indent=1).encode())
+    import vl_convert
+
+    if path.suffix == ".svg":
+        return replace(path, vl_convert.vegalite_to_svg(spec).encode())
+    if path.suffix == ".pdf":
+        return replace(path, vl_convert.vegalite_to_pdf(spec))
+    return replace(path, vl_convert.vegalite_to_png(spec, scale=3))
+
+
+def _which(report: Report, which: str) -> Spec:
+    if which == "accuracy":
+        specs = [accuracy_spec(report.runs)] if report.runs else []
+    elif which in ("trail", "steps"):
+        groups = trail_groups(report.trails)
+        several = len(groups) > 1
+        drawn = [
+            trail_spec(g, title=g.title if several else "") if which == "trail" else steps_spec(g) for g in groups
+        ]
+        specs = [spec for spec in drawn if spec]
+    else:
+        raise ReportError(f"which: expected 'trail', 'accuracy' or 'steps', found {which!r}; likely fix: choose one")
+    if not specs:
+        need = {"trail": "a trail", "accuracy": "a run", "steps": "a trail with per-step shares"}[which]
+        raise ReportError(f"expected a report with {need}, found none; likely fix: measure it, then draw it")
+    return specs[0] if len(specs) == 1 else {"vconcat": specs, "spacing": 40}
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def _spec(chart: Any) -> Spec:
+    """The chart as plain data, without altair's own look and without a link to the schema."""
+    spec: Spec = chart.to_dict(validate=True)
+    for key in ("$schema", "config"):
+        spec.pop(key, None)
+    return spec

@@ -1,0 +1,138 @@
+"""Words for what was measured: two numbers may share a column only if they share their `Setting`."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparsetrail.core import Linf, Mode, Run, as_fraction
+
+ATTACKS = {"fgsm": "FGSM", "rfgsm": "R-FGSM", "bim": "BIM", "mifgsm": "MI-FGSM", "pgd": "PGD", "apgd": "APGD", "fab": "FAB"}
+ATTACKS |= {"cw": "C&W", "spsa": "SPSA", "nes": "NES", "square": "Square", "rayS": "RayS", "clean": "clean"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the adversary may do and how its gradient flows: the threat, BatchNorm's mode, the gradient route."""
+
+    threat: Linf
+    mode: Mode
+    route: str
+
+    @property
+    def short(self) -> str:
+        """Space, radius and mode: 'pixel 8/255, eval mode'."""
+        return f"{self.threat.space} {radius(self.threat)}, {self.mode} mode"
+
+    @property
+    def sentence(self) -> str:
+        """The threat in one sentence, for a reader who meets it for the first time."""
+        how = (
+            "The adversary changes every pixel of the image"
+            if self.threat.space == "pixel"
+            else "The adversary changes every entry of the encoded input, at every time step,"
+        )
+        bn = (
+            "the network stays in eval mode while crafting"
+            if self.mode == "eval"
+            else "BatchNorm runs in train mode while crafting, on statistics of the attacked batch itself"
+        )
+        return f"{how} by at most {radius(self.threat)} of the range 0..1; {bn}; gradient: {self.route}."
+
+
+def radius(threat: Linf) -> str:
+    """Radius, and the box where it is not 0..1."""
+    box = "" if threat.box == (0.0, 1.0) else f" in [{threat.box[0]:g}, {threat.box[1]:g}]"
+    exact = as_fraction(threat.eps)
+    return f"{exact if '/' in exact or float(exact) == threat.eps else repr(threat.eps)}{box}"
+
+
+def setting(run: Run) -> Setting:
+    """The setting a run was made under; a radius that prints as k/255 is k/255, whatever float it came from."""
+    exact = as_fraction(run.threat.eps)
+    eps = int(exact[:-4]) / 255 if exact.endswith("/255") else run.threat.eps
+    return Setting(dataclasses.replace(run.threat, eps=eps), run.mode, run.route)
+
+
+def settings(runs: Iterable[Run]) -> tuple[Setting, ...]:
+    """All settings, in order of appearance."""
+    return tuple(dict.fromkeys(map(setting, runs)))
+
+
+def setting_label(one: Setting, among: Sequence[Setting]) -> str:
+    """`one.short`, with the route where the routes differ."""
+    return one.short if len({s.route for s in among}) < 2 else f"{one.short}, {one.route}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the accuracy table: an attack with its knobs, under one setting; `label` is unique within it."""
+
+    setting: Setting
+    label: str
+
+
+def columns(runs: Sequence[Run]) -> dict[tuple[Column, tuple[str, str]], Run]:
+    """Every run in a cell of its own: keys are (column, (victim, data)), in order of appearance by setting.
+
+    Runs share a column only if attack, knobs and setting are equal. Where that is not enough to keep cells apart,
+    seeds, then counters, make further columns: a run is never hidden or merged.
+    """
+    cells: dict[tuple[Column, tuple[str, str]], Run] = {}
+    for where in settings(runs):
+        here = [run for run in runs if setting(run) == where]
+        plain = {_exact(run): attack_label(run) for run in here}
+        for run in here:
+            rivals = [r for r in here if attack_label(r) == attack_label(run)]
+            base = plain[_exact(run)] + _knobs_apart(run, rivals)
+            twins = [r for r in rivals if _exact(r) == _exact(run)]
+            if len({(r.victim, r.data) for r in twins}) < len(twins) and len({r.seed for r in twins}) > 1:
+                base += f", seed {run.seed}"
+            label, count = base, 1
+            while (key := (Column(where, label), (run.victim, run.data))) in cells:
+                count += 1
+                label = f"{base} ({count})"
+            cells[key] = run
+    order = list(dict.fromkeys(column for column, _ in cells))
+    return dict(sorted(cells.items(), key=lambda item: order.index(item[0][0])))
+
+
+def attack_label(run: Run) -> str:
+    """The attack as the field writes it, with its number of steps: 'PGD-7'."""
+    name = ATTACKS.get(run.attack.lower(), run.attack)
+    steps = run.knobs.get("steps")
+    return f"{name}-{steps}" if isinstance(steps, int) and not isinstance(steps, bool) else name
+
+
+def _exact(run: Run) -> tuple[str, str]:
+    return run.attack, json.dumps(run.knobs, sort_keys=True, default=str)
+
+
+def _knobs_apart(run: Run, rivals: Sequence[Run]) -> str:
+    """The knobs in which a run differs from others of the same name, in words; empty if there are none."""
+    parts = []
+    for name in sorted({k for r in rivals for k in r.knobs}):
+        if len({json.dumps(r.knobs.get(name, "-"), sort_keys=True, default=str) for r in rivals}) > 1:
+            parts.append(f"{name} {value(run.knobs[name])}" if name in run.knobs else f"no {name}")
+    if len({r.attack for r in rivals}) > 1:
+        parts.append(run.attack)
+    return "".join(f", {part}" for part in parts)
+
+
+def value(v: Any) -> str:
+    """A knob or a card entry in words."""
+    if v is None:
+        return "none"
+    if isinstance(v, bool):
+        return "yes" if v else "no"
+    if isinstance(v, float):
+        if not math.isfinite(v):
+            return "not a number" if math.isnan(v) else "infinite"
+        return as_fraction(v) if 0 < v < 0.5 else f"{v:g}"
+    if isinstance(v, dict):
+        return ", ".join(f"{k} {value(x)}" for k, x in v.items())
+    if isinstance(v, (list, tuple)):
+        return ", ".join(map(value, v))
+    return str(v)

@@ -1,0 +1,523 @@
+"""Tables as plain grids of words, drawn alike in Markdown, LaTeX, HTML and the terminal.
+
+A column of accuracies holds one attack with its knobs under one threat, mode and gradient route, never two.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sparsetrail.core import Claim, Rate, Report, Run, Trail, TrailRow
+from sparsetrail.report.labels import Column, Setting, columns, setting, setting_label, settings, value
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FIGURES = ("fig1", "fig3")  # claims about trails; all others are about accuracies
+MARKDOWN = ("github", "pipe", "plain", "simple")
+Row = tuple[str, str]  # victim and data
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Words in rows and columns; the first `labels` columns name the row, `groups` spans the columns (title, width)."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    labels: int = 1
+    groups: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def flat_head(self) -> tuple[str, ...]:
+        """One header a column, the title of its group included."""
+        titles = [title for title, width in self.groups for _ in range(width)] or [""] * len(self.head)
+        return tuple(", ".join(filter(None, pair)) for pair in zip(self.head, titles, strict=True))
+
+    def text(self, tablefmt: str = "github") -> str:
+        """The grid drawn by tabulate."""
+        from tabulate import tabulate
+
+        align = ("left",) * self.labels + ("right",) * (len(self.head) - self.labels)
+        return tabulate(self.rows, self.flat_head, tablefmt=tablefmt, colalign=align, disable_numparse=True)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Published figures of one threat beside ours; `measured` is False where there is nothing of ours to show."""
+
+    figure: str
+    title: str
+    stated: str
+    coded: str
+    grid: Grid
+    notes: tuple[str, ...]
+    measured: bool
+
+
+@dataclass(frozen=True)
+class TrailGroup:
+    """Trails that may share a picture: the same mode, the same data, mostly the same operations."""
+
+    title: str
+    labels: tuple[str, ...]
+    trails: tuple[Trail, ...]
+    ops: tuple[str, ...]
+
+    @property
+    def rows(self) -> tuple[dict[str, TrailRow], ...]:
+        """Per trail, its rows by operation."""
+        return tuple(by_op(trail) for trail in self.trails)
+
+
+# --- accuracies -------------------------------------------------------------------------------------------------
+
+
+def percent(rate: Rate, *, n: bool = False) -> str:
+    """A share with its 95 % Wilson interval: '34.0 % [31.1, 37.0]'."""
+    full, _, count = str(rate).partition(", n=")
+    return f"{full}, n={count}" if n else full
+
+
+def accuracy(runs: Sequence[Run]) -> Grid:
+    """Clean and robust accuracy: a row per victim and data, a column per attack and setting, clean first."""
+    cells, clean, among = columns(runs), clean_columns(runs), settings(runs)
+    heads = list(dict.fromkeys(column for column, _ in cells))
+    names = list(dict.fromkeys(name for name, _ in clean))
+    rows = list(dict.fromkeys((run.victim, run.data) for run in runs))
+    several, n = len({data for _, data in rows}) > 1, len({run.n for run in runs}) > 1
+    lines = []
+    for row in rows:
+        line = list(row) if several else [row[0]]
+        line += [percent(clean[name, row], n=n) if (name, row) in clean else "" for name in names]
+        line += [percent(cells[head, row].accuracy, n=n) if (head, row) in cells else "" for head in heads]
+        lines.append(tuple(line))
+    labels = 2 if several else 1
+    return Grid(
+        caption="Share of images classified correctly, with 95 % Wilson interval",
+        head=("victim", *(["data"] if several else []), *names, *(head.label for head in heads)),
+        rows=tuple(lines),
+        labels=labels,
+        groups=(
+            ("", labels + len(names)),
+            *((setting_label(s, among), sum(head.setting == s for head in heads)) for s in among),
+        ),
+    )
+
+
+def clean_columns(runs: Sequence[Run]) -> dict[tuple[str, Row], Rate]:
+    """Clean accuracies by (column, (victim, data)): one column if all runs agree, else split until each column does."""
+    among, owner = settings(runs), {id(run): column for (column, _), run in columns(runs).items()}
+
+    def by_run(run: Run) -> str:
+        where = owner[id(run)]
+        return f"clean before {where.label}, {setting_label(where.setting, among)}"
+
+    modes: dict[Row, set[str]] = {}
+    for run in runs:
+        modes.setdefault((run.victim, run.data), set()).add(run.mode)
+    levels: list[Callable[[Run], str]] = [lambda run: "clean", lambda run: f"clean, {run.mode} mode", by_run]
+    if len(set(map(frozenset, modes.values()))) > 1:  # one victim in eval mode only, another in train mode only
+        del levels[0]
+    found: dict[tuple[str, Row], Rate] = {}
+    for level in levels:
+        found, clash = {}, False
+        for run in runs:
+            rate = found.setdefault((level(run), (run.victim, run.data)), run.clean_accuracy)
+            clash |= rate != run.clean_accuracy
+        if not clash:
+            break
+    return found
+
+
+def per_setting(runs: Sequence[Run]) -> tuple[tuple[Setting, Grid], ...]:
+    """The accuracy table cut into one grid per setting, each with the clean accuracies of its own runs."""
+    among = settings(runs)
+    return tuple(
+        (where, replace(accuracy([run for run in runs if setting(run) == where]), caption=setting_label(where, among)))
+        for where in among
+    )
+
+
+def facts(runs: Sequence[Run]) -> tuple[str, ...]:
+    """What every number of the table shares, to be said once: images, data, seed, gradient route."""
+    lines = []
+    if len(found := {run.n for run in runs}) == 1:
+        lines.append(f"n = {found.pop()} images")
+    if len(names := {run.data for run in runs}) == 1:
+        lines.append(f"data: {names.pop()}")
+    if len(found := {run.seed for run in runs}) == 1:
+        lines.append(f"seed {found.pop()}")
+    if len(names := {run.route for run in runs}) == 1:
+        lines.append(f"gradient: {names.pop()}")
+    return tuple(lines)
+
+
+def table(report: Report, *, tablefmt: str = "github") -> str:
+    """The accuracy table in any format of tabulate; in Markdown with what all its numbers share stated once below."""
+    if not report.runs:
+        return "No attack was run."
+    drawn = accuracy(report.runs).text(tablefmt)
+    if tablefmt not in MARKDOWN:
+        return drawn
+    return f"{drawn}\n\nShare of images classified correctly, 95 % Wilson interval; {'; '.join(facts(report.runs))}."
+
+
+def ledger(runs: Sequence[Run]) -> Grid:
+    """What the attacks cost and what they met: calls per image, zero gradients, examples they could not move."""
+    owner = {id(run): column for (column, _), run in columns(runs).items()}
+    several = len({run.data for run in runs}) > 1
+    notes = any(run.note for run in runs)
+    head = ("forwards an image", "backwards an image", "zero gradient entries", "dead examples", "non-finite", "ties")
+    return Grid(
+        caption="What the attacks cost and met",
+        head=("attack", "victim", *(["data"] if several else []), *head, "seconds", *(["note"] if notes else [])),
+        rows=tuple(
+            (
+                owner[id(run)].label,
+                run.victim,
+                *([run.data] if several else []),
+                f"{run.forwards / run.n:.4g}",
+                f"{run.backwards / run.n:.4g}",
+                share(run.zero_gradient),
+                str(run.dead_examples),
+                str(run.nonfinite),
+                str(run.ties),
+                f"{run.seconds:.1f}",
+                *([run.note] if notes else []),
+            )
+            for run in runs
+        ),
+        labels=3 if several else 2,
+    )
+
+
+def share(x: float | None) -> str:
+    """A share 0..1 in per cent; a dash where there is none."""
+    return "–" if x is None or math.isnan(x) else f"{100 * x:.2f} %"
+
+
+# --- trails -----------------------------------------------------------------------------------------------------
+
+
+def trail_groups(trails: Sequence[Trail]) -> tuple[TrailGroup, ...]:
+    """Trails sorted into pictures: another mode, other data or another architecture is another picture."""
+    bundles: list[list[Trail]] = []
+    for trail in trails:
+        ops = set(by_op(trail))
+        for bundle in bundles:
+            first, other = bundle[0], set(by_op(bundle[0]))
+            if (first.mode, first.data) == (trail.mode, trail.data) and 2 * len(ops & other) >= len(ops | other):
+                bundle.append(trail)
+                break
+        else:
+            bundles.append([trail])
+    out = []
+    for bundle in bundles:
+        first, names = bundle[0], [trail.victim for trail in bundle]
+        labels = tuple(
+            name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
+        )
+        n = {trail.n for trail in bundle}
+        size = f"{n.pop()} images" if len(n) == 1 else "images: " + ", ".join(str(trail.n) for trail in bundle)
+        title = f"{first.data}, {first.mode} mode, {size}"
+        out.append(TrailGroup(title, labels, tuple(bundle), _merge([list(by_op(trail)) for trail in bundle])))
+    return tuple(out)
+
+
+def by_op(trail: Trail) -> dict[str, TrailRow]:
+    """Rows by operation, in forward order; an operation met again is named 'op (2)'."""
+    rows: dict[str, TrailRow] = {}
+    for row in trail.rows:
+        name, count = row.op, 1
+        while name in rows:
+            count += 1
+            name = f"{row.op} ({count})"
+        rows[name] = row
+    return rows
+
+
+def _merge(lists: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    order: list[str] = []
+    for ops in lists:
+        at = 0
+        for op in ops:
+            if op in order:
+                at = order.index(op) + 1
+            else:
+                order.insert(at, op)
+                at += 1
+    return tuple(order)
+
+
+def trail_grid(group: TrailGroup) -> Grid:
+    """Every operation: kind, zero share, share forced by geometry, gradient norm; three columns a victim."""
+    rows = group.rows
+    lines = []
+    for op in group.ops:
+        line = [op, next(r[op].kind for r in rows if op in r)]
+        for r in rows:
+            line += [share(r[op].zero), share(r[op].forced), norm(r[op].norm)] if op in r else ["", "", ""]
+        lines.append(tuple(line))
+    return Grid(
+        caption=f"Gradient with respect to the input of each operation; {group.title}",
+        head=("operation", "kind", *("zero", "forced", "L2 norm") * len(rows)),
+        rows=tuple(lines),
+        labels=2,
+        groups=(("", 2), *((label, 3) for label in group.labels)),
+    )
+
+
+def norm(x: float) -> str:
+    """A gradient norm with three digits."""
+    return "–" if math.isnan(x) else f"{x:.2e}"
+
+
+def kind_grid(group: TrailGroup, claims: Sequence[Claim]) -> Grid:
+    """Zero share by kind of operation, mean and range over operations, and the paper's figure where it printed one."""
+    kinds = list(dict.fromkeys(r[op].kind for op in group.ops for r in group.rows if op in r))
+    figures = [f for f in FIGURES if any(claim.figure == f for claim in claims)]
+    lines = []
+    for kind in kinds:
+        line = [kind]
+        for r in group.rows:
+            here = [row for row in r.values() if row.kind == kind]
+            line += [_mean_range([row.zero for row in here]), _mean_range([row.forced for row in here])]
+        for figure in figures:
+            hit = [c for c in claims if c.figure == figure and operates(c, kind)]
+            line.append(", ".join(f"{c.value:.2f} %" for c in hit))
+        lines.append(tuple(line))
+    return Grid(
+        caption=f"Share of exactly zero gradient entries by kind of operation: mean over operations (range); {group.title}",
+        head=("kind", *("zero", "forced by geometry") * len(group.labels), *(f"Figure {f[3:]}" for f in figures)),
+        rows=tuple(lines),
+        groups=(
+            ("", 1),
+            *((label, 2) for label in group.labels),
+            *((f"paper, {next(_pool(c) for c in claims if c.figure == f)}", 1) for f in figures),
+        ),
+    )
+
+
+def operates(claim: Claim, kind: str) -> bool:
+    """Whether a claim of Figure 1 or 3 speaks of this kind of operation."""
+    k, wanted = _bare(kind), claim.conditions.get("operation")
+    if wanted == "neuron":
+        return "neuron" in k or k.endswith("node") or k in ("if", "lif", "plif", "sn", "spike")
+    if wanted == "pool":  # the stem's pool, not the global average before the last layer
+        other = {"max": ("avg", "average"), "avg": ("max",)}.get(str(claim.conditions.get("pool")), ())
+        return "pool" in k and not any(word in k for word in ("adaptive", "global", *other))
+    return False
+
+
+def _pool(claim: Claim) -> str:
+    pool = claim.conditions.get("pool")
+    return {"max": "max pooling", "avg": "average pooling"}.get(str(pool), str(pool))
+
+
+def _mean_range(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = share(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f}–{100 * max(values):.1f})"
+
+
+# --- published figures ------------------------------------------------------------------------------------------
+
+KNOWN = {  # what a model card and a claim both say: (key of the card, key of the conditions)
+    "width": "width",
+    "stem": "stem",
+    "steps": "time_steps",
+    "encoder": "encoder",
+    "epochs": "epochs",
+}
+
+
+def comparisons(report: Report) -> tuple[Comparison, ...]:
+    """Published figures grouped by the threat they were published under, ours beside them, each threat a column."""
+    cards = _cards(report)
+    bundles: dict[tuple[str, str, str], list[Claim]] = {}
+    for claim in report.claims:
+        bundles.setdefault((claim.figure, claim.stated, claim.coded), []).append(claim)
+    return tuple(_compare(report, cards, claims) for claims in bundles.values())
+
+
+def compare(report: Report, *, tablefmt: str = "github") -> str:
+    """Ours beside the published figures, as text: one table a published threat, which is stated above it."""
+    blocks = []
+    for c in comparisons(report):
+        lines = [f"{c.title}.", f"Stated: {c.stated}", f"Coded: {c.coded}", "", c.grid.text(tablefmt)]
+        blocks.append("\n".join(lines + ([""] if c.notes else []) + [f"Note: {note}" for note in c.notes]))
+    return "\n\n".join(blocks) or "No published figure is attached."
+
+
+def _compare(report: Report, cards: dict[str, dict[str, Any]], claims: Sequence[Claim]) -> Comparison:
+    figure = claims[0].figure
+    ours = _trail_cells(report, cards, claims) if figure in FIGURES else _run_cells(report, cards, claims)
+    heads = list(dict.fromkeys(head for _, head, _ in ours))
+    sets = list(dict.fromkeys(claim.dataset for claim in claims))
+    lines, measured = [], False
+    for i, claim in enumerate(claims):
+        mine: dict[str, dict[tuple[str, str], str]] = {}
+        for (j, victim), head, cell in ours:
+            if i == j:
+                mine.setdefault(victim, {})[head] = cell
+        first = [claim.row] + ([claim.dataset] if len(sets) > 1 else [])
+        printed = f"{claim.value:.2f} {claim.unit}"
+        for victim, cells in mine.items():
+            measured = True
+            lines.append((*first, printed, victim, *(cells.get(head, "") for head in heads)))
+        if not mine:
+            why = "not measured" if claim.conditions.get("available", True) else "not in this version"
+            lines.append((*first, printed, why, *("" for _ in heads)))
+    labels = 2 if len(sets) > 1 else 1
+    groups: list[tuple[str, int]] = [("", labels), ("published", 1), ("ours", 1)]
+    for _, group in heads:
+        if groups[-1][0] == group:
+            groups[-1] = (group, groups[-1][1] + 1)
+        else:
+            groups.append((group, 1))
+    name = f"{'Table' if figure.startswith('table') else 'Figure'} {figure[-1]}"
+    return Comparison(
+        figure=figure,
+        title=f"{name}, {claims[0].metric}" + (f", {sets[0]}" if len(sets) == 1 else ""),
+        stated=claims[0].stated,
+        coded=claims[0].coded,
+        grid=Grid(
+            caption=claims[0].source,
+            head=("row", *(["data"] if len(sets) > 1 else []), name, "model", *(head for head, _ in heads)),
+            rows=tuple(lines),
+            labels=labels,
+            groups=tuple(groups),
+        ),
+        notes=tuple(dict.fromkeys(c.conditions["note"] for c in claims if c.conditions.get("note"))),
+        measured=measured,
+    )
+
+
+Cell = tuple[tuple[int, str], tuple[str, str], str]  # (claim, our model), (column, its threat), text
+
+
+def _run_cells(report: Report, cards: dict[str, dict[str, Any]], claims: Sequence[Claim]) -> list[Cell]:
+    among, cells = settings(report.runs), columns(report.runs)
+    clean = clean_columns(report.runs)
+    n = len({run.n for run in report.runs}) > 1
+    out: list[Cell] = []
+    for i, claim in enumerate(claims):
+        attack = claim.conditions.get("attack")
+
+        def ours(row: Row, i: int = i, claim: Claim = claim) -> tuple[int, str] | None:
+            card = cards.get(row[0], {})
+            same = _same_data(claim.dataset, row[1]) and _same_model(claim, row[0], card)
+            return (i, _described(row[0], card, claim)) if same else None
+
+        if attack in (None, "none"):
+            for (name, row), rate in clean.items():
+                if key := ours(row):
+                    out.append((key, (name, "no attack"), percent(rate, n=n)))
+            continue
+        for (column, row), run in cells.items():
+            if run.attack.lower() == attack and (key := ours(row)):
+                out.append((key, (column.label, setting_label(column.setting, among)), percent(run.accuracy, n=n)))
+    return _ordered(out, cells)
+
+
+def _ordered(out: list[Cell], cells: dict[tuple[Column, Row], Run]) -> list[Cell]:
+    """Columns of one threat side by side, whatever claim brought them in."""
+    order = list(dict.fromkeys(group for _, (_, group), _ in out))
+    return sorted(out, key=lambda cell: order.index(cell[1][1]))
+
+
+def _trail_cells(report: Report, cards: dict[str, dict[str, Any]], claims: Sequence[Claim]) -> list[Cell]:
+    out: list[Cell] = []
+    for i, claim in enumerate(claims):
+        for trail in report.trails:
+            card = cards.get(trail.victim, {})
+            here = [row.zero for row in trail.rows if operates(claim, row.kind)]
+            if here and _same_model(claim, trail.victim, card):
+                head = (f"mean of operations (range), {trail.data}", f"clean images, {trail.mode} mode")
+                out.append(((i, _described(trail.victim, card, claim)), head, _mean_range(here)))
+    return out
+
+
+def _cards(report: Report) -> dict[str, dict[str, Any]]:
+    """Model cards by victim, nested entries lifted to the top."""
+    cards = {}
+    for card in report.models:
+        flat: dict[str, Any] = {}
+        for part in (card, *(v for v in card.values() if isinstance(v, dict))):
+            for key, entry in part.items():
+                flat.setdefault(key, entry)
+        cards[str(card.get("victim", card.get("name", "")))] = flat
+    return cards
+
+
+def _same_model(claim: Claim, victim: str, card: dict[str, Any]) -> bool:
+    model, pool = _bare(str(claim.conditions.get("model", claim.row))), str(claim.conditions.get("pool", ""))
+    if str(card.get("defence") or "none") != str(claim.conditions.get("defence") or "none"):
+        return False
+    arch = card.get("arch", card.get("architecture", card.get("model")))
+    if arch is not None and "pool" in card:
+        return _bare(str(arch)) == model and card["pool"] == pool
+    return _bare(victim).startswith(model) and pool in re.split(r"[^a-z0-9]+", victim.lower())
+
+
+def _same_data(dataset: str, data: str) -> bool:
+    """Whether 'cifar10/test, 1000 images' is CIFAR-10: not CIFAR-100, not CIFAR10-DVS."""
+    name = "[-_ ]?".join(map(re.escape, re.findall(r"[a-z]+|\d+", dataset.lower())))
+    return bool(re.search(rf"(?<![a-z0-9]){name}(?!\d|[-_ ]?dvs)", data.lower()))
+
+
+def _described(victim: str, card: dict[str, Any], claim: Claim) -> str:
+    """Our model and, in brackets, where its card differs from the conditions of the claim."""
+    apart = [
+        f"{key} {value(card[key])}, paper {value(claim.conditions[other])}"
+        for key, other in KNOWN.items()
+        if key in card and other in claim.conditions and _bare(str(card[key])) != _bare(str(claim.conditions[other]))
+    ]
+    return f"{victim} ({'; '.join(apart)})" if apart else victim
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+# --- terminal ---------------------------------------------------------------------------------------------------
+
+
+def console(report: Report, console: "Console") -> None:
+    """The end of a run as a person wants to see it: the summary, then one accuracy table a threat."""
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print()
+    console.print(Text(report.title, style="bold"))
+    for line in report.summary:
+        console.print(Text(line))
+    for _where, grid in per_setting(report.runs):
+        drawn = Table(title=Text(grid.caption, style="bold"), title_justify="left", box=_box(), pad_edge=False)
+        for i, head in enumerate(grid.head):
+            drawn.add_column(Text(head), justify="left" if i < grid.labels else "right", no_wrap=i >= grid.labels)
+        for row in grid.rows:
+            drawn.add_row(*(Text(c) if i < grid.labels else _two_lines(c) for i, c in enumerate(row)))
+        console.print(Padding(drawn, (1, 0, 0, 0)))
+    if report.runs:
+        console.print(Text(f"95 % Wilson intervals; {'; '.join(facts(report.runs))}", style="dim"))
+    for note in report.notes:
+        console.print(Text(note, style="dim"))
+
+
+def _box() -> Any:
+    from rich import box
+
+    return box.SIMPLE_HEAD
+
+
+def _two_lines(cell: str) -> Any:
+    from rich.text import Text
+
+    value, bracket, rest = cell.partition(" [")
+    return Text.assemble(value, (f"\n{bracket[1:]}{rest}", "dim")) if bracket else Text(cell)
