@@ -59,4 +59,4 @@ def exit_code(error: Exception) -> int:
     """Refused input is a ValueError (4), an orderly stop is 130, anything else is a bug of ours (1)."""
     if type(error).__name__ == "TrainingStopped":
         return 130
-    return 4 if isinstance(error, ValueError | FileNotFoundError | PermissionError | NotADirectoryError) else 1
+    return 4 if isinstance(error, ValueError | PermissionError) else 1

@@ -52,7 +52,7 @@ def get(
         raise DataError(f"expected one of {', '.join(ROUTES)}, found {name!r}; for files of your own: data add PATH")
     if source is not None and source not in ROUTES[name]:
         raise DataError(f"expected source {' or '.join(ROUTES[name])} for {name}, found {source!r}; or give none")
-    there = [row for row in verify(root, name=name) if row.official and not row.problem]
+    there = [row for row in verify(root, name=name) if row.official]
     if len(there) == len(SPLITS):
         return Import(entries=tuple(there), route="already in the cache")
     say = progress or (lambda _line: None)

@@ -165,7 +165,7 @@ def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
     return {
         "command": command,
         "sparsetrail": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "device": bench.device,
         "threads": torch.get_num_threads(),

@@ -127,14 +127,14 @@ def reproduce(
                 follow(bench, model, row.name, traced, per_step=True),
                 follow(bench, model, row.name, traced, mode="train"),
             ]
-        shown += [c for c in found if _same(c, row, figure)]
+        shown += [c for c in found if _same(c, row) and c not in shown]
     return Report(
         title=f"{figure.replace('fig', 'Figure ').replace('table', 'Table ')} at {scale} scale",
         summary=_summary(runs, trails, figure),
         models=tuple(cards),
         runs=tuple(runs),
         trails=tuple(trails),
-        claims=tuple(dict.fromkeys(shown)) if figure.startswith("table") else found,
+        claims=tuple(shown) if figure.startswith("table") else found,
         provenance=provenance(bench, started, command or f"sparsetrail reproduce {figure} --scale {scale}"),
         notes=_notes(figure, found, size),
     )
@@ -150,7 +150,7 @@ def _part(data: Dataset, n: int | None) -> Dataset:
     return data if n is None or n >= len(data.labels) else take(data, n, seed=0)
 
 
-def _same(claim: Claim, row: Row, figure: str) -> bool:
+def _same(claim: Claim, row: Row) -> bool:
     arch = str(claim.conditions.get("model", claim.row)).lower().replace("-", "_")
     return (arch, str(claim.conditions.get("pool")), claim.dataset.lower().replace("-", "")) == (row.arch, row.pool, row.dataset)
 
@@ -160,11 +160,12 @@ def _summary(runs: list[Run], trails: list[Trail], figure: str) -> tuple[str, ..
         f"{r.victim}: PGD leaves {r.accuracy} ({r.threat}, crafted in {r.mode} mode)." for r in runs if r.attack.startswith("pgd")
     ]
     for t in trails:
-        kinds = {}
+        kinds: dict[str, list[float]] = {}
         for r in t.rows:
-            kinds.setdefault(r.kind, []).append(r.zero)
-        shares = ", ".join(f"{k} {sum(v) / len(v):.2%}" for k, v in kinds.items() if k in ("neuron", "pool", "conv", "norm"))
-        lines.append(f"{t.victim}, {t.mode} mode: mean share of exact zeros by kind of operation: {shares} (n={t.n}).")
+            if r.kind in ("conv", "norm", "neuron") or r.op == "pool":
+                kinds.setdefault("stem pool" if r.op == "pool" else r.kind, []).append(r.zero)
+        shares = ", ".join(f"{k} {sum(v) / len(v):.2%}" for k, v in kinds.items())
+        lines.append(f"{t.victim}, {t.mode} mode: mean share of exact zeros: {shares} (n={t.n}).")
     return tuple(lines)
 
 

@@ -31,7 +31,7 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
     c = LIGHT if theme == "light" else DARK
     return {
         "font": SERIF,
-        "background": None if theme == "dark" else c["ground"],
+        "background": c["ground"],
         "view": {"stroke": None},
         "axis": {
             "grid": False,
@@ -47,8 +47,6 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
         "title": {"color": c["ink"], "subtitleColor": c["soft"], "fontWeight": "normal", "fontSize": 13, "anchor": "start"},
         "range": {"category": SERIES[theme], "symbol": SHAPES},
         "style": {
-            "ink": {"color": c["ink"], "fill": c["ink"], "stroke": c["ink"]},
-            "forced": {"color": c["ink"]},
             "stage": {"color": c["line"]},
             "stage-name": {"color": c["soft"], "fill": c["soft"], "fontSize": 10.5},
         },
@@ -56,19 +54,26 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
 
 
 def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
-    """Zero share with the part that geometry forces (above) and L2 norm (below) of every operation, forward order."""
+    """Zero share (above) and L2 norm of the gradient (below) at the input of every operation, in forward order.
+
+    The pale part of a bar is what geometry alone forces, the solid part is what the network adds.
+    """
     import altair as alt
 
-    data = alt.Data(values=_trail_values(group))
-    many = len(group.labels)
+    many, ops, labels = len(group.labels), list(group.ops), list(group.labels)
     step = max(17, 7 * many + 4)
-    width = step * len(group.ops)
     bar = max(3.0, (step - 3) / many - 0.5)
-    x = alt.X("op:N", sort=list(group.ops), scale=alt.Scale(paddingInner=0.14, paddingOuter=0.1))
-    series = alt.XOffset("victim:N", sort=list(group.labels), scale=alt.Scale(paddingInner=0.0))
-    colour = alt.Color(
-        "victim:N", sort=list(group.labels), legend=alt.Legend(title=None, orient="top", symbolType="square") if many > 1 else None
-    )
+    width = step * len(ops)
+
+    bare = alt.Axis(labels=False, ticks=False, title=None)
+
+    def x(axis: Any = bare, **kwargs: Any) -> Any:
+        return alt.X("op:N", sort=ops, axis=axis, scale=alt.Scale(paddingInner=0.14, paddingOuter=0.1), **kwargs)
+
+    below = alt.Axis(labelAngle=-90, labelFontSize=9.5, title=None, labelLimit=180, labelOverlap=False)
+    legend = alt.Legend(title=None, orient="top", symbolType="square", symbolOpacity=1) if many > 1 else None
+    series = alt.XOffset("victim:N", sort=labels, scale=alt.Scale(paddingInner=0.0))
+    colour = alt.Color("victim:N", sort=labels, legend=legend)
     hints = [
         alt.Tooltip("op:N", title="operation"),
         alt.Tooltip("kind:N"),
@@ -78,51 +83,50 @@ def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
         alt.Tooltip("norm:Q", title="L2 norm", format=".3e"),
         alt.Tooltip("entries:Q", title="entries an image", format=","),
     ]
-    base = alt.Chart(data)
-    bars = base.mark_bar(size=bar).encode(
-        x=x.axis(None),
-        xOffset=series,
-        y=alt.Y("zero:Q", title="zero entries, %", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5)),
-        color=colour,
-        tooltip=hints,
-    )
-    forced = (
-        base.mark_tick(style="forced", thickness=2, size=bar + 2)
-        .encode(x=x.axis(None), xOffset=series, y="forced:Q", tooltip=hints)
-        .transform_filter("datum.forced > 0")
-    )
+    base = alt.Chart(alt.Data(values=_trail_values(group)))
     stages = _stages(group)
-    rules = (
-        alt.Chart(alt.Data(values=stages[1:]))
-        .mark_rule(style="stage", strokeDash=[2, 2])
-        .encode(x=alt.X("op:N", sort=list(group.ops), bandPosition=0, axis=None))
+    rule = alt.Chart(alt.Data(values=stages[1:])).mark_rule(style="stage", strokeDash=[2, 2])
+    names = alt.Chart(alt.Data(values=stages)).mark_text(style="stage-name", align="left", baseline="bottom", dx=2)
+    words = "pale: forced by geometry alone; solid: zeros beyond that"
+    key = alt.Chart(alt.Data(values=[{}])).mark_text(style="stage-name", align="right", baseline="bottom", text=words)
+
+    zero = alt.Y("zero:Q", title="zero entries, %", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5))
+    solid = base.mark_bar(size=bar).encode(x=x(), xOffset=series, y=zero, y2="pale:Q", color=colour, tooltip=hints)
+    pale = (
+        base.transform_filter("datum.pale > 0")
+        .mark_bar(size=bar, opacity=0.38)
+        .encode(x=x(), xOffset=series, y=alt.Y("pale:Q"), color=colour, tooltip=hints)
     )
-    names = (
-        alt.Chart(alt.Data(values=stages))
-        .mark_text(style="stage-name", align="left", baseline="bottom", dx=2)
-        .encode(x=alt.X("op:N", sort=list(group.ops), bandPosition=0, axis=None), y=alt.value(-3), text="stage:N")
-    )
-    upper = (rules + bars + forced + names).properties(width=width, height=190)
-    norm = alt.Y(
-        "norm:Q",
-        title="L2 norm of the gradient",
-        scale=alt.Scale(type="log", nice=True),
-        axis=alt.Axis(format=".0e", tickCount=5),
-    )
-    below = x.axis(alt.Axis(labelAngle=-90, labelFontSize=9.5, title=None, labelLimit=180, labelOverlap=False))
-    lines = base.mark_line(strokeWidth=1, opacity=0.55).encode(x=below, y=norm, color=colour)
-    points = base.mark_point(size=26, filled=True, opacity=1).encode(
-        x=below,
-        y=norm,
-        color=colour,
-        shape=alt.Shape("victim:N", sort=list(group.labels), legend=None),
-        tooltip=hints,
-    )
-    lower = (rules + lines + points).transform_filter("isValid(datum.norm) && datum.norm > 0").properties(width=width, height=150)
-    chart = alt.vconcat(upper, lower, spacing=10).resolve_scale(color="shared")
-    if title:
-        chart = chart.properties(title=title)
-    return _spec(chart)
+    upper = alt.layer(
+        rule.encode(x=x(bandPosition=0)),
+        pale,
+        solid,
+        names.encode(x=x(bandPosition=0), y=alt.value(-3), text="stage:N"),
+        *([key.encode(x=alt.value(width), y=alt.value(-24))] if any(r.forced for t in group.trails for r in t.rows) else []),
+    ).properties(width=width, height=190)
+
+    axis = alt.Axis(format=".0e", values=_decades(group), domain=True)
+    norm = alt.Y("norm:Q", title="L2 norm", scale=alt.Scale(type="log", nice=True), axis=axis)
+    shape = alt.Shape("victim:N", sort=labels, legend=None)
+    alive = base.transform_filter("isValid(datum.norm) && datum.norm > 0")  # a zero has no place on a log axis
+    lower = alt.layer(
+        rule.encode(x=x(below, bandPosition=0)),
+        alive.mark_line(strokeWidth=1, opacity=0.5).encode(x=x(below), y=norm, color=colour),
+        alive.mark_point(size=26, filled=True, opacity=1).encode(
+            x=x(below), y=norm, color=colour, shape=shape, tooltip=hints
+        ),
+    ).properties(width=width, height=150)
+    chart = alt.vconcat(upper, lower, spacing=12).resolve_scale(color="shared")
+    return _spec(chart.properties(title=title) if title else chart)
+
+
+def _decades(group: TrailGroup) -> list[float]:
+    """Powers of ten that cover the norms, at most seven."""
+    norms = [r.norm for t in group.trails for r in t.rows if r.norm > 0 and math.isfinite(r.norm)]
+    if not norms:
+        return []
+    low, high = math.floor(math.log10(min(norms))), math.ceil(math.log10(max(norms)))
+    return [10.0**k for k in range(low, high + 1, max(1, math.ceil((high - low) / 6)))]
 
 
 def _trail_values(group: TrailGroup) -> list[Spec]:
@@ -133,6 +137,7 @@ def _trail_values(group: TrailGroup) -> list[Spec]:
             "victim": label,
             "zero": _finite(100 * rows[op].zero),
             "forced": _finite(100 * rows[op].forced),
+            "pale": _finite(100 * min(rows[op].forced, rows[op].zero)),
             "norm": _finite(rows[op].norm),
             "entries": rows[op].entries,
         }
@@ -179,7 +184,9 @@ def accuracy_spec(runs: Sequence[Run]) -> Spec:
             offset = alt.XOffset("victim:N", sort=victims, scale=alt.Scale(paddingInner=0.6, paddingOuter=0.6))
             scale = alt.Scale(domain=[0, 100])
             axis = alt.Axis(tickCount=5, title="correct, %" if not panels else None)
-            colour = alt.Color("victim:N", sort=victims, legend=alt.Legend(title=None, orient="top") if not panels else None)
+            legend = alt.Legend(title=None, orient="top") if len(victims) > 1 else None
+            colour = alt.Color("victim:N", sort=victims, scale=alt.Scale(domain=victims), legend=legend)
+            shape = alt.Shape("victim:N", sort=victims, scale=alt.Scale(domain=victims), legend=legend)
             hints = [
                 alt.Tooltip("victim:N"),
                 alt.Tooltip("attack:N"),
@@ -187,15 +194,15 @@ def accuracy_spec(runs: Sequence[Run]) -> Spec:
                 alt.Tooltip("n:Q", title="images"),
             ]
             base = alt.Chart(alt.Data(values=values))
-            rule = base.mark_rule(strokeWidth=1.6).encode(
+            rule = base.mark_rule(strokeWidth=1.8).encode(
                 x=x, xOffset=offset, y=alt.Y("low:Q", scale=scale, axis=axis), y2="high:Q", color=colour
             )
-            point = base.mark_point(size=58, filled=True, opacity=1).encode(
+            point = base.mark_point(size=46, filled=True, opacity=1).encode(
                 x=x,
                 xOffset=offset,
                 y=alt.Y("accuracy:Q", scale=scale, axis=axis),
                 color=colour,
-                shape=alt.Shape("victim:N", sort=victims, legend=alt.Legend(title=None, orient="top") if not panels else None),
+                shape=shape,
                 tooltip=hints,
             )
             lines = [f"{where.mode}-mode BatchNorm"] + ([where.route] if routes else [])

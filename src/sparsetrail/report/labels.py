@@ -9,8 +9,19 @@ from typing import Any
 
 from sparsetrail.core import Linf, Mode, Run, as_fraction
 
-ATTACKS = {"fgsm": "FGSM", "rfgsm": "R-FGSM", "bim": "BIM", "mifgsm": "MI-FGSM", "pgd": "PGD", "apgd": "APGD", "fab": "FAB"}
-ATTACKS |= {"cw": "C&W", "spsa": "SPSA", "nes": "NES", "square": "Square", "rayS": "RayS", "clean": "clean"}
+ATTACKS = {  # names as the literature prints them; any other attack keeps its own
+    "fgsm": "FGSM",
+    "rfgsm": "R-FGSM",
+    "bim": "BIM",
+    "mifgsm": "MI-FGSM",
+    "pgd": "PGD",
+    "apgd": "APGD",
+    "fab": "FAB",
+    "cw": "C&W",
+    "spsa": "SPSA",
+    "nes": "NES",
+    "square": "Square",
+}
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,182 @@
-"""placeholder"""
+"""A report as a folder: one page that opens offline, the same in Markdown, and the numbers as JSON and CSV."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
 from sparsetrail.core import Report
-from sparsetrail.report import io
-from sparsetrail.report.tables import table
+from sparsetrail.report import charts, tables
+from sparsetrail.report.images import examples
+from sparsetrail.report.io import RESULT, replace, steps_csv, to_json, trail_csv
+from sparsetrail.report.labels import Setting, setting_label, settings, value
+from sparsetrail.report.tables import Grid
 
 
-def write(report: Report, out: str | Path, *, images=None) -> dict[str, Path]:
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    return {
-        "json": io.replace(out / io.RESULT, io.to_json(report)),
-        "markdown": io.replace(out / "report.md", (f"# {report.title}\n\n" + table(report)).encode()),
-        "csv": io.replace(out / "trail.csv", io.trail_csv(report).encode()),
+def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Path]:
+    """Write `result.json`, `report.md`, `report.html`, `trail.csv` into the folder `out`; each is whole or absent.
+
+    `images` are shown on the page only: mappings with `clean`, `adversarial` (uint8 [h w c] or [h w]), `label`,
+    `predicted`, `title`. `trail_steps.csv` is written where a trail kept its time steps. Returns paths by kind:
+    json, md, html, csv, and steps.
+    """
+    folder = Path(out)
+    texts = {
+        "json": (RESULT, to_json(report)),
+        "md": ("report.md", markdown(report).encode()),
+        "html": ("report.html", page(report, images=images).encode()),
+        "csv": ("trail.csv", trail_csv(report).encode()),
     }
+    if any(row.per_step for trail in report.trails for row in trail.rows):
+        texts["steps"] = ("trail_steps.csv", steps_csv(report).encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    return {kind: replace(folder / name, data) for kind, (name, data) in texts.items()}
+
+
+def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """The whole page as one HTML document: nothing is fetched, tables and pictures are there without JavaScript."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["words"] = value
+    environment.filters["cell"] = _cell
+    shown, gain = examples(images or ())
+    groups = tables.trail_groups(report.trails)
+    drawn = _charts(report)
+    figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
+    compared = [c for c in tables.comparisons(report) if c.figure not in tables.FIGURES]
+    source = files("sparsetrail.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        report=report,
+        accuracy=tables.accuracy(report.runs) if report.runs else None,
+        facts=tables.facts(report.runs),
+        threats=threats(report),
+        ledgers=[
+            (setting_label(s, settings(report.runs)), tables.ledger([r for r in report.runs if _under(r, s)]))
+            for s in settings(report.runs)
+        ],
+        trails=[
+            {
+                "title": group.title,
+                "chart": f"trail-{i}",
+                "steps": f"steps-{i}" if f"steps-{i}" in drawn else None,
+                "kinds": tables.kind_grid(group, figures),
+                "grid": tables.trail_grid(group),
+                "words": _trail_words(group),
+            }
+            for i, group in enumerate(groups)
+        ],
+        figure_claims=[c for c in tables.comparisons(report) if c.figure in tables.FIGURES],
+        compared=[c for c in compared if c.measured],
+        unmeasured=[c for c in compared if not c.measured],
+        cards=card_grid(report.models),
+        provenance=Grid("Provenance", ("what", "value"), tuple((k, value(v)) for k, v in report.provenance.items())),
+        examples=shown,
+        gain=gain,
+        drawn=drawn,
+        stills={name: _still(spec) for name, spec in drawn.items()},
+        specs=_script_json(drawn),
+        configs=_script_json({"light": charts.config("light"), "dark": charts.config("dark")}),
+        library=_library() if drawn else "",
+    )
+
+
+def markdown(report: Report) -> str:
+    """The report for a reader of plain text: the same order, charts left out, trails by kind of operation."""
+    parts = [f"# {report.title}", *report.summary, "## Accuracy", tables.table(report)]
+    parts += [f"- **{label}**: {sentence}" for label, sentence in threats(report)]
+    figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
+    for group in tables.trail_groups(report.trails):
+        grid = tables.kind_grid(group, figures)
+        parts += [f"## Trail: {group.title}", grid.text(), f"{grid.caption}. Every operation is in `trail.csv`."]
+    measured = [c for c in tables.comparisons(report) if c.measured]
+    if measured:
+        parts += ["## Beside the published figures"]
+    for c in measured:
+        parts += [f"### {c.title}", f"- Stated: {c.stated}\n- Coded: {c.coded}", c.grid.text()]
+        parts += [f"- Note: {note}" for note in c.notes]
+    if report.models:
+        parts += ["## Models"]
+    parts += ["\n".join(f"- {key}: {value(entry)}" for key, entry in card.items()) for card in report.models]
+    if report.provenance:
+        parts += ["## Provenance", "\n".join(f"- {key}: {value(entry)}" for key, entry in report.provenance.items())]
+    if report.notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in report.notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def card_grid(models: Sequence[Mapping[str, Any]]) -> Grid:
+    """Model cards side by side: a row per entry, a column per model."""
+    keys = [key for key in dict.fromkeys(key for card in models for key in card) if key not in ("victim", "name")]
+    names = [str(card.get("victim", card.get("name", f"model {i}"))) for i, card in enumerate(models, 1)]
+    rows = tuple((key, *(value(card[key]) if key in card else "" for card in models)) for key in keys)
+    return Grid("Model cards", ("", *names), rows)
+
+
+def threats(report: Report) -> tuple[tuple[str, str], ...]:
+    """Every setting of the runs: its label, and what the adversary may do in one sentence."""
+    among = settings(report.runs)
+    return tuple((setting_label(s, among), s.sentence) for s in among)
+
+
+def _under(run: Any, where: Setting) -> bool:
+    return settings([run]) == (where,)
+
+
+def _charts(report: Report) -> dict[str, charts.Spec]:
+    """All charts of the page by the id of their place."""
+    out = {"accuracy": charts.accuracy_spec(report.runs)} if report.runs else {}
+    for i, group in enumerate(tables.trail_groups(report.trails)):
+        out[f"trail-{i}"] = charts.trail_spec(group)
+        if (steps := charts.steps_spec(group)) is not None:
+            out[f"steps-{i}"] = steps
+    return out
+
+
+def _trail_words(group: tables.TrailGroup) -> str:
+    """The trail chart in a sentence, for who cannot see it."""
+    parts = []
+    for label, rows in zip(group.labels, group.rows, strict=True):
+        op, top = max(rows.items(), key=lambda item: item[1].zero)
+        mean = sum(row.zero for row in rows.values()) / len(rows)
+        parts.append(f"{label}: {tables.share(mean)} on average, most at {op} with {tables.share(top.zero)}")
+    return f"Zero share over {len(group.ops)} operations. " + "; ".join(parts) + "."
+
+
+def _still(spec: charts.Spec) -> str:
+    """A chart as an SVG data URI, for pages without JavaScript and for print."""
+    import vl_convert
+
+    svg = vl_convert.vegalite_to_svg({**spec, "config": charts.config("light")})
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def _script_json(data: Any) -> Any:
+    """JSON that cannot end the script element it stands in."""
+    from markupsafe import Markup
+
+    return Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+@cache
+def _library() -> Any:
+    """Vega, Vega-Lite and Vega-Embed as one script (about 0.9 MB)."""
+    import vl_convert
+    from markupsafe import Markup
+
+    return Markup(vl_convert.javascript_bundle().replace("</script", "<\\/script"))
+
+
+def _cell(text: str) -> Any:
+    """'34.0 % [31.1, 37.0]' with the interval set back; a range in brackets likewise."""
+    from markupsafe import Markup
+
+    for mark in (" [", " ("):
+        head, found, rest = text.partition(mark)
+        if found and text[-1:] in "])":
+            return Markup(f"{html.escape(head)} <span class=\"aside\">{html.escape(found[1:] + rest)}</span>")
+    return text

@@ -36,6 +36,11 @@ class Grid:
         titles = [title for title, width in self.groups for _ in range(width)] or [""] * len(self.head)
         return tuple(", ".join(filter(None, pair)) for pair in zip(self.head, titles, strict=True))
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Columns that begin a group, but for the first."""
+        return tuple(sum(width for _, width in self.groups[:i]) for i in range(1, len(self.groups)))
+
     def text(self, tablefmt: str = "github") -> str:
         """The grid drawn by tabulate."""
         from tabulate import tabulate

@@ -5,7 +5,8 @@ A discrete encoder has a true gradient of zero almost everywhere. What an advers
     true       the real derivative (direct code)
     identity   each step passes its gradient on as if it had carried the pixel itself: g = sum_t G_t
     weighted   the same, weighted as the code weights its bits: g = sum_t 2^-(1 + t mod bits) G_t
-    secant     the slope of the code between the neighbouring grey levels: g = sum_t G_t (E[v+1, t] - E[v-1, t]) / (2/255)
+    secant     the slope of the code between the neighbouring grey levels: g = sum_t G_t (E[v+1,t] - E[v-1,t]) / (2/255)
+               (one-sided at black and at white)
     none       severed: asking for a pixel gradient is an error, not a row of zeros
 
 Finite codes carry their `codebook` [256, t]: the code of every grey level. Off-grid pixels are rounded to the nearest
@@ -26,7 +27,7 @@ BACKWARD_RULES = ("true", "identity", "weighted", "secant", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """An encoder ready to call. `knobs` rebuild it through `ENCODERS[name](**knobs)`; `random` draws afresh each call."""
+    """An encoder ready to call. `knobs` rebuild it through `ENCODERS[name](**knobs)`; `random` draws at each call."""
 
     name: str
     knobs: dict[str, Any]
@@ -51,7 +52,9 @@ class Encoder:
 
 
 class _Coded(torch.autograd.Function):
-    """Forward: look the code up. Backward: slope [256, t] of the declared rule times the incoming gradient."""
+    """Forward: look the code up. Backward: gradient times the slope of the rule, [256, t], or [t] at any grey level."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, code: Tensor, slope: Tensor) -> Tensor:
@@ -65,14 +68,13 @@ class _Coded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, slope = ctx.saved_tensors
-        if bool((slope == slope[:1]).all()):  # the same slope at every grey level
-            return torch.einsum("t...,t->...", grad, slope[0].to(grad.dtype)), None, None
-        return (grad * _look_up(slope, grey_levels(x)).to(grad.dtype)).sum(0), None, None
+        at = _look_up(slope, grey_levels(x)) if slope.ndim == 2 else slope.to(grad.device).view(-1, *[1] * x.ndim)
+        return (grad * at.to(grad.dtype)).sum(0), None, None
 
 
 def grey_levels(x: Tensor) -> Tensor:
-    """Nearest grey level 0..255 of pixels in 0..1, int64. Half-way values go to the even level."""
-    return (x.detach() * 255).round().clamp(0, 255).long()
+    """Nearest grey level 0..255 of pixels in 0..1, int64. Half-way values go to the even level, NaN to 0."""
+    return (x.detach() * 255).nan_to_num().round().clamp(0, 255).long()
 
 
 def _look_up(table: Tensor, v: Tensor) -> Tensor:
@@ -82,15 +84,15 @@ def _look_up(table: Tensor, v: Tensor) -> Tensor:
 def _coded(name: str, knobs: dict[str, Any], code: Tensor, weights: Tensor | None, backward: str) -> Encoder:
     steps = code.shape[1]
     if backward == "identity":
-        slope = torch.ones(256, steps)
+        slope = torch.ones(steps)
     elif backward == "weighted" and weights is not None:
-        slope = weights.expand(256, steps)
+        slope = weights
     elif backward == "secant":
         level = torch.arange(256)
         up, down = (level + 1).clamp(max=255), (level - 1).clamp(min=0)
         slope = (code[up] - code[down]) / ((up - down)[:, None] / 255)
     elif backward == "none":
-        slope = torch.zeros(256, steps)
+        slope = torch.zeros(steps)
     else:
         fit = [r for r in ("identity", "weighted", "secant", "none") if r != "weighted" or weights is not None]
         raise ValueError(f"encoder {name}: backward expected one of {', '.join(fit)}, got {backward!r}")
@@ -142,12 +144,12 @@ def latency(*, steps: int = 10, curve: str = "linear", backward: str = "identity
     """
     if steps < 2:
         raise ValueError(f"latency: expected at least 2 steps, got {steps}")
-    x = torch.arange(256, dtype=torch.float32) / 255
+    x = torch.arange(256, dtype=torch.float64) / 255
     if curve == "linear":
         when = ((steps - 1.0) * (1.0 - x)).round()
     elif curve == "log":
-        a = torch.exp(torch.tensor(steps - 1.0)) - 1
-        when = (steps - 1.0 - torch.log(a * x + 1)).round()
+        # a x + 1 = e^(T-1) x + (1 - x); e^(T-1) itself overflows float32 from 90 steps on
+        when = (steps - 1.0 - torch.logaddexp(x.log() + (steps - 1.0), (1 - x).log())).round()
     else:
         raise ValueError(f"latency: curve expected 'linear' or 'log', got {curve!r}")
     code = torch.nn.functional.one_hot(when.long(), steps).float()
@@ -166,6 +168,8 @@ def direct(*, steps: int = 10) -> Encoder:
 
 
 class _Bernoulli(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, u: Tensor) -> Tensor:
         return (u <= x).to(x.dtype)
@@ -196,7 +200,7 @@ def poisson(
         u = torch.rand((steps, *x.shape), generator=g, device=g.device).to(x)
         return _Bernoulli.apply(x, u) if backward == "identity" else (u <= x.detach()).to(x.dtype)
 
-    knobs = {"steps": steps, "backward": backward, "seed": seed}
+    knobs = {"steps": steps, "backward": backward, "seed": g.initial_seed()}
     return Encoder(name="poisson", knobs=knobs, steps=steps, backward=backward, apply=apply, random=True)
 
 

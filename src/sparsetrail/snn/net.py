@@ -15,9 +15,10 @@ ARCHITECTURES = tuple(f"{family}_resnet{depth}" for family in ("sew", "spiking")
 
 @dataclass(frozen=True, kw_only=True)
 class NetSpec:
-    """What to build; every field is used. `width` multiplies all channel counts; `connect` is read by SEW only.
+    """What to build; a setting that would not be read is refused. `width` multiplies all channel counts.
 
     The stem "imagenet" is 7x7/2 and a 3x3/2 pool (the paper's, on 32x32 images too), "cifar" one 3x3 and no pool.
+    `connect` is SEW-ResNet's, `pool` the imagenet stem's.
     `exact` switches the fast paths off: neurons step by step under autograd, PyTorch's own convolutions.
     """
 
@@ -43,6 +44,8 @@ class NetSpec:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
         if self.arch.startswith("spiking") and self.connect != "add":
             raise ValueError(f"connect: a Spiking-ResNet adds currents; {self.connect!r} is for SEW-ResNet")
+        if self.stem == "cifar" and self.pool != "max":
+            raise ValueError(f"pool: the cifar stem has no pool; {self.pool!r} is for the imagenet stem")
         if min(self.classes, self.channels, self.steps) < 1 or not self.width > 0:
             raise ValueError(
                 f"expected positive classes, channels, steps and width, got classes={self.classes}, "
@@ -51,21 +54,22 @@ class NetSpec:
 
 
 def build(spec: NetSpec, *, seed: int = 3407) -> SpikingResNet:
-    """A freshly initialised network; the same spec and seed give the same weights."""
+    """A freshly initialised network; the same spec and seed give the same weights, no other stream is drawn from."""
     family, depth = spec.arch.split("_resnet")
-    net = SpikingResNet(
-        depth=int(depth),
-        sew=family == "sew",
-        classes=spec.classes,
-        channels=spec.channels,
-        width=spec.width,
-        stem=spec.stem,
-        pool=spec.pool,
-        connect=spec.connect,
-        neuron=spec.neuron,
-        steps=spec.steps,
-        exact=spec.exact,
-    )
+    with torch.random.fork_rng(devices=[]):  # PyTorch's layers draw weights of their own, overwritten below
+        net = SpikingResNet(
+            depth=int(depth),
+            sew=family == "sew",
+            classes=spec.classes,
+            channels=spec.channels,
+            width=spec.width,
+            stem=spec.stem,
+            pool=spec.pool,
+            connect=spec.connect,
+            neuron=spec.neuron,
+            steps=spec.steps,
+            exact=spec.exact,
+        )
     net.initialise(torch.Generator().manual_seed(seed))
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -93,10 +97,11 @@ def victim(net: nn.Module, encode: Encoder, *, name: str = "victim", classes: in
 
 
 def describe(net: nn.Module) -> str:
-    """The gradient route of a network's neurons in words, e.g. 'BPTT atan(2), reset detached'."""
+    """The gradient route of a network's neurons in words, e.g. 'BPTT atan(2), hard reset detached'."""
     specs = {m.spec for m in net.modules() if isinstance(getattr(m, "spec", None), NeuronSpec)}
     words = []
     for s in sorted(specs, key=str):
         reset = "soft" if s.reset is None else "hard"
-        words.append(f"BPTT {s.surrogate.name}({s.surrogate.width:g}), {reset} reset {'detached' if s.detach_reset else 'in the graph'}")
+        where = "detached" if s.detach_reset else "in the graph"
+        words.append(f"BPTT {s.surrogate.name}({s.surrogate.width:g}), {reset} reset {where}")
     return " + ".join(words) or "own gradient"

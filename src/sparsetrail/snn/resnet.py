@@ -64,7 +64,9 @@ class Block(nn.Module):
     out*(1-identity), as SpikingJelly does.
     """
 
-    def __init__(self, cin: int, width: int, stride: int, bottleneck: bool, sew: bool, connect: Connect, neuron) -> None:
+    def __init__(
+        self, cin: int, width: int, stride: int, bottleneck: bool, sew: bool, connect: Connect, neuron
+    ) -> None:
         super().__init__()
         cout = 4 * width if bottleneck else width
         self.sew, self.bottleneck = sew, bottleneck

@@ -1,4 +1,4 @@
-"""Surrogate derivatives: the forward is the exact Heaviside step (1 where h - threshold >= 0), only the backward is not.
+"""Surrogate derivatives: forward the exact Heaviside step (1 where h - threshold >= 0), only the backward differs.
 
 Each derivative is a plain function of the centred potential x = h - threshold and one `width` parameter, named as the
 literature names it (alpha, gamma, ...). All integrate to one over the real line unless their docstring says otherwise.
@@ -18,9 +18,8 @@ def atan_derivative(x: Tensor, alpha: float) -> Tensor:
 
 
 def sigmoid_derivative(x: Tensor, alpha: float) -> Tensor:
-    """alpha s (1 - s) with s = sigmoid(alpha x)."""
-    s = torch.sigmoid(alpha * x)
-    return alpha * s * (1 - s)
+    """alpha s (1 - s) with s = sigmoid(alpha x); 1 - s as sigmoid(-alpha x), which does not cancel to 0 far above."""
+    return alpha * (torch.sigmoid(alpha * x) * torch.sigmoid(-alpha * x))
 
 
 def triangle_derivative(x: Tensor, gamma: float) -> Tensor:
