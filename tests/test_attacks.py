@@ -1,0 +1,206 @@
+"""Every attack in the table against victims whose best point is known, in both spaces; and the paper's own recipe."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from sparsetrail.attacks import ATTACKS, attack, authors, fgsm, noise, pgd
+from sparsetrail.core import Linf, Victim, margin
+from sparsetrail.snn.encode import phase
+from sparsetrail.snn.net import NetSpec, build, victim
+
+N = 24
+
+
+def linear_victim(space, seed=0):
+    """Scores linear in the attacked tensor; `encode` repeats the image twice so that both spaces are linear."""
+    w = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+
+    def encode(x):
+        return x.unsqueeze(0).repeat(2, 1, 1, 1, 1)
+
+    return Victim(encode=encode, logits=lambda u: u.movedim(1, 0).flatten(1) @ w, steps=2, classes=3, name="linear"), w
+
+
+def pictures(seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(N, 1, 2, 2, generator=g) * 0.4 + 0.3  # far from the box: the optimum is a corner of the ball
+
+
+def best_margin(v, w, space, x, y, eps):
+    """Closed form: for every wrong class, the margin plus eps times the L1 norm of the weight difference."""
+    rows = w if space == "encoded" else w[:4] + w[4:]
+    z = v.scores(x)
+    out = torch.full((len(y),), -math.inf)
+    for k in range(3):
+        gap = z[:, k] - z.gather(1, y[:, None]).squeeze(1) + eps * (rows[:, k][:, None] - rows[:, y]).abs().sum(0)
+        out = torch.maximum(out, torch.where(y == k, -math.inf, gap))
+    return out
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_never_better_than_the_closed_form(name, space):
+    v, w = linear_victim(space)
+    x = pictures()
+    y = v.scores(x).argmax(1)
+    run = attack(ATTACKS[name], v, Linf(0.05, space=space), x, y, keep=True)
+    f = v.scores if space == "pixel" else v.logits
+    assert (margin(f(run.adversarial), y) <= best_margin(v, w, space, x, y, 0.05) + 1e-5).all()
+    assert all(run.clean)
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_gradient_attacks_reach_the_closed_form_on_two_classes(space):
+    v, w = linear_victim(space)
+    two = Victim(encode=v.encode, logits=lambda u: v.logits(u)[:, :2], steps=2, classes=2)
+    x = pictures()
+    y = two.scores(x).argmax(1)
+    rows = w[:, :2] if space == "encoded" else (w[:4] + w[4:])[:, :2]
+    optimum = margin(two.scores(x), y) + 0.05 * (rows[:, 0] - rows[:, 1]).abs().sum()
+    assert (optimum > 0).any() and (optimum < 0).any()
+    for fn, knobs in ((fgsm, {}), (pgd, {"steps": 20, "step": 0.02})):
+        run = attack(fn, two, Linf(0.05, space=space), x, y, keep=True, drop=False, **knobs)
+        f = two.scores if space == "pixel" else two.logits
+        assert torch.allclose(margin(f(run.adversarial), y), optimum, atol=1e-5)
+        assert torch.equal(torch.tensor(run.robust), optimum < 0)
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_radius_zero_changes_nothing(name, space):
+    v, _ = linear_victim(space)
+    x = pictures()
+    y = v.scores(x).argmax(1)
+    run = attack(ATTACKS[name], v, Linf(0.0, space=space), x, y, keep=True)
+    assert run.robust == run.clean
+    assert torch.equal(run.adversarial, x if space == "pixel" else v.encode(x))
+
+
+@pytest.fixture(scope="module")
+def snn():
+    net = build(NetSpec(width=0.125, steps=4), seed=1).eval()
+    x = torch.randint(0, 256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255
+    v = victim(net, phase(steps=4), name="snn")
+    with torch.no_grad():
+        y = v.scores(x).argmax(1)
+    return net, v, x, y
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_the_same_result_for_any_batch_size_and_seeded(snn, name, space):
+    _, v, x, y = snn
+    threat = Linf(4 / 255, space=space)
+    a = attack(ATTACKS[name], v, threat, x, y, batch=10, seed=3, keep=True)
+    b = attack(ATTACKS[name], v, threat, x, y, batch=3, seed=3, keep=True)
+    assert a.robust == b.robust and a.clean == b.clean and (a.forwards > 0)
+    assert not torch.equal(attack(noise, v, threat, x, y, seed=4, keep=True).adversarial, a.adversarial)
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_adversarials_are_valid_and_judged_afresh(snn, space):
+    net, v, x, y = snn
+    threat = Linf(8 / 255, space=space)
+    run = attack(pgd, v, threat, x, y, keep=True)
+    u0 = x if space == "pixel" else v.encode(x)
+    assert threat.contains(run.adversarial, u0, 0 if space == "pixel" else 1).all()
+    with torch.no_grad():
+        z = (v.scores if space == "pixel" else v.logits)(run.adversarial)
+    assert [bool(m <= 0) for m in margin(z, y)] == list(run.robust)
+    assert 0 < run.accuracy.k < run.n or run.accuracy.k == 0
+    assert run.threat is threat and run.mode == "eval"
+    assert ("identity" in run.route) == (space == "pixel")
+    before = copy.deepcopy(net.state_dict())
+    attack(pgd, v, threat, x, y)
+    assert all(torch.equal(before[k], t) for k, t in net.state_dict().items()) and not net.training
+
+
+def test_only_images_that_were_right_are_attacked(snn):
+    _, v, x, y = snn
+    wrong = y.clone()
+    wrong[::2] = (wrong[::2] + 1) % 10
+    run = attack(fgsm, v, Linf(0.0, space="pixel"), x, wrong, keep=True)
+    assert list(run.clean) == [bool(i % 2) for i in range(10)] and run.robust == run.clean
+    assert run.backwards == 5
+
+
+def test_a_tie_is_not_a_success():
+    tie = Victim(encode=lambda x: x[None], logits=lambda u: torch.stack([u[0].flatten(1).sum(1), torch.ones(u.shape[1])], 1), steps=1, classes=2)
+    x = torch.full((1, 1, 1, 2), 0.6)  # score 1.2 against 1; at 0.5 each it is a tie
+
+    def to_the_tie(p, g):
+        p.loss(torch.full_like(p.u0, 0.5))
+
+    run = attack(to_the_tie, tie, Linf(0.1, space="pixel"), x, torch.tensor([0]))
+    assert run.robust == (True,) and run.ties == 1
+
+
+def test_an_attack_that_leaves_the_ball_is_refused(snn):
+    _, v, x, y = snn
+
+    def cheat(p, g):
+        p.loss(p.u0 + 0.5)
+
+    with pytest.raises(ValueError, match="cheat left the perturbation set"):
+        attack(cheat, v, Linf(1 / 255, space="pixel"), x, y)
+
+
+def test_bad_input_is_refused(snn):
+    _, v, x, y = snn
+    ball = Linf(8 / 255, space="pixel")
+    for images, labels, match in (
+        ((x * 255).to(torch.uint8), y, "divide uint8"),
+        (x * 2, y, "0..1"),
+        (x * math.nan, y, "0..1"),
+        (x[:3], y, "labels"),
+        (x, y + 10, "labels: expected 0..9"),
+        (x[:0], y[:0], "n > 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            attack(pgd, v, ball, images, labels)
+    net = build(NetSpec(width=0.125, steps=4)).train()
+    with pytest.raises(ValueError, match="eval mode"):
+        attack(pgd, victim(net, phase(steps=4)), ball, x, y)
+    with pytest.raises(ValueError, match="no gradient reaches"):
+        attack(pgd, victim(snn[0], phase(steps=4, backward="none")), ball, x, y)
+
+
+def test_the_published_loop_as_it_was_coded(snn):
+    """An independent transcription of the described loop: train-mode crafting, 6/255 on spikes, BatchNorm drifting."""
+    net, v, x, y = snn
+    before = copy.deepcopy(net.state_dict())
+    one, seven = authors(net, phase(steps=4), x, y, batch=4, seed=5)
+    assert all(torch.equal(before[k], t) for k, t in net.state_dict().items()) and not net.training
+
+    twin = copy.deepcopy(net)
+    ce, eps, g = torch.nn.CrossEntropyLoss(), 6 / 255, torch.Generator().manual_seed(5)
+    flags = {1: [], 7: []}
+    for i in range(0, 10, 4):
+        spikes, labels = phase(steps=4)(x[i : i + 4]), y[i : i + 4]
+        twin.train()
+        leaf = spikes.clone().requires_grad_()
+        ce(twin(leaf), labels).backward()
+        single = torch.clamp(spikes + eps * leaf.grad.sign(), 0, 1)
+        now = torch.clamp(spikes + (torch.rand(spikes.shape, generator=g) * 2 - 1) * eps, 0, 1)
+        for _ in range(7):
+            leaf = now.clone().requires_grad_()
+            ce(twin(leaf), labels).backward()
+            moved = now + 0.01 * leaf.grad.sign()
+            now = torch.clamp(spikes + torch.clamp(moved - spikes, -eps, eps), 0, 1).detach()
+        twin.eval()
+        with torch.no_grad():
+            flags[1] += (twin(single).argmax(1) == labels).tolist()
+            flags[7] += (twin(now).argmax(1) == labels).tolist()
+    assert list(one.robust) == flags[1] and list(seven.robust) == flags[7]
+    assert one.mode == seven.mode == "train" and one.threat == Linf(6 / 255, space="encoded")
+    assert not torch.equal(twin.bn1.running_mean, net.bn1.running_mean)  # the contamination is real
+
+
+def test_encoded_steps_are_cut_by_the_box():
+    """A 0-spike can only rise and a 1-spike only fall: half of the sign directions are lost."""
+    ball, u0 = Linf(6 / 255, space="encoded"), torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1, 1)
+    down_up = ball.project(u0 + torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1, 1), u0)
+    assert torch.equal(down_up, u0)
