@@ -8,7 +8,7 @@ import warnings
 from jaxtyping import install_import_hook
 
 assert "sparsetrail" not in sys.modules, "the hook must be in place before sparsetrail is imported"
-install_import_hook("sparsetrail", "beartype.beartype")
+install_import_hook("sparsetrail", "shapecheck.check")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from sparsetrail.core import Linf, Problem, Rate, Streams, Victim, as_fraction, margin
 
@@ -23,12 +24,12 @@ Y = torch.tensor([0, 1, 0])
 def test_a_radius_in_grey_levels_is_refused_with_the_hint():
     with pytest.raises(ValueError, match="did you mean 8/255"):
         Linf(8, space="pixel")
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, TypeCheckError)):
         Linf(8 / 255)  # no default space
     for bad in (-0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match="eps"):
             Linf(bad, space="pixel")
-    with pytest.raises(ValueError, match="space"):
+    with pytest.raises((ValueError, TypeCheckError), match="space"):
         Linf(0.1, space="pixels")
 
 

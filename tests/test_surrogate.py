@@ -50,10 +50,8 @@ def test_values_of_the_papers_surrogate():
     assert atan() == Surrogate() == Surrogate("atan", 2.0)
 
 
-@pytest.mark.parametrize(("name", "width"), CASES)
+@pytest.mark.parametrize(("name", "width"), [c for c in CASES if c[0] != "straight_through"])  # a constant has none
 def test_integral(name, width):
-    if name == "straight_through":
-        pytest.skip("constant: its integral is infinite, as its docstring says")
     s = Surrogate(name, width)
     edge = {"triangle": width, "rectangle": width / 2}.get(name)
     if edge is None:

@@ -7,7 +7,7 @@ those of the attacked tensor, 0..1 for pixels and for spikes alike; the two are 
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -106,7 +106,7 @@ class Streams:
     Draws are made on the CPU so that a GPU run starts from the same points.
     """
 
-    def __init__(self, seed: int, indices: Int[Tensor, " n"] | range) -> None:
+    def __init__(self, seed: int, indices: Iterable[int]) -> None:
         self.generators = [torch.Generator().manual_seed(_mix(seed, int(i))) for i in indices]
 
     def uniform(self, like: Tensor, axis: int) -> Tensor:

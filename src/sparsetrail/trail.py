@@ -95,9 +95,10 @@ def _watch(name: str, tallies: dict[str, _Tally], shape: dict[str, int], steps: 
         n = shape["n"]
 
         def watched(v: Tensor, first: bool) -> Tensor:
-            alias = v.view_as(v)
-            alias.register_hook(lambda g: _count(t, g.detach(), n, steps, first))
-            return alias
+            # An operation that overwrites its input would lose a hook on an alias; nothing else reads that input.
+            seen = v if getattr(module, "inplace", False) else v.view_as(v)
+            seen.register_hook(lambda g: _count(t, g.detach(), n, steps, first))
+            return seen
 
         out, first = [], True
         for v in inputs:

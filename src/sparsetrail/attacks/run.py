@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Linf, Problem, Run, Streams, Victim, image_axis, margin
 
 Attack = Callable[..., None]
@@ -17,8 +16,8 @@ def attack(
     fn: Attack,
     victim: Victim,
     threat: Linf,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
+    x: Tensor,
+    y: Tensor,
     *,
     batch: int = 64,
     seed: int = 0,
@@ -29,7 +28,7 @@ def attack(
     stop: Callable[[], bool] | None = None,
     **knobs: Any,
 ) -> Run:
-    """Run `fn(problem, streams, **knobs)` against `victim` on images `x` with labels `y` and judge the best points.
+    """Run `fn(problem, streams, **knobs)` on images `x` [n c h w] in 0..1 with labels `y` [n], judge the best points.
 
     Only images classified correctly are attacked. `drop` leaves out images as soon as they are fooled; the result is
     the same, faster. `keep` stores the adversarial points, on the CPU. `say(done, n)` is called after every batch,

@@ -40,11 +40,18 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
             "labelColor": c["ink"],
             "titleColor": c["ink"],
             "titleFontWeight": "normal",
-            "titleFontSize": 12,
-            "labelFontSize": 11,
+            "titleFontSize": 13,
+            "labelFontSize": 12,
         },
-        "legend": {"labelColor": c["ink"], "titleColor": c["ink"], "labelFontSize": 12, "titleFontWeight": "normal"},
-        "title": {"color": c["ink"], "subtitleColor": c["soft"], "fontWeight": "normal", "fontSize": 13, "anchor": "start"},
+        "legend": {"labelColor": c["ink"], "titleColor": c["ink"], "labelFontSize": 13, "titleFontWeight": "normal"},
+        "title": {
+            "color": c["ink"],
+            "subtitleColor": c["soft"],
+            "fontWeight": "normal",
+            "fontSize": 14,
+            "subtitleFontSize": 12,
+            "anchor": "start",
+        },
         "range": {"category": SERIES[theme], "symbol": SHAPES},
         "style": {
             "stage": {"color": c["line"]},
@@ -102,18 +109,22 @@ def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
         pale,
         solid,
         names.encode(x=x(bandPosition=0), y=alt.value(-3), text="stage:N"),
-        *([key.encode(x=alt.value(width), y=alt.value(-24))] if any(r.forced for t in group.trails for r in t.rows) else []),
+        *(
+            [key.encode(x=alt.value(width), y=alt.value(-24))]
+            if any(r.forced for t in group.trails for r in t.rows)
+            else []
+        ),
     ).properties(width=width, height=190)
 
-    axis = alt.Axis(format=".0e", values=_decades(group), domain=True)
+    axis = alt.Axis(format=".0e", labelExpr="replace(datum.label, '+', '')", values=_decades(group))
     norm = alt.Y("norm:Q", title="L2 norm", scale=alt.Scale(type="log", nice=True), axis=axis)
     shape = alt.Shape("victim:N", sort=labels, legend=None)
     alive = base.transform_filter("isValid(datum.norm) && datum.norm > 0")  # a zero has no place on a log axis
     lower = alt.layer(
         rule.encode(x=x(below, bandPosition=0)),
-        alive.mark_line(strokeWidth=1, opacity=0.5).encode(x=x(below), y=norm, color=colour),
+        alive.mark_line(strokeWidth=1, opacity=0.5).encode(x=x(below), xOffset=series, y=norm, color=colour),
         alive.mark_point(size=26, filled=True, opacity=1).encode(
-            x=x(below), y=norm, color=colour, shape=shape, tooltip=hints
+            x=x(below), xOffset=series, y=norm, color=colour, shape=shape, tooltip=hints
         ),
     ).properties(width=width, height=150)
     chart = alt.vconcat(upper, lower, spacing=12).resolve_scale(color="shared")
@@ -180,7 +191,11 @@ def accuracy_spec(runs: Sequence[Run]) -> Spec:
                 order.append(column.label)
                 values.append(_bar(column.label, run.victim, run.accuracy))
             order = list(dict.fromkeys(order))
-            x = alt.X("attack:N", sort=order, axis=alt.Axis(title=None, labelAngle=0 if len(order) < 6 else -35, labelLimit=220))
+            x = alt.X(
+                "attack:N",
+                sort=order,
+                axis=alt.Axis(title=None, labelAngle=0 if len(order) < 6 else -35, labelLimit=220),
+            )
             offset = alt.XOffset("victim:N", sort=victims, scale=alt.Scale(paddingInner=0.6, paddingOuter=0.6))
             scale = alt.Scale(domain=[0, 100])
             axis = alt.Axis(tickCount=5, title="correct, %" if not panels else None)
@@ -207,9 +222,11 @@ def accuracy_spec(runs: Sequence[Run]) -> Spec:
             )
             lines = [f"{where.mode}-mode BatchNorm"] + ([where.route] if routes else [])
             name = alt.Title(where.short.split(",")[0], subtitle=lines, offset=10)
-            wide = max(120, len(order) * max(56, 22 * len(victims)))
-            panels.append((rule + point).properties(width=wide, height=210, title=name))
-        row = alt.hconcat(*panels, spacing=34).resolve_scale(x="independent", y="shared", color="shared", shape="shared")
+            wide = max(130, len(order) * max(64, 24 * len(victims)))
+            panels.append((rule + point).properties(width=wide, height=220, title=name))
+        row = alt.hconcat(*panels, spacing=34).resolve_scale(
+            x="independent", y="shared", color="shared", shape="shared"
+        )
         rows.append(row.properties(title=data) if len({run.data for run in runs}) > 1 else row)
     return _spec(rows[0] if len(rows) == 1 else alt.vconcat(*rows, spacing=30))
 
@@ -240,7 +257,9 @@ def steps_spec(group: TrailGroup) -> Spec | None:
         ]
         if not values:
             continue
-        ops = alt.Axis(title=None, labelFontSize=9.5, labelOverlap=False, labelLimit=180, labels=not panels, ticks=not panels)
+        ops = alt.Axis(
+            title=None, labelFontSize=9.5, labelOverlap=False, labelLimit=180, labels=not panels, ticks=not panels
+        )
         panels.append(
             alt.Chart(alt.Data(values=values))
             .mark_rect()
@@ -294,9 +313,7 @@ def _which(report: Report, which: str) -> Spec:
     elif which in ("trail", "steps"):
         groups = trail_groups(report.trails)
         several = len(groups) > 1
-        drawn = [
-            trail_spec(g, title=g.title if several else "") if which == "trail" else steps_spec(g) for g in groups
-        ]
+        drawn = [trail_spec(g, title=g.title if several else "") if which == "trail" else steps_spec(g) for g in groups]
         specs = [spec for spec in drawn if spec]
     else:
         raise ReportError(f"which: expected 'trail', 'accuracy' or 'steps', found {which!r}; likely fix: choose one")

@@ -40,17 +40,16 @@ class Setting:
     @property
     def sentence(self) -> str:
         """The threat in one sentence, for a reader who meets it for the first time."""
-        how = (
-            "The adversary changes every pixel of the image"
-            if self.threat.space == "pixel"
-            else "The adversary changes every entry of the encoded input, at every time step,"
-        )
-        bn = (
-            "the network stays in eval mode while crafting"
-            if self.mode == "eval"
-            else "BatchNorm runs in train mode while crafting, on statistics of the attacked batch itself"
-        )
-        return f"{how} by at most {radius(self.threat)} of the range 0..1; {bn}; gradient: {self.route}."
+        size = f"by at most {radius(self.threat)} of the range 0..1"
+        what = {
+            "pixel": f"every pixel of the image {size}; the encoder turns the image into spikes as usual",
+            "encoded": f"every entry of the encoded input, at every step, {size}; no image need encode to the result",
+        }[self.threat.space]
+        how = {
+            "eval": "BatchNorm stays in eval mode while the attack is crafted",
+            "train": "BatchNorm runs in train mode while the attack is crafted, on statistics of the attacked batch",
+        }[self.mode]
+        return f"The adversary may change {what}. {how}."
 
 
 def radius(threat: Linf) -> str:

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -41,8 +42,10 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
     """The whole page as one HTML document: nothing is fetched, tables and pictures are there without JavaScript."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["words"] = value
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["prose"] = lambda text: re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
     environment.filters["cell"] = _cell
     shown, gain = examples(images or ())
     groups = tables.trail_groups(report.trails)
@@ -71,10 +74,12 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
             for i, group in enumerate(groups)
         ],
         figure_claims=[c for c in tables.comparisons(report) if c.figure in tables.FIGURES],
-        compared=[c for c in compared if c.measured],
-        unmeasured=[c for c in compared if not c.measured],
+        compared=[c for c in compared if c.grid.rows],
+        unmeasured=[c for c in compared if c.rest.rows],
         cards=card_grid(report.models),
-        provenance=Grid("Provenance", ("what", "value"), tuple((k, value(v)) for k, v in report.provenance.items())),
+        provenance=Grid(
+            "Provenance", ("what", "value"), tuple((k, value(v)) for k, v in _flat(report.provenance).items())
+        ),
         examples=shown,
         gain=gain,
         drawn=drawn,
@@ -93,7 +98,7 @@ def markdown(report: Report) -> str:
     for group in tables.trail_groups(report.trails):
         grid = tables.kind_grid(group, figures)
         parts += [f"## Trail: {group.title}", grid.text(), f"{grid.caption}. Every operation is in `trail.csv`."]
-    measured = [c for c in tables.comparisons(report) if c.measured]
+    measured = [c for c in tables.comparisons(report) if c.grid.rows]
     if measured:
         parts += ["## Beside the published figures"]
     for c in measured:
@@ -101,9 +106,12 @@ def markdown(report: Report) -> str:
         parts += [f"- Note: {note}" for note in c.notes]
     if report.models:
         parts += ["## Models"]
-    parts += ["\n".join(f"- {key}: {value(entry)}" for key, entry in card.items()) for card in report.models]
+    parts += ["\n".join(f"- {key}: {value(entry)}" for key, entry in _flat(card).items()) for card in report.models]
     if report.provenance:
-        parts += ["## Provenance", "\n".join(f"- {key}: {value(entry)}" for key, entry in report.provenance.items())]
+        parts += [
+            "## Provenance",
+            "\n".join(f"- {key}: {value(entry)}" for key, entry in _flat(report.provenance).items()),
+        ]
     if report.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in report.notes)]
     return "\n\n".join(parts) + "\n"
@@ -111,16 +119,31 @@ def markdown(report: Report) -> str:
 
 def card_grid(models: Sequence[Mapping[str, Any]]) -> Grid:
     """Model cards side by side: a row per entry, a column per model."""
-    keys = [key for key in dict.fromkeys(key for card in models for key in card) if key not in ("victim", "name")]
     names = [str(card.get("victim", card.get("name", f"model {i}"))) for i, card in enumerate(models, 1)]
-    rows = tuple((key, *(value(card[key]) if key in card else "" for card in models)) for key in keys)
+    flat = [_flat({k: v for k, v in card.items() if k not in ("victim", "name")}) for card in models]
+    keys = dict.fromkeys(key for card in flat for key in card)
+    rows = tuple((key, *(value(card[key]) if key in card else "" for card in flat)) for key in keys)
     return Grid("Model cards", ("", *names), rows)
 
 
+def _flat(entries: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested entries under one key each: {'neuron': {'kind': 'IF'}} as {'neuron, kind': 'IF'}."""
+    out: dict[str, Any] = {}
+    for key, entry in entries.items():
+        if isinstance(entry, Mapping) and entry:
+            out.update(_flat(entry, f"{path}{key}, "))
+        else:
+            out[f"{path}{key}"] = entry
+    return out
+
+
 def threats(report: Report) -> tuple[tuple[str, str], ...]:
-    """Every setting of the runs: its label, and what the adversary may do in one sentence."""
+    """Every setting of the runs: its label, and what the adversary may do; the gradient route where routes differ."""
     among = settings(report.runs)
-    return tuple((setting_label(s, among), s.sentence) for s in among)
+    several = len({s.route for s in among}) > 1
+    return tuple(
+        (setting_label(s, among), f"{s.sentence} Gradient: {s.route}." if several else s.sentence) for s in among
+    )
 
 
 def _under(run: Any, where: Setting) -> bool:
@@ -178,5 +201,5 @@ def _cell(text: str) -> Any:
     for mark in (" [", " ("):
         head, found, rest = text.partition(mark)
         if found and text[-1:] in "])":
-            return Markup(f"{html.escape(head)} <span class=\"aside\">{html.escape(found[1:] + rest)}</span>")
+            return Markup(f'{html.escape(head)} <span class="aside">{html.escape(found[1:] + rest)}</span>')
     return text

@@ -3,6 +3,7 @@
 A column of accuracies holds one attack with its knobs under one threat, mode and gradient route, never two.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparsetrail.core import Claim, Rate, Report, Run, Trail, TrailRow
-from sparsetrail.report.labels import Column, Setting, columns, setting, setting_label, settings, value
+from sparsetrail.report.labels import Setting, columns, setting, setting_label, settings, value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,15 +52,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Published figures of one threat beside ours; `measured` is False where there is nothing of ours to show."""
+    """Published figures of one threat: those with ours beside them in `grid`, those without in `rest`."""
 
     figure: str
     title: str
     stated: str
     coded: str
     grid: Grid
+    rest: Grid
     notes: tuple[str, ...]
-    measured: bool
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,10 @@ def ledger(runs: Sequence[Run]) -> Grid:
 
 
 def share(x: float | None) -> str:
-    """A share 0..1 in per cent; a dash where there is none."""
-    return "–" if x is None or math.isnan(x) else f"{100 * x:.2f} %"
+    """A share 0..1 in per cent, an exact zero as '0 %'; a dash where there is none."""
+    if x is None or math.isnan(x):
+        return "–"
+    return "0 %" if x == 0 else "< 0.01 %" if 0 < x < 5e-5 else f"{100 * x:.2f} %"
 
 
 # --- trails -----------------------------------------------------------------------------------------------------
@@ -295,7 +298,7 @@ def kind_grid(group: TrailGroup, claims: Sequence[Claim]) -> Grid:
             line.append(", ".join(f"{c.value:.2f} %" for c in hit))
         lines.append(tuple(line))
     return Grid(
-        caption=f"Share of exactly zero gradient entries by kind of operation: mean over operations (range); {group.title}",
+        caption=f"Exactly zero gradient entries by kind of operation: mean over operations (range); {group.title}",
         head=("kind", *("zero", "forced by geometry") * len(group.labels), *(f"Figure {f[3:]}" for f in figures)),
         rows=tuple(lines),
         groups=(
@@ -326,7 +329,7 @@ def _mean_range(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean = share(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f}–{100 * max(values):.1f})"
+    return mean if len(set(values)) == 1 else f"{mean} ({100 * min(values):.1f}–{100 * max(values):.1f})"
 
 
 # --- published figures ------------------------------------------------------------------------------------------
@@ -353,8 +356,9 @@ def compare(report: Report, *, tablefmt: str = "github") -> str:
     """Ours beside the published figures, as text: one table a published threat, which is stated above it."""
     blocks = []
     for c in comparisons(report):
-        lines = [f"{c.title}.", f"Stated: {c.stated}", f"Coded: {c.coded}", "", c.grid.text(tablefmt)]
-        blocks.append("\n".join(lines + ([""] if c.notes else []) + [f"Note: {note}" for note in c.notes]))
+        blocks.append("\n".join([f"{c.title}.", f"Stated: {c.stated}", f"Coded: {c.coded}"]))
+        blocks += [grid.text(tablefmt) for grid in (c.grid, c.rest) if grid.rows]
+        blocks += [f"Note: {note}" for note in c.notes]
     return "\n\n".join(blocks) or "No published figure is attached."
 
 
@@ -363,43 +367,47 @@ def _compare(report: Report, cards: dict[str, dict[str, Any]], claims: Sequence[
     ours = _trail_cells(report, cards, claims) if figure in FIGURES else _run_cells(report, cards, claims)
     heads = list(dict.fromkeys(head for _, head, _ in ours))
     sets = list(dict.fromkeys(claim.dataset for claim in claims))
-    lines, measured = [], False
+    several = len(sets) > 1
+    lines, rest = [], []
     for i, claim in enumerate(claims):
+        first = (claim.row, claim.dataset) if several else (claim.row,)
+        printed = f"{claim.value:.2f} {claim.unit}"
         mine: dict[str, dict[tuple[str, str], str]] = {}
         for (j, victim), head, cell in ours:
             if i == j:
                 mine.setdefault(victim, {})[head] = cell
-        first = [claim.row] + ([claim.dataset] if len(sets) > 1 else [])
-        printed = f"{claim.value:.2f} {claim.unit}"
-        for victim, cells in mine.items():
-            measured = True
-            lines.append((*first, printed, victim, *(cells.get(head, "") for head in heads)))
+        lines += [(*first, v, printed, *(cells.get(head, "") for head in heads)) for v, cells in mine.items()]
         if not mine:
             why = "not measured" if claim.conditions.get("available", True) else "not in this version"
-            lines.append((*first, printed, why, *("" for _ in heads)))
-    labels = 2 if len(sets) > 1 else 1
-    groups: list[tuple[str, int]] = [("", labels), ("published", 1), ("ours", 1)]
-    for _, group in heads:
-        if groups[-1][0] == group:
-            groups[-1] = (group, groups[-1][1] + 1)
-        else:
-            groups.append((group, 1))
+            rest.append((*first, why, printed))
     name = f"{'Table' if figure.startswith('table') else 'Figure'} {figure[-1]}"
+    start = ("row", "data", "ours", name) if several else ("row", "ours", name)
+    spans: list[tuple[str, int]] = [("", len(start) - 1), ("published", 1)]
+    for title, members in itertools.groupby(title for _, title in heads):
+        spans.append((title, len(list(members))))
+    source = claims[0].source
     return Comparison(
         figure=figure,
-        title=f"{name}, {claims[0].metric}" + (f", {sets[0]}" if len(sets) == 1 else ""),
+        title=f"{name}, {claims[0].metric}" + ("" if several or sets[0] == "not stated" else f", {sets[0]}"),
         stated=claims[0].stated,
         coded=claims[0].coded,
-        grid=Grid(
-            caption=claims[0].source,
-            head=("row", *(["data"] if len(sets) > 1 else []), name, "model", *(head for head, _ in heads)),
-            rows=tuple(lines),
-            labels=labels,
-            groups=tuple(groups),
-        ),
+        grid=Grid(source, (*start, *(head for head, _ in heads)), tuple(lines), len(start) - 1, tuple(spans)),
+        rest=Grid(source, start, tuple(rest), len(start) - 1, (("", len(start) - 1), ("published", 1))),
         notes=tuple(dict.fromkeys(c.conditions["note"] for c in claims if c.conditions.get("note"))),
-        measured=measured,
     )
+
+
+def _answers(claim: Claim, where: Setting) -> str:
+    """Whether a setting of ours is the threat a claim states or the one its code runs, in words."""
+
+    def same(which: str, mode: str | None) -> bool:
+        eps, space = claim.conditions.get(f"eps_{which}"), claim.conditions.get(f"space_{which}")
+        near = eps is not None and math.isclose(eps, where.threat.eps, rel_tol=1e-6)
+        return near and space == where.threat.space and mode in (None, where.mode)
+
+    # a text that is silent about BatchNorm is read as eval mode, as everyone else attacks
+    stated, coded = same("stated", "eval"), same("coded", claim.conditions.get("mode_coded"))
+    return "as stated and coded" if stated and coded else "as stated" if stated else "as coded" if coded else ""
 
 
 Cell = tuple[tuple[int, str], tuple[str, str], str]  # (claim, our model), (column, its threat), text
@@ -425,13 +433,10 @@ def _run_cells(report: Report, cards: dict[str, dict[str, Any]], claims: Sequenc
             continue
         for (column, row), run in cells.items():
             if run.attack.lower() == attack and (key := ours(row)):
-                out.append((key, (column.label, setting_label(column.setting, among)), percent(run.accuracy, n=n)))
-    return _ordered(out, cells)
-
-
-def _ordered(out: list[Cell], cells: dict[tuple[Column, Row], Run]) -> list[Cell]:
-    """Columns of one threat side by side, whatever claim brought them in."""
-    order = list(dict.fromkeys(group for _, (_, group), _ in out))
+                answers, group = _answers(claim, column.setting), setting_label(column.setting, among)
+                title = f"{group} ({answers})" if answers else group
+                out.append((key, (column.label, title), percent(run.accuracy, n=n)))
+    order = list(dict.fromkeys(group for _, (_, group), _ in out))  # columns of one threat stand side by side
     return sorted(out, key=lambda cell: order.index(cell[1][1]))
 
 
