@@ -1,6 +1,6 @@
 """One thread, repeatable draws, shape annotations checked at run time, SpikingJelly without torchvision."""
 
-import importlib
+import importlib.util
 import sys
 import types
 import warnings
@@ -17,7 +17,6 @@ from hypothesis import settings  # noqa: E402
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
-
 
 
 def pytest_configure(config):
@@ -48,7 +47,7 @@ def spikingjelly() -> types.SimpleNamespace:
         warnings.simplefilter("ignore")
         for name in ("loguru", "h5py", "spikingjelly"):
             pytest.importorskip(name, reason=f"{name}: {MISSING}")
-        if importlib.util.find_spec("torchvision") is None:
+        if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None:
             _stand_in_for_torchvision()
         names = ("neuron", "surrogate", "encoding", "functional", "layer", "model.sew_resnet", "model.spiking_resnet")
         found = {n: importlib.import_module(f"spikingjelly.activation_based.{n}") for n in names}

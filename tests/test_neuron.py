@@ -67,7 +67,7 @@ def test_fused_equals_reference(spec, dtype):
         assert gap(fast[1], slow[1]) < tolerance, (name, steps)
         if spec.kind == "plif":  # one number summed over neurons, where signs cancel: relative to the sum of magnitudes
             apart = backward(reference, x, one, w, torch.full((40,), 0.37, dtype=dtype, requires_grad=True))[2]
-            assert (fast[2] - slow[2]).abs() < tolerance * apart.abs().sum(), (name, steps)
+            assert (fast[2] - slow[2]).abs() <= tolerance * apart.abs().sum(), (name, steps)
 
 
 specs = st.builds(
@@ -247,7 +247,8 @@ def test_a_tie_spikes(run):
         # half the current, doubled by tau=2: a tie again
         assert run(2 * x, NeuronSpec(kind="lif", threshold=th)).flatten().tolist() == [1, 0, 1, 0]
         # soft reset of a tie leaves exactly nothing
-        assert run(torch.tensor([[th], [th], [0.0]]), NeuronSpec(threshold=th, reset=None)).flatten().tolist() == [1, 1, 0]
+        twice = torch.tensor([[th], [th], [0.0]])
+        assert run(twice, NeuronSpec(threshold=th, reset=None)).flatten().tolist() == [1, 1, 0]
     quarters = torch.full((8, 1), 0.25)
     assert run(quarters, NeuronSpec()).flatten().tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
     assert run(quarters, NeuronSpec(reset=-0.25)).flatten().tolist() == [0, 0, 0, 0, 1, 0, 0, 0]

@@ -153,11 +153,10 @@ def train(
     resumed = _restore(out, identity, net, optimizer, done)
     steps_per_epoch = len(labels) // spec.batch
     total = steps_per_epoch * spec.epochs
+    if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
+        return load_model(out)
     log = _Log(out / "events.jsonl", say)
     log("resumed" if resumed else "started", epoch=done.epoch, step=done.step, of=total, **_machine(device))
-    if done.epoch >= spec.epochs:
-        return load_model(out)
-
     started, saved, before = time.monotonic(), time.monotonic(), done.seconds
 
     def save_state() -> None:
@@ -197,6 +196,7 @@ def train(
             saved = time.monotonic()
             log("epoch", epoch=epoch, loss=done.loss, validation=None if score is None else score.value,
                 best_epoch=done.best_epoch, seconds=round(done.seconds, 2))
+        score = accuracy(net, encode, held_out, device=device) if held_out is not None else None
         _save_model(out / "last.safetensors", identity, net, done, score, device)
         log("done", epoch=spec.epochs, step=total, of=total, seconds=round(done.seconds, 2))
     finally:
@@ -222,10 +222,12 @@ def _step(
     if not math.isfinite(value):
         return value
     loss.backward()
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)  # a NaN weight only silences its neurons: the loss stays finite, this does not
+    if not math.isfinite(norm):
+        return float(norm)
     if spec.clip:
-        norm = float(nn.utils.clip_grad_norm_(net.parameters(), spec.clip))
-        if not math.isfinite(norm):
-            return norm
+        nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, norm)
     optimizer.step()
     if seams.after_step is not None:
         seams.after_step(net, generator)
@@ -362,10 +364,12 @@ def _restore(out: Path, identity, net: nn.Module, optimizer: torch.optim.Optimiz
             continue
         net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = list(net.parameters())
         for key, value in tensors.items():
             if key.startswith("opt."):
                 _, i, k = key.split(".", 2)
-                state.setdefault(int(i), {})[k] = value
+                like = parameters[int(i)]  # fused Adam needs the moments in the parameter's own memory layout
+                state.setdefault(int(i), {})[k] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for k, v in card["progress"].items():
             setattr(done, k, -math.inf if k == "best" and v is None else v)

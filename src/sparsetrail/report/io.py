@@ -2,13 +2,14 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import math
+import operator
 import os
 import types
 import typing
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def _plain(value: Any) -> Any:
     )
 
 
-@cache
+@functools.cache
 def _wire(kind: Any) -> Any:
     """The type a value has in JSON: dataclasses become closed structs, numbers may be null, tensors are left out."""
     import msgspec
@@ -161,7 +162,7 @@ def _wire(kind: Any) -> Any:
     if origin is tuple:
         return tuple[tuple(a if a is ... else _wire(a) for a in args)]  # type: ignore[misc]
     if origin in (typing.Union, types.UnionType):
-        return typing.Union[tuple(_wire(a) for a in args)]  # noqa: UP007
+        return functools.reduce(operator.or_, map(_wire, args))
     return dict[str, Any] if origin is not None and _is_subclass(origin, Mapping) else kind
 
 

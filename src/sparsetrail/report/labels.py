@@ -72,8 +72,8 @@ def settings(runs: Iterable[Run]) -> tuple[Setting, ...]:
 
 
 def setting_label(one: Setting, among: Sequence[Setting]) -> str:
-    """`one.short`, with the route where the routes differ."""
-    return one.short if len({s.route for s in among}) < 2 else f"{one.short}, {one.route}"
+    """`one.short`, with the route where another setting differs in nothing else that the short form tells."""
+    return one.short if all(s == one or s.short != one.short for s in among) else f"{one.short}, {one.route}"
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,11 @@ def columns(runs: Sequence[Run]) -> dict[tuple[Column, tuple[str, str]], Run]:
 
 
 def attack_label(run: Run) -> str:
-    """The attack as the field writes it, with its number of steps: 'PGD-7'."""
-    name = ATTACKS.get(run.attack.lower(), run.attack)
+    """The attack as the field writes it, with its number of steps: 'PGD-7', 'PGD-7 (authors)'."""
+    name, space, rest = run.attack.partition(" ")
     steps = run.knobs.get("steps")
-    return f"{name}-{steps}" if isinstance(steps, int) and not isinstance(steps, bool) else name
+    count = f"-{steps}" if isinstance(steps, int) and not isinstance(steps, bool) else ""
+    return f"{ATTACKS.get(name.lower(), name)}{count}{space}{rest}"
 
 
 def _exact(run: Run) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from sparsetrail.core import Report
 from sparsetrail.report import charts, tables
 from sparsetrail.report.images import examples
 from sparsetrail.report.io import RESULT, replace, steps_csv, to_json, trail_csv
-from sparsetrail.report.labels import Setting, setting_label, settings, value
+from sparsetrail.report.labels import setting, setting_label, settings, value
 from sparsetrail.report.tables import Grid
 
 
@@ -45,7 +45,7 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["prose"] = lambda text: re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
+    environment.filters["prose"] = _prose
     environment.filters["cell"] = _cell
     shown, gain = examples(images or ())
     groups = tables.trail_groups(report.trails)
@@ -56,11 +56,16 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
     return environment.from_string(source).render(
         report=report,
         accuracy=tables.accuracy(report.runs) if report.runs else None,
-        facts=tables.facts(report.runs),
+        facts=[fact for fact in tables.facts(report.runs) if not fact.startswith("gradient under")],
         threats=threats(report),
         ledgers=[
-            (setting_label(s, settings(report.runs)), tables.ledger([r for r in report.runs if _under(r, s)]))
+            {
+                "title": setting_label(s, settings(report.runs)),
+                "grid": tables.ledger(runs),
+                "notes": tables.run_notes(runs),
+            }
             for s in settings(report.runs)
+            for runs in [[run for run in report.runs if setting(run) == s]]
         ],
         trails=[
             {
@@ -146,10 +151,6 @@ def threats(report: Report) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _under(run: Any, where: Setting) -> bool:
-    return settings([run]) == (where,)
-
-
 def _charts(report: Report) -> dict[str, charts.Spec]:
     """All charts of the page by the id of their place."""
     out = {"accuracy": charts.accuracy_spec(report.runs)} if report.runs else {}
@@ -191,7 +192,12 @@ def _library() -> Any:
     import vl_convert
     from markupsafe import Markup
 
-    return Markup(vl_convert.javascript_bundle().replace("</script", "<\\/script"))
+    return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"))
+
+
+def _prose(text: str) -> str:
+    """Running text in which no line breaks between a number and its per cent sign."""
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
 
 
 def _cell(text: str) -> Any:

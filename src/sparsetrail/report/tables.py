@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FIGURES = ("fig1", "fig3")  # claims about trails; all others are about accuracies
+DASH = "\u2013"
 MARKDOWN = ("github", "pipe", "plain", "simple")
 Row = tuple[str, str]  # victim and data
 
@@ -148,7 +149,7 @@ def per_setting(runs: Sequence[Run]) -> tuple[tuple[Setting, Grid], ...]:
 
 
 def facts(runs: Sequence[Run]) -> tuple[str, ...]:
-    """What every number of the table shares, to be said once: images, data, seed, gradient route."""
+    """What the numbers of the table share, to be said once; gradient routes by setting where they differ."""
     lines = []
     if len(found := {run.n for run in runs}) == 1:
         lines.append(f"n = {found.pop()} images")
@@ -156,8 +157,11 @@ def facts(runs: Sequence[Run]) -> tuple[str, ...]:
         lines.append(f"data: {names.pop()}")
     if len(found := {run.seed for run in runs}) == 1:
         lines.append(f"seed {found.pop()}")
-    if len(names := {run.route for run in runs}) == 1:
-        lines.append(f"gradient: {names.pop()}")
+    among = settings(runs)
+    if len({s.route for s in among}) == 1:
+        lines.append(f"gradient: {among[0].route}")
+    else:
+        lines += [f"gradient under {setting_label(s, among)}: {s.route}" for s in among]
     return tuple(lines)
 
 
@@ -175,11 +179,10 @@ def ledger(runs: Sequence[Run]) -> Grid:
     """What the attacks cost and what they met: calls per image, zero gradients, examples they could not move."""
     owner = {id(run): column for (column, _), run in columns(runs).items()}
     several = len({run.data for run in runs}) > 1
-    notes = any(run.note for run in runs)
     head = ("forwards an image", "backwards an image", "zero gradient entries", "dead examples", "non-finite", "ties")
     return Grid(
         caption="What the attacks cost and met",
-        head=("attack", "victim", *(["data"] if several else []), *head, "seconds", *(["note"] if notes else [])),
+        head=("attack", "victim", *(["data"] if several else []), *head, "seed", "seconds"),
         rows=tuple(
             (
                 owner[id(run)].label,
@@ -191,8 +194,8 @@ def ledger(runs: Sequence[Run]) -> Grid:
                 str(run.dead_examples),
                 str(run.nonfinite),
                 str(run.ties),
+                str(run.seed),
                 f"{run.seconds:.1f}",
-                *([run.note] if notes else []),
             )
             for run in runs
         ),
@@ -200,10 +203,16 @@ def ledger(runs: Sequence[Run]) -> Grid:
     )
 
 
+def run_notes(runs: Sequence[Run]) -> tuple[str, ...]:
+    """The notes that runs carry, each with its attack and victim."""
+    owner = {id(run): column for (column, _), run in columns(runs).items()}
+    return tuple(f"{owner[id(run)].label}, {run.victim}: {run.note}." for run in runs if run.note)
+
+
 def share(x: float | None) -> str:
     """A share 0..1 in per cent, an exact zero as '0 %'; a dash where there is none."""
     if x is None or math.isnan(x):
-        return "–"
+        return DASH
     return "0 %" if x == 0 else "< 0.01 %" if 0 < x < 5e-5 else f"{100 * x:.2f} %"
 
 
@@ -280,22 +289,27 @@ def trail_grid(group: TrailGroup) -> Grid:
 
 def norm(x: float) -> str:
     """A gradient norm with three digits."""
-    return "–" if math.isnan(x) else f"{x:.2e}"
+    return DASH if math.isnan(x) else f"{x:.2e}"
 
 
 def kind_grid(group: TrailGroup, claims: Sequence[Claim]) -> Grid:
-    """Zero share by kind of operation, mean and range over operations, and the paper's figure where it printed one."""
-    kinds = list(dict.fromkeys(r[op].kind for op in group.ops for r in group.rows if op in r))
+    """Zero share by kind of operation, mean and range over operations, and the paper's figure where it printed one.
+
+    Pools stand alone: a strided max pool and the global average before the last layer have nothing in common.
+    """
+    kinds = list(dict.fromkeys(_family(r[op]) for op in group.ops for r in group.rows if op in r))
     figures = [f for f in FIGURES if any(claim.figure == f for claim in claims)]
     lines = []
     for kind in kinds:
-        line = [kind]
+        line, spoken = [kind], set()
         for r in group.rows:
-            here = [row for row in r.values() if row.kind == kind]
+            here = [row for row in r.values() if _family(row) == kind]
             line += [_mean_range([row.zero for row in here]), _mean_range([row.forced for row in here])]
+            spoken |= {
+                c for c in range(len(claims)) if {row.op for row in here} & {row.op for row in _spoken(claims[c], r)}
+            }
         for figure in figures:
-            hit = [c for c in claims if c.figure == figure and operates(c, kind)]
-            line.append(", ".join(f"{c.value:.2f} %" for c in hit))
+            line.append(", ".join(f"{claims[c].value:.2f} %" for c in sorted(spoken) if claims[c].figure == figure))
         lines.append(tuple(line))
     return Grid(
         caption=f"Exactly zero gradient entries by kind of operation: mean over operations (range); {group.title}",
@@ -309,15 +323,18 @@ def kind_grid(group: TrailGroup, claims: Sequence[Claim]) -> Grid:
     )
 
 
-def operates(claim: Claim, kind: str) -> bool:
-    """Whether a claim of Figure 1 or 3 speaks of this kind of operation."""
-    k, wanted = _bare(kind), claim.conditions.get("operation")
-    if wanted == "neuron":
-        return "neuron" in k or k.endswith("node") or k in ("if", "lif", "plif", "sn", "spike")
-    if wanted == "pool":  # the stem's pool, not the global average before the last layer
-        other = {"max": ("avg", "average"), "avg": ("max",)}.get(str(claim.conditions.get("pool")), ())
-        return "pool" in k and not any(word in k for word in ("adaptive", "global", *other))
-    return False
+def _family(row: TrailRow) -> str:
+    if "pool" not in row.kind.lower():
+        return row.kind
+    return row.kind if row.op == row.kind else f"{row.kind}, {row.op}"
+
+
+def _spoken(claim: Claim, rows: dict[str, TrailRow]) -> list[TrailRow]:
+    """The operations of a trail that a claim of Figure 1 or 3 speaks of: its neurons, or its first pool."""
+    kinds = {"neuron": ("neuron", "if", "lif", "plif", "ifnode", "lifnode"), "pool": ("pool", "maxpool2d", "avgpool2d")}
+    wanted = str(claim.conditions.get("operation"))
+    found = [row for row in rows.values() if row.kind.lower() in kinds.get(wanted, ())]
+    return found[:1] if wanted == "pool" else found
 
 
 def _pool(claim: Claim) -> str:
@@ -329,7 +346,7 @@ def _mean_range(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean = share(sum(values) / len(values))
-    return mean if len(set(values)) == 1 else f"{mean} ({100 * min(values):.1f}–{100 * max(values):.1f})"
+    return mean if len(set(values)) == 1 else f"{mean} ({100 * min(values):.1f}{DASH}{100 * max(values):.1f})"
 
 
 # --- published figures ------------------------------------------------------------------------------------------
@@ -432,7 +449,7 @@ def _run_cells(report: Report, cards: dict[str, dict[str, Any]], claims: Sequenc
                     out.append((key, (name, "no attack"), percent(rate, n=n)))
             continue
         for (column, row), run in cells.items():
-            if run.attack.lower() == attack and (key := ours(row)):
+            if run.attack.lower().split()[0] == attack and (key := ours(row)):
                 answers, group = _answers(claim, column.setting), setting_label(column.setting, among)
                 title = f"{group} ({answers})" if answers else group
                 out.append((key, (column.label, title), percent(run.accuracy, n=n)))
@@ -445,7 +462,7 @@ def _trail_cells(report: Report, cards: dict[str, dict[str, Any]], claims: Seque
     for i, claim in enumerate(claims):
         for trail in report.trails:
             card = cards.get(trail.victim, {})
-            here = [row.zero for row in trail.rows if operates(claim, row.kind)]
+            here = [row.zero for row in _spoken(claim, by_op(trail))]
             if here and _same_model(claim, trail.victim, card):
                 head = (f"mean of operations (range), {trail.data}", f"clean images, {trail.mode} mode")
                 out.append(((i, _described(trail.victim, card, claim)), head, _mean_range(here)))
@@ -498,36 +515,36 @@ def _bare(text: str) -> str:
 
 
 def console(report: Report, console: "Console") -> None:
-    """The end of a run as a person wants to see it: the summary, then one accuracy table a threat."""
+    """What a person wants to see at the end: an accuracy table a threat, zero shares by kind of operation."""
+    from rich.text import Text
+
+    for _, grid in per_setting(report.runs):
+        _print(grid, console)
+    if report.runs:
+        console.print(Text(f"95 % Wilson intervals; {'; '.join(facts(report.runs))}", style="dim"))
+    figures = [claim for claim in report.claims if claim.figure in FIGURES]
+    for group in trail_groups(report.trails):
+        _print(kind_grid(group, figures), console)
+
+
+def _print(grid: Grid, console: "Console") -> None:
+    from rich import box
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    console.print()
-    console.print(Text(report.title, style="bold"))
-    for line in report.summary:
-        console.print(Text(line))
-    for _where, grid in per_setting(report.runs):
-        drawn = Table(title=Text(grid.caption, style="bold"), title_justify="left", box=_box(), pad_edge=False)
-        for i, head in enumerate(grid.head):
-            drawn.add_column(Text(head), justify="left" if i < grid.labels else "right", no_wrap=i >= grid.labels)
-        for row in grid.rows:
-            drawn.add_row(*(Text(c) if i < grid.labels else _two_lines(c) for i, c in enumerate(row)))
-        console.print(Padding(drawn, (1, 0, 0, 0)))
-    if report.runs:
-        console.print(Text(f"95 % Wilson intervals; {'; '.join(facts(report.runs))}", style="dim"))
-    for note in report.notes:
-        console.print(Text(note, style="dim"))
-
-
-def _box() -> Any:
-    from rich import box
-
-    return box.SIMPLE_HEAD
+    head = grid.head if len(grid.groups) < 3 else grid.flat_head
+    drawn = Table(title=Text(grid.caption, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(head):
+        drawn.add_column(Text(name), justify="left" if i < grid.labels else "right", no_wrap=False)
+    for row in grid.rows:
+        drawn.add_row(*(Text(cell) if i < grid.labels else _two_lines(cell) for i, cell in enumerate(row)))
+    console.print(Padding(drawn, (1, 0, 0, 0)))
 
 
 def _two_lines(cell: str) -> Any:
+    """A number, and what stands in brackets behind it dimmed on a second line."""
     from rich.text import Text
 
-    value, bracket, rest = cell.partition(" [")
-    return Text.assemble(value, (f"\n{bracket[1:]}{rest}", "dim")) if bracket else Text(cell)
+    at = max(cell.find(" ["), cell.find(" ("))
+    return Text(cell) if at < 0 else Text.assemble(cell[:at], (f"\n{cell[at + 1 :]}", "dim"), no_wrap=True)

@@ -90,7 +90,7 @@ def _coded(name: str, knobs: dict[str, Any], code: Tensor, weights: Tensor | Non
     elif backward == "secant":
         level = torch.arange(256)
         up, down = (level + 1).clamp(max=255), (level - 1).clamp(min=0)
-        slope = (code[up] - code[down]) / ((up - down)[:, None] / 255)
+        slope = (code[up] - code[down]) * 255 / (up - down)[:, None]
     elif backward == "none":
         slope = torch.zeros(steps)
     else:

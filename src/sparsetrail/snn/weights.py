@@ -55,8 +55,9 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
         raise CheckpointError(f"{path}: expected a checkpoint, found no file" + (f"; there is {', '.join(near)}" if near else ""))
-    head = path.read_bytes()[:64] if path.stat().st_size < 64 else open(path, "rb").read(64)
-    if path.stat().st_size == 0:
+    with open(path, "rb") as f:
+        head = f.read(64)
+    if not head:
         raise CheckpointError(f"{path}: expected a safetensors file, found an empty one; was the copy interrupted?")
     if head.lstrip()[:1] == b"<":
         raise CheckpointError(f"{path}: expected a safetensors file, found an HTML page; the download saved an error page")

@@ -1,0 +1,267 @@
+"""Training: resumable to the bit, honest about its validation, loud about NaN, and refusing what it cannot trust."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sparsetrail import data
+from sparsetrail.snn.encode import phase
+from sparsetrail.snn.net import NetSpec
+from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
+from sparsetrail.train import (
+    Seams,
+    TrainingFailed,
+    TrainingStopped,
+    TrainSpec,
+    accuracy,
+    first_nonfinite,
+    load_model,
+    read_events,
+    train,
+)
+
+NET = NetSpec(width=0.125, channels=1, steps=3)
+ENCODE = phase(steps=3)
+SPEC = TrainSpec(epochs=2, batch=16, validation=0.25)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return data.take(data.load("fashion-mnist-slice", "train"), 128, seed=0)
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    return train(NET, ENCODE, images, SPEC, tmp_path_factory.mktemp("run") / "whole")
+
+
+def same_weights(a, b):
+    x, card_x, sha_x = load_weights(a)
+    y, card_y, sha_y = load_weights(b)
+    return sha_x == sha_y and card_x == card_y and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_it_learns_and_writes_what_it_promises(images, finished):
+    out = finished.path.parent
+    assert {p.name for p in out.iterdir()} == {
+        "model.safetensors", "last.safetensors", "state.safetensors", "state.previous.safetensors", "events.jsonl",
+    }  # fmt: skip
+    events = list(read_events(out))
+    assert [e["event"] for e in events if e["event"] != "step"] == ["started", "epoch", "epoch", "done"]
+    assert events[-1]["step"] == events[-1]["of"] == 2 * (96 // 16)
+    card = finished.card
+    assert card["data"]["sha256"] == images.sha256 and card["train"]["seed"] == 3407 and card["net"]["width"] == 0.125
+    assert card["validation"]["n"] == 32 and "held-out" in card["chosen_by"]
+    assert not finished.net.training
+
+
+def test_the_loss_falls(images, tmp_path):
+    losses = []
+    train(NET, ENCODE, images, replace(SPEC, epochs=12, lr=5e-3), tmp_path / "r", say=lambda e: e["event"] == "step" and losses.append(e["loss"]))
+    assert sum(losses[-6:]) / 6 < 0.75 * sum(losses[:6]) / 6
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("stop_at", [1, 6, 9])
+def test_stop_and_resume_is_bit_identical(images, tmp_path, optimizer, stop_at):
+    spec = replace(SPEC, optimizer=optimizer, schedule="cosine", crop=2, clip=1.0, weight_decay=1e-4, lr=1e-2)
+    whole = train(NET, ENCODE, images, spec, tmp_path / "whole")
+    steps = iter(range(1, 1000))
+    with pytest.raises(TrainingStopped, match="the same command continues"):
+        train(NET, ENCODE, images, spec, tmp_path / "cut", stop=lambda: next(steps) == stop_at)
+    resumed = train(NET, ENCODE, images, spec, tmp_path / "cut")
+    assert "resumed" in [e["event"] for e in read_events(tmp_path / "cut")]
+    for name in ("model.safetensors", "last.safetensors"):
+        assert same_weights(whole.path.parent / name, resumed.path.parent / name)
+    assert not same_weights(whole.path.parent / "last.safetensors", tmp_path / "cut" / "state.safetensors")
+
+
+def test_kill_9_and_resume_is_bit_identical(images, finished, tmp_path):
+    script = textwrap.dedent(f"""
+        import sys, torch, time
+        torch.set_num_threads(1)
+        from pathlib import Path
+        from sparsetrail import data
+        from sparsetrail.snn.encode import phase
+        from sparsetrail.snn.net import NetSpec
+        from sparsetrail.train import TrainSpec, train
+        images = data.take(data.load("fashion-mnist-slice", "train"), 128, seed=0)
+        def say(event):
+            print(event["event"], event.get("step"), flush=True)
+            time.sleep(0.05)
+        train(NetSpec(width=0.125, channels=1, steps=3), phase(steps=3), images,
+              TrainSpec(epochs=2, batch=16, validation=0.25), Path({str(tmp_path / "killed")!r}),
+              checkpoint_seconds=0.0, say=say)
+        """)  # fmt: skip
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.split() == ["step", "8"]:
+            os.kill(child.pid, signal.SIGKILL)
+            break
+    assert child.wait() == -signal.SIGKILL
+    child.stdout.close()
+    assert not (tmp_path / "killed" / "last.safetensors").exists()
+    resumed = train(NET, ENCODE, images, SPEC, tmp_path / "killed")
+    started = [e for e in read_events(tmp_path / "killed") if e["event"] == "resumed"]
+    assert len(started) == 1 and (started[0]["epoch"], started[0]["step"]) >= (1, 1)
+    for name in ("model.safetensors", "last.safetensors"):
+        assert same_weights(finished.path.parent / name, resumed.path.parent / name)
+
+
+def test_a_finished_run_is_not_trained_again(images, finished):
+    before = (finished.path.parent / "state.safetensors").read_bytes()
+    t = time.monotonic()
+    again = train(NET, ENCODE, images, SPEC, finished.path.parent)
+    assert time.monotonic() - t < 5 and again.sha256 == finished.sha256
+    assert (finished.path.parent / "state.safetensors").read_bytes() == before
+
+
+def test_the_best_epoch_is_chosen_on_held_out_training_images(images, tmp_path):
+    seen = []
+    model = train(NET, ENCODE, images, replace(SPEC, epochs=4), tmp_path / "r", say=lambda e: e["event"] == "epoch" and seen.append(e["validation"]))
+    best = max(seen)
+    assert model.card["validation"]["k"] / model.card["validation"]["n"] == best
+    assert model.card["epochs_done"] == seen.index(best) + 1
+    _, held_out = data.split_validation(images, 0.25, 3407)
+    assert accuracy(model.net, model.encode, held_out).value == best
+    last = train(NET, ENCODE, images, replace(SPEC, validation=0.0), tmp_path / "v0")
+    assert last.card["chosen_by"] == "last epoch" and last.card["validation"] is None and last.card["epochs_done"] == 2
+
+
+def test_another_experiment_in_the_folder_is_refused(images, finished):
+    with pytest.raises(ValueError, match="different train"):
+        train(NET, ENCODE, images, replace(SPEC, lr=2e-3), finished.path.parent)
+    with pytest.raises(ValueError, match="different net"):
+        train(replace(NET, pool="avg"), ENCODE, images, SPEC, finished.path.parent)
+    with pytest.raises(ValueError, match="different data"):
+        train(NET, ENCODE, data.take(images, 120, seed=1), SPEC, finished.path.parent)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(images, tmp_path):
+    for net, match in ((replace(NET, steps=4), "steps"), (replace(NET, channels=3), "channels"), (replace(NET, classes=9), "classes")):
+        with pytest.raises(ValueError, match=match):
+            train(net, ENCODE, images, SPEC, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    for bad in ({"lr": math.nan}, {"lr": 0.0}, {"batch": 0}, {"epochs": 0}, {"validation": 1.0}, {"clip": -1.0}, {"crop": -1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            TrainSpec(**bad)
+    with pytest.raises(ValueError, match="batch"):
+        train(NET, ENCODE, images, replace(SPEC, batch=500), tmp_path / "r")
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
+    def poison(net, generator):
+        if len(calls) == 7:
+            with torch.no_grad():
+                net.layer1[0].conv1.weight[0] = math.nan
+        calls.append(1)
+
+    calls: list[int] = []
+    with pytest.raises(TrainingFailed, match="failure.json"):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=Seams(after_step=poison))
+    found = json.loads((tmp_path / "r" / "failure.json").read_text())
+    assert found["first_nonfinite"] == "parameter layer1.0.conv1.weight"
+    assert (found["epoch"], found["step"]) == (1, 2)
+    assert load_model(tmp_path / "r").card["epochs_done"] == 1
+    tensors, _, _ = load_weights(tmp_path / "r" / "state.safetensors")
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_the_first_broken_layer_is_named(finished):
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x * math.inf
+
+    net = nn.Sequential(nn.Identity(), Broken(), nn.Identity())
+    assert first_nonfinite(net, torch.ones(2)) == "1"
+    assert first_nonfinite(nn.Identity(), torch.ones(2)) is None
+
+
+def test_idle_seams_are_bit_equal_to_plain_training(images, finished, tmp_path):
+    def inputs(net, encode, x, y, generator):
+        return x.clone()
+
+    def penalty(net, encode, x, y):
+        return x.new_zeros(())
+
+    seams = Seams(inputs=inputs, penalty=penalty, after_step=lambda net, generator: None)
+    idle = train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=seams)
+    assert same_weights(idle.path, finished.path)
+
+
+def test_bf16_trains_too(images, tmp_path):
+    model = train(NET, ENCODE, images, replace(SPEC, precision="bf16", epochs=1), tmp_path / "r")
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.net.parameters())
+
+
+def test_a_loaded_model_gives_the_same_scores(images, finished):
+    again = load_model(finished.path)
+    u = finished.encode(data.pixels(images.images[:4]))
+    with torch.no_grad():
+        assert torch.equal(again.net(u), finished.net(u))
+    assert again.encode.knobs == finished.encode.knobs
+
+
+def test_damaged_and_foreign_checkpoints_each_get_their_own_sentence(finished, tmp_path):
+    whole = finished.path.read_bytes()
+    cases = {
+        "flipped": (whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:], "SHA-256 expected"),
+        "truncated": (whole[: len(whole) // 2], "whole safetensors file"),
+        "empty": (b"", "empty"),
+        "html": (b"<!doctype html><title>404</title>", "HTML"),
+        "pickle": (b"PK\x03\x04rest", "pickle"),
+    }
+    for name, (content, match) in cases.items():
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=match):
+            load_model(path)
+    with pytest.raises(CheckpointError, match="found no file"):
+        load_model(tmp_path / "none.safetensors")
+    tensors, card, _ = load_weights(finished.path)
+    tensors.pop("fc.bias")
+    save_weights(tmp_path / "short.safetensors", tensors, card)
+    with pytest.raises(CheckpointError, match=r"missing \['fc.bias'\]"):
+        load_model(tmp_path / "short.safetensors")
+
+
+def test_a_damaged_snapshot_falls_back_to_the_one_before(images, finished, tmp_path):
+    out = tmp_path / "r"
+    steps = iter(range(1, 1000))
+    with pytest.raises(TrainingStopped):
+        train(NET, ENCODE, images, SPEC, out, checkpoint_seconds=0.0, stop=lambda: next(steps) == 8)
+    state = bytearray((out / "state.safetensors").read_bytes())
+    state[-50] ^= 1
+    (out / "state.safetensors").write_bytes(state)
+    resumed = train(NET, ENCODE, images, SPEC, out)
+    assert same_weights(resumed.path, finished.path)
+    for name in ("state.safetensors", "state.previous.safetensors"):
+        (out / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no good snapshot"):
+        train(NET, ENCODE, images, SPEC, out)
+
+
+def test_weights_round_trip_and_card_is_guarded(tmp_path):
+    tensors = {"a": torch.randn(3, 2), "b": torch.tensor(7), "c": torch.zeros(0)}
+    sha = save_weights(tmp_path / "w.safetensors", tensors, {"kind": "x"})
+    held, card, found = load_weights(tmp_path / "w.safetensors")
+    assert sha == found and card == {"kind": "x"} and all(torch.equal(tensors[k], held[k]) for k in tensors)
+    raw = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(raw.replace(b'kind\\": \\"x', b'kind\\": \\"y'))
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load_weights(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError):
+        save_weights(tmp_path / "n.safetensors", tensors, {"nan": math.nan})
+    assert not (tmp_path / "n.safetensors").exists()
+    assert not list(tmp_path.glob("*.part"))
