@@ -5,13 +5,14 @@ Colours differ in lightness as well as in hue, and shapes repeat them, so that p
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from sparsetrail.core import Rate, Report, Run
 from sparsetrail.report.io import ReportError, replace
-from sparsetrail.report.labels import columns, settings
+from sparsetrail.report.labels import Setting, columns, settings
 from sparsetrail.report.tables import TrailGroup, percent, trail_groups
 
 SERIF = "'Iowan Old Style', 'Palatino Linotype', Palatino, 'URW Palladio L', P052, 'Liberation Serif', Georgia, serif"
@@ -172,63 +173,56 @@ def accuracy_spec(runs: Sequence[Run]) -> Spec:
     """Accuracy with Wilson intervals, a panel per setting: panels of different threats never share an axis."""
     import altair as alt
 
-    among, cells = settings(runs), columns(runs)
+    cells, datas = columns(runs), list(dict.fromkeys(run.data for run in runs))
     victims = list(dict.fromkeys(run.victim for run in runs))
-    routes = len({s.route for s in among}) > 1
+    routes = len({s.route for s in settings(runs)}) > 1
     rows = []
-    for data in dict.fromkeys(run.data for run in runs):
+    for data in datas:
         panels = []
-        for where in among:
-            here = {c: run for c, run in cells.items() if c[0].setting == where and run.data == data}
-            if not here:
-                continue
-            order, values = ["clean"], []
-            clean: dict[tuple[str, Rate], None] = {}
-            for run in here.values():
-                clean.setdefault((run.victim, run.clean_accuracy))
-            values += [_bar("clean", victim, rate) for victim, rate in clean]
-            for (column, _), run in here.items():
-                order.append(column.label)
-                values.append(_bar(column.label, run.victim, run.accuracy))
-            order = list(dict.fromkeys(order))
-            x = alt.X(
-                "attack:N",
-                sort=order,
-                axis=alt.Axis(title=None, labelAngle=0 if len(order) < 6 else -35, labelLimit=220),
-            )
-            offset = alt.XOffset("victim:N", sort=victims, scale=alt.Scale(paddingInner=0.6, paddingOuter=0.6))
-            scale = alt.Scale(domain=[0, 100])
-            axis = alt.Axis(tickCount=5, title="correct, %" if not panels else None)
-            legend = alt.Legend(title=None, orient="top") if len(victims) > 1 else None
-            colour = alt.Color("victim:N", sort=victims, scale=alt.Scale(domain=victims), legend=legend)
-            shape = alt.Shape("victim:N", sort=victims, scale=alt.Scale(domain=victims), legend=legend)
-            hints = [
-                alt.Tooltip("victim:N"),
-                alt.Tooltip("attack:N"),
-                alt.Tooltip("text:N", title="accuracy"),
-                alt.Tooltip("n:Q", title="images"),
-            ]
-            base = alt.Chart(alt.Data(values=values))
-            rule = base.mark_rule(strokeWidth=1.8).encode(
-                x=x, xOffset=offset, y=alt.Y("low:Q", scale=scale, axis=axis), y2="high:Q", color=colour
-            )
-            point = base.mark_point(size=46, filled=True, opacity=1).encode(
-                x=x,
-                xOffset=offset,
-                y=alt.Y("accuracy:Q", scale=scale, axis=axis),
-                color=colour,
-                shape=shape,
-                tooltip=hints,
-            )
-            lines = [f"{where.mode}-mode BatchNorm"] + ([where.route] if routes else [])
-            name = alt.Title(where.short.split(",")[0], subtitle=lines, offset=10)
-            wide = max(130, len(order) * max(64, 24 * len(victims)))
-            panels.append((rule + point).properties(width=wide, height=220, title=name))
-        row = alt.hconcat(*panels, spacing=34).resolve_scale(
-            x="independent", y="shared", color="shared", shape="shared"
-        )
-        rows.append(row.properties(title=data) if len({run.data for run in runs}) > 1 else row)
+        for where in settings(runs):
+            here = [(c.label, run) for (c, _), run in cells.items() if c.setting == where and run.data == data]
+            if here:
+                panels.append(_panel(where, here, victims, route=routes, first=not panels))
+        row = alt.hconcat(*panels, spacing=34)
+        row = row.resolve_scale(x="independent", y="shared", color="shared", shape="shared")
+        rows.append(row.properties(title=data) if len(datas) > 1 else row)
     return _spec(rows[0] if len(rows) == 1 else alt.vconcat(*rows, spacing=30))
+
+
+def _panel(where: Setting, runs: Sequence[tuple[str, Run]], victims: list[str], *, route: bool, first: bool) -> Any:
+    import altair as alt
+
+    clean = dict.fromkeys((run.victim, run.clean_accuracy) for _, run in runs)
+    values = [_bar("clean", victim, rate) for victim, rate in clean]
+    values += [_bar(label, run.victim, run.accuracy) for label, run in runs]
+    order = list(dict.fromkeys(["clean", *(label for label, _ in runs)]))
+    wide = max(130, len(order) * max(64, 24 * len(victims)))
+
+    words = alt.Axis(title=None, labelAngle=0, labelLimit=220, labelExpr="split(datum.label, ' ')")
+    offset = alt.XOffset("victim:N", sort=victims, scale=alt.Scale(paddingInner=0.6, paddingOuter=0.6))
+    scale, axis = alt.Scale(domain=[0, 100]), alt.Axis(tickCount=5, title="correct, %" if first else None)
+    legend = alt.Legend(title=None, orient="top") if len(victims) > 1 else None
+    hints = [
+        alt.Tooltip("victim:N"),
+        alt.Tooltip("attack:N"),
+        alt.Tooltip("text:N", title="accuracy"),
+        alt.Tooltip("n:Q", title="images"),
+    ]
+    base = alt.Chart(alt.Data(values=values)).encode(
+        x=alt.X("attack:N", sort=order, axis=words),
+        xOffset=offset,
+        color=alt.Color("victim:N", sort=victims, scale=alt.Scale(domain=victims), legend=legend),
+        tooltip=hints,
+    )
+    low = alt.Y("low:Q", scale=scale, axis=axis)
+    shape = alt.Shape("victim:N", sort=victims, scale=alt.Scale(domain=victims), legend=legend)
+    interval = base.mark_rule(strokeWidth=1.8).encode(y=low, y2="high:Q")
+    point = base.mark_point(size=46, filled=True, opacity=1).encode(
+        y=alt.Y("accuracy:Q", scale=scale, axis=axis), shape=shape
+    )
+    lines = [f"{where.mode}-mode BatchNorm", *(textwrap.wrap(where.route, wide // 6) if route else [])]
+    name = alt.Title(where.short.removesuffix(f", {where.mode} mode"), subtitle=lines, offset=10)
+    return (interval + point).properties(width=wide, height=220, title=name)
 
 
 def _bar(attack: str, victim: str, rate: Rate) -> Spec:

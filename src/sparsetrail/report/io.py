@@ -9,7 +9,7 @@ import operator
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def steps_csv(report: Report) -> str:
     return _csv(("victim", "mode", "data", "order", "op", "kind", "step", "zero"), rows)
 
 
-def _csv(head: tuple[str, ...], rows: typing.Iterable[tuple[Any, ...]]) -> str:
+def _csv(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(head)

@@ -179,7 +179,7 @@ def ledger(runs: Sequence[Run]) -> Grid:
     """What the attacks cost and what they met: calls per image, zero gradients, examples they could not move."""
     owner = {id(run): column for (column, _), run in columns(runs).items()}
     several = len({run.data for run in runs}) > 1
-    head = ("forwards an image", "backwards an image", "zero gradient entries", "dead examples", "non-finite", "ties")
+    head = ("forwards", "backwards", "zero entries", "dead images", "non-finite images", "ties")
     return Grid(
         caption="What the attacks cost and met",
         head=("attack", "victim", *(["data"] if several else []), *head, "seed", "seconds"),
@@ -200,6 +200,7 @@ def ledger(runs: Sequence[Run]) -> Grid:
             for run in runs
         ),
         labels=3 if several else 2,
+        groups=(("", 3 if several else 2), ("calls an image", 2), ("gradient", 3), ("", 3)),
     )
 
 
@@ -279,7 +280,7 @@ def trail_grid(group: TrailGroup) -> Grid:
             line += [share(r[op].zero), share(r[op].forced), norm(r[op].norm)] if op in r else ["", "", ""]
         lines.append(tuple(line))
     return Grid(
-        caption=f"Gradient with respect to the input of each operation; {group.title}",
+        caption="Gradient with respect to the input of each operation",
         head=("operation", "kind", *("zero", "forced", "L2 norm") * len(rows)),
         rows=tuple(lines),
         labels=2,
@@ -312,7 +313,7 @@ def kind_grid(group: TrailGroup, claims: Sequence[Claim]) -> Grid:
             line.append(", ".join(f"{claims[c].value:.2f} %" for c in sorted(spoken) if claims[c].figure == figure))
         lines.append(tuple(line))
     return Grid(
-        caption=f"Exactly zero gradient entries by kind of operation: mean over operations (range); {group.title}",
+        caption="Exactly zero gradient entries by kind of operation, mean over operations (range)",
         head=("kind", *("zero", "forced by geometry") * len(group.labels), *(f"Figure {f[3:]}" for f in figures)),
         rows=tuple(lines),
         groups=(
@@ -524,22 +525,39 @@ def console(report: Report, console: "Console") -> None:
         console.print(Text(f"95 % Wilson intervals; {'; '.join(facts(report.runs))}", style="dim"))
     figures = [claim for claim in report.claims if claim.figure in FIGURES]
     for group in trail_groups(report.trails):
-        _print(kind_grid(group, figures), console)
+        grid = kind_grid(group, figures)
+        keep = [i for i, name in enumerate(grid.head) if not name.startswith("forced")]  # at length in the other forms
+        head = tuple(grid.flat_head[i].removeprefix("zero, ") for i in keep)
+        rows = tuple(tuple(row[i] for i in keep) for row in grid.rows)
+        _print(Grid(f"{grid.caption}; {group.title}", head, rows), console)
 
 
 def _print(grid: Grid, console: "Console") -> None:
+    """The grid as one table, or as several under each other where the terminal is too narrow for all columns."""
     from rich import box
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    head = grid.head if len(grid.groups) < 3 else grid.flat_head
-    drawn = Table(title=Text(grid.caption, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(head):
-        drawn.add_column(Text(name), justify="left" if i < grid.labels else "right", no_wrap=False)
-    for row in grid.rows:
-        drawn.add_row(*(Text(cell) if i < grid.labels else _two_lines(cell) for i, cell in enumerate(row)))
-    console.print(Padding(drawn, (1, 0, 0, 0)))
+    def width(i: int) -> int:
+        words = [*grid.head[i].split(), *(line for row in grid.rows for line in str(_two_lines(row[i])).split("\n"))]
+        return max(map(len, words)) + 2
+
+    label = list(range(grid.labels))
+    room = console.width - sum(min(24, width(i)) for i in label)
+    parts: list[list[int]] = [[]]
+    for i in range(grid.labels, len(grid.head)):
+        if parts[-1] and sum(map(width, parts[-1])) + width(i) > room:
+            parts.append([])
+        parts[-1].append(i)
+    for number, part in enumerate(parts):
+        title = Text(grid.caption + (", continued" if number else ""), style="bold")
+        drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for i in label + part:
+            drawn.add_column(Text(grid.head[i], overflow="fold"), justify="left" if i in label else "right")
+        for row in grid.rows:
+            drawn.add_row(*(Text(row[i]) if i in label else _two_lines(row[i]) for i in label + part))
+        console.print(Padding(drawn, (1, 0, 0, 0)))
 
 
 def _two_lines(cell: str) -> Any:

@@ -1,0 +1,174 @@
+"""The command line as a user meets it: verbs, exit codes, messages, and results that are kept."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sparsetrail import cli
+from sparsetrail.cli import DATA_VERBS, VERBS, main
+
+
+def run(*argv, capsys=None):
+    """Exit code, stdout and stderr of a command run in this process."""
+    try:
+        main(list(map(str, argv)))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "tiny"
+    main(["train", "sew_resnet18", "--data", "fashion-mnist-slice", "--images", "128", "--width", "0.125", "--T", "3",
+          "--epochs", "1", "--threads", "1", "--out", str(out)])  # fmt: skip
+    return out
+
+
+def test_the_verbs_are_exactly_these(capsys):
+    assert list(VERBS) == ["quick", "train", "attack", "trail", "reproduce", "report", "doctor"]
+    assert list(DATA_VERBS) == ["get", "add", "verify", "list"]
+    code, out, _ = run("--help", capsys=capsys)
+    assert code == 0 and all(verb in out for verb in [*VERBS, "data"])
+    for verb in [*VERBS, *[f"data {v}" for v in DATA_VERBS]]:
+        code, out, _ = run(*verb.split(), "--help", capsys=capsys)
+        assert code == 0 and "Usage: sparsetrail" in out, verb
+
+
+def test_usage_errors_exit_2(capsys):
+    code, _, err = run("attak", capsys=capsys)
+    assert code == 2 and "attack" in err  # did you mean
+    code, _, err = run("attack", "x", "--eps", "eight", "--space", "pixel", capsys=capsys)
+    assert code == 2 and "8/255" in err
+    code, _, err = run("attack", "x", "--spce", "pixel", capsys=capsys)
+    assert code == 2 and "--space" in err
+
+
+def test_an_attack_in_one_line(model, capsys):
+    args = ("attack", model, "--name", "pgd", "--eps", "8/255", "--space", "pixel", "--n", "20", "--steps", "2", "--json")
+    code, out, err = run(*args, capsys=capsys)
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["eps"] == 8 / 255 and facts["space"] == "pixel" and facts["mode"] == "eval" and facts["n"] == 20
+    assert "identity" in facts["route"] and facts["interval95"][0] <= facts["robust_acc"] <= facts["interval95"][1]
+    again = json.loads(run(*args, capsys=capsys)[1])
+    assert again == facts  # kept, not computed again: the seconds are the same
+    other = json.loads(run(*args[:-1], "--seed", "1", "--json", capsys=capsys)[1])
+    assert other["seed"] == 1 and other["seconds"] != facts["seconds"]
+    secant = json.loads(run(*args[:-1], "--encoder-gradient", "secant", "--json", capsys=capsys)[1])
+    assert "secant" in secant["route"]
+    code, out, _ = run("attack", model, "--name", "fgsm", "--eps", "0.02", "--space", "encoded", "--n", "20", capsys=capsys)
+    assert code == 0 and "encoded space" in out and "encoder" not in out.split("route")[1].split("\n")[0]
+
+
+def test_the_published_recipe_is_explicit(model, capsys):
+    code, out, _ = run("attack", model, "--compat", "authors", "--n", "20", "--json", capsys=capsys)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [x["attack"] for x in lines] == ["fgsm (authors)", "pgd (authors)"]
+    assert all(x["mode"] == "train" and x["space"] == "encoded" and x["eps"] == 6 / 255 for x in lines)
+    code, _, err = run("attack", model, "--compat", "authors", "--eps", "8/255", capsys=capsys)
+    assert code == 4 and "fixed" in err
+
+
+def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
+    ok = ("--eps", "8/255", "--space", "pixel", "--n", "10")
+    for argv, words in (
+        (("attack", model), "--eps 8/255 --space pixel"),
+        (("attack", model, "--eps", "8", "--space", "pixel"), "did you mean 8/255"),
+        (("attack", tmp_path / "nowhere", *ok), "found nothing there"),
+        (("attack", model, *ok, "--name", "apgd"), "expected one of noise, fgsm, pgd"),
+        (("attack", model, *ok, "--name", "fgsm", "--steps", "3"), "fgsm does not have it"),
+        (("attack", model, *ok, "--steps", "-3"), "positive"),
+        (("attack", model, *ok, "--data", tmp_path / "gone"), "gone"),
+        (("attack", model, *ok, "--encoder-gradient", "magic"), "identity"),
+        (("attack", model, *ok, "--encoder-gradient", "none"), "no gradient reaches"),
+        (("train", "resnet18", "--data", "fashion-mnist-slice", "--out", tmp_path / "t"), "sew_resnet18"),
+        (("train", "--data", "nosuchset", "--out", tmp_path / "t"), "data add"),
+        (("train", "--data", "fashion-mnist-slice", "--lr", "0", "--out", tmp_path / "t"), "lr"),
+        (("report", tmp_path / "nowhere"), "nowhere"),
+        (("reproduce", "table3", "--scale", "smoke", "--rows", "vgg11", "--out", tmp_path / "t"), "sew_resnet18"),
+        (("data", "add", tmp_path / "gone"), "gone"),
+    ):
+        code, out, err = run(*argv, capsys=capsys)
+        assert code == 4 and words in err and "Traceback" not in err, (argv, code, err)
+    if not torch.cuda.is_available():
+        code, _, err = run("attack", model, *ok, "--device", "cuda", capsys=capsys)
+        assert code == 4 and "no CUDA device" in err
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    code, _, err = run("train", "--data", "fashion-mnist-slice", "--out", blocked / "x", capsys=capsys)
+    assert code == 4 and "--out" in err
+
+
+def test_a_damaged_model_is_refused(model, tmp_path, capsys):
+    bad = tmp_path / "bad.safetensors"
+    raw = bytearray((model / "model.safetensors").read_bytes())
+    raw[-9] ^= 1
+    bad.write_bytes(raw)
+    code, _, err = run("attack", bad, "--eps", "8/255", "--space", "pixel", capsys=capsys)
+    assert code == 4 and "SHA-256" in err
+
+
+def test_trail_and_report(model, tmp_path, capsys):
+    code, out, err = run("trail", model, "--n", "8", "--per-step", "--out", tmp_path / "trail", capsys=capsys)
+    assert code == 0, err
+    assert "layer4.1.sn2" in out and "geometry forces" in out
+    assert {"result.json", "report.html", "report.md", "trail.csv"} <= {p.name for p in (tmp_path / "trail").iterdir()}
+    before = (tmp_path / "trail" / "result.json").read_bytes()
+    code, out, _ = run("report", tmp_path / "trail", capsys=capsys)
+    assert code == 0 and (tmp_path / "trail" / "result.json").read_bytes() == before
+    facts = json.loads(run("trail", model, "--n", "8", "--out", tmp_path / "t2", "--json", capsys=capsys)[1])
+    assert len(facts["rows"]) == 71 and facts["n"] == 8
+
+
+def test_fresh_moves_aside_and_deletes_nothing(model, tmp_path, capsys):
+    out = tmp_path / "run"
+    args = ("train", "--data", "fashion-mnist-slice", "--images", "64", "--width", "0.125", "--T", "2", "--epochs", "1", "--out", out)
+    assert run(*args, capsys=capsys)[0] == 0
+    code, _, err = run(*args, "--lr", "0.01", capsys=capsys)
+    assert code == 4 and "--fresh" in err
+    assert run(*args, "--lr", "0.01", "--fresh", capsys=capsys)[0] == 0
+    assert (tmp_path / "run.old1" / "model.safetensors").exists() and (out / "model.safetensors").exists()
+
+
+def test_ctrl_c_stops_in_order_and_the_same_command_continues(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", "from sparsetrail.cli import main; main()", "train", "--data", "fashion-mnist-slice",
+               "--images", "300", "--width", "0.125", "--T", "2", "--epochs", "3", "--threads", "1", "--out", str(out)]  # fmt: skip
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "events.jsonl").exists() or "step" not in (out / "events.jsonl").read_text():
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "the same command continues" in err and "Traceback" not in err
+    assert not (out / "last.safetensors").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "continuing at" in done.stderr, done.stderr
+
+
+def test_doctor_and_data_list(tmp_path, capsys):
+    code, out, _ = run("doctor", capsys=capsys)
+    assert code == 0 and torch.__version__ in out
+    facts = json.loads(run("doctor", "--json", capsys=capsys)[1])
+    assert facts["torch"] == torch.__version__
+    code, out, _ = run("data", "list", "--root", tmp_path, capsys=capsys)
+    assert code == 0 and "fashion-mnist-slice" in out
+
+
+def test_reproduce_without_data_says_how_to_get_it(tmp_path, capsys):
+    code, _, err = run("reproduce", "table3", "--scale", "smoke", "--root", tmp_path / "empty", "--out", tmp_path / "o", capsys=capsys)
+    assert code == 4 and "data get cifar10" in err
+
+
+def test_a_bug_of_ours_is_not_hidden():
+    assert cli.exit_code(RuntimeError("x")) == 1 and cli.exit_code(KeyError("x")) == 1
+    assert cli.exit_code(ValueError("x")) == 4
