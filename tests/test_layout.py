@@ -13,12 +13,12 @@ SRC = Path(sparsetrail.__file__).parent
 LEVELS = [  # a room may import rooms of earlier levels, never of its own or later ones
     {"_shapes", "_files"},
     {"core"},
-    {"snn", "data", "attacks", "trail"},
-    {"train", "report"},
+    {"snn", "data", "attacks", "trails"},
+    {"training", "report"},
     {"recipes"},
     {"cli"},
 ]
-ONLY = {"report": {"core"}, "data": {"core"}, "attacks": {"core"}, "trail": {"core"}, "snn": {"core"}}  # narrower
+ONLY = {"report": {"core"}, "data": {"core"}, "attacks": {"core"}, "trails": {"core"}, "snn": {"core"}}  # narrower
 
 
 def rooms():
@@ -46,7 +46,7 @@ def level(room):
 
 def test_imports_go_one_way():
     found = rooms()
-    assert {"core", "snn", "attacks", "train", "recipes", "cli", "report"} <= set(found)
+    assert {"core", "snn", "attacks", "training", "recipes", "cli", "report"} <= set(found)
     for room, used in found.items():
         if room == "__init__":
             continue
@@ -80,7 +80,7 @@ class Bare:
 BANNED = {"jaxtyping", "beartype", "cyclopts", "rich", "msgspec", "altair", "vl_convert", "tabulate", "scipy", "PIL",
           "jinja2", "filelock", "pandas"}
 sys.meta_path.insert(0, Bare())
-import sparsetrail.core, sparsetrail.train, sparsetrail.attacks, sparsetrail.trail, sparsetrail.data
+import sparsetrail.core, sparsetrail.training, sparsetrail.attacks, sparsetrail.trails, sparsetrail.data
 import sparsetrail.snn.net as net, sparsetrail.snn.encode as encode, torch
 n = net.build(net.NetSpec(width=0.125, steps=2)).eval()
 v = net.victim(n, encode.phase(steps=2))
@@ -91,3 +91,26 @@ print(attack(fgsm, v, Linf(8/255, space="pixel"), x, torch.tensor([0, 1])).n)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "2", out.stderr
+
+
+def test_public_names_stay_functions_whatever_is_imported_first():
+    code = """
+import sparsetrail.cli.verbs, sparsetrail.training, sparsetrail.trails, sparsetrail as st
+for name in st.__all__:
+    first, second = getattr(st, name), getattr(st, name)
+    assert first is second and type(first).__name__ != "module", name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_readme_and_docs_code_runs(tmp_path, monkeypatch):
+    """Every python block of the README and of docs/start.md, in order; pages are the user's first programs."""
+    monkeypatch.chdir(tmp_path)
+    root = SRC.parents[1]
+    count = 0
+    for page in (root / "README.md", root / "docs" / "start.md", root / "docs" / "adding.md"):
+        names: dict = {}
+        for block in page.read_text().split("```python")[1:]:
+            exec(compile(block.split("```")[0], str(page), "exec"), names)
+            count += 1
+    assert count >= 3

@@ -29,15 +29,15 @@ _HOME = {  # public name: module; loaded at first use, so that `import sparsetra
     "Dataset": "data",
     "load": "data",
     "pixels": "data",
-    "TrainSpec": "train",
-    "load_model": "train",
-    "train": "train",
+    "TrainSpec": "training",
+    "load_model": "training",
+    "train": "training",
     "attack": "attacks",
     "authors": "attacks",
     "fgsm": "attacks",
     "noise": "attacks",
     "pgd": "attacks",
-    "trail": "trail",
+    "trail": "trails",
 }
 
 __all__ = sorted(_HOME)

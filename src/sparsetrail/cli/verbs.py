@@ -28,8 +28,8 @@ from sparsetrail.snn.encode import build_encoder
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.surrogate import Surrogate
-from sparsetrail.train import Trained, TrainSpec, load_model
-from sparsetrail.train import train as train_model
+from sparsetrail.training import Trained, TrainSpec, load_model
+from sparsetrail.training import train as train_model
 
 
 def _fraction(_type: Any, tokens: Sequence[Token]) -> float:

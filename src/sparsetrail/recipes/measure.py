@@ -23,8 +23,8 @@ from sparsetrail.data import Dataset, pixels
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import NetSpec, describe, victim
 from sparsetrail.snn.weights import load_weights, save_weights, write_atomic
-from sparsetrail.train import Trained, TrainSpec, accuracy, train
-from sparsetrail.trail import trail
+from sparsetrail.training import Trained, TrainSpec, accuracy, train
+from sparsetrail.trails import trail
 
 Tick = Callable[[str, int, int, str], None]  # task, done, total, note
 

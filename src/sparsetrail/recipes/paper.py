@@ -15,7 +15,7 @@ from sparsetrail.report import claims
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import ARCHITECTURES, NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
-from sparsetrail.train import TrainSpec
+from sparsetrail.training import TrainSpec
 
 FIGURES = ("table1", "table2", "table3", "fig1", "fig3")
 TEXT = Linf(8 / 255, space="pixel")

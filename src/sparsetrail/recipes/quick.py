@@ -11,7 +11,7 @@ from sparsetrail.recipes.measure import Bench, card, clean, fit, follow, provena
 from sparsetrail.report import claims
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
-from sparsetrail.train import Trained, TrainSpec
+from sparsetrail.training import Trained, TrainSpec
 
 
 @dataclass(frozen=True, kw_only=True)

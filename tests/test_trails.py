@@ -11,7 +11,7 @@ from lively import lively
 from sparsetrail.core import Victim
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec, victim
-from sparsetrail.trail import density_cap, maxpool_density_cap, strided_conv_density, trail
+from sparsetrail.trails import density_cap, maxpool_density_cap, strided_conv_density, trail
 
 T = 4
 

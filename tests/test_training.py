@@ -18,7 +18,7 @@ from sparsetrail import data
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
-from sparsetrail.train import (
+from sparsetrail.training import (
     Seams,
     TrainingFailed,
     TrainingStopped,
@@ -94,7 +94,7 @@ def test_kill_9_and_resume_is_bit_identical(images, finished, tmp_path):
         from sparsetrail import data
         from sparsetrail.snn.encode import phase
         from sparsetrail.snn.net import NetSpec
-        from sparsetrail.train import TrainSpec, train
+        from sparsetrail.training import TrainSpec, train
         images = data.take(data.load("fashion-mnist-slice", "train"), 128, seed=0)
         def say(event):
             print(event["event"], event.get("step"), flush=True)
