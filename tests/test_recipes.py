@@ -1,0 +1,137 @@
+"""Experiments: cells are kept and never mixed, the quick job runs whole, and paper rows stay in their threat's column."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsetrail import data
+from sparsetrail.core import Linf
+from sparsetrail.recipes import measure, paper
+from sparsetrail.recipes.quick import QuickSpec, quick
+from sparsetrail.report import claims, load, table, write
+from sparsetrail.snn.encode import phase
+from sparsetrail.snn.net import NetSpec
+from sparsetrail.training import TrainSpec
+
+TINY = QuickSpec(images=96, epochs=1, width=0.125, steps=3, batch=16, attacked=12, traced=6)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quick")
+    report, examples = quick(measure.Bench(out=out), TINY)
+    return out, report, examples
+
+
+def test_quick_from_end_to_end(done, tmp_path):
+    out, report, examples = done
+    combinations = {(r.victim, r.attack, r.threat.space, r.threat.eps) for r in report.runs}
+    assert len(combinations) == len(report.runs) == 2 * 2 * 3
+    assert {r.threat for r in report.runs} == {Linf(8 / 255, space="pixel"), Linf(6 / 255, space="encoded")}
+    assert [t.rows[3].forced for t in report.trails] == [0.75, 0.0]
+    assert report.trails[0].rows[3].zero >= 0.75
+    assert all(len(r.clean) == 12 and r.mode == "eval" for r in report.runs)
+    files = write(report, tmp_path, images=examples)
+    page = files["html"].read_text()
+    assert "8/255" in page and "6/255" in page and load(tmp_path) == report
+    for e in examples:
+        assert e["clean"].shape == e["adversarial"].shape == (28, 28) and e["predicted"] != e["label"]
+        assert abs(e["clean"].astype(int) - e["adversarial"].astype(int)).max() <= 8
+
+
+def test_the_same_command_computes_nothing_again(done, monkeypatch):
+    out, report, _ = done
+    for name in ("attack", "trail", "accuracy"):
+        monkeypatch.setattr(measure, name, lambda *a, **k: pytest.fail("computed again"))
+    again, _ = quick(measure.Bench(out=out), TINY)
+    assert (again.runs, again.trails, again.models) == (report.runs, report.trails, report.models)
+
+
+def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done):
+    out, _, _ = done
+    bench = measure.Bench(out=out)
+    subset = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=0)
+    model = measure.fit(bench, "max", NetSpec(channels=1, width=0.125, steps=3), phase(steps=3),
+                        data.take(data.load("fashion-mnist-slice", "train"), 96, seed=0), TrainSpec(epochs=1, batch=16))  # fmt: skip
+    pixel = Linf(8 / 255, space="pixel")
+    count = lambda: len(list((out / "cells").glob("*.json")))  # noqa: E731
+    before = count()
+    runs = [
+        measure.strike(bench, model, "m", "pgd", pixel, subset, steps=2),
+        measure.strike(bench, model, "m", "pgd", pixel, subset, steps=3),
+        measure.strike(bench, model, "m", "pgd", pixel, subset, steps=2, backward="secant"),
+        measure.strike(replace(bench, seed=1), model, "m", "pgd", pixel, subset, steps=2),
+        measure.strike(bench, model, "m", "pgd", Linf(8 / 255, space="encoded"), subset, steps=2),
+    ]
+    assert count() == before + 5
+    assert len({r.route for r in runs}) == 3  # identity, secant, and no encoder in encoded space
+    assert measure.strike(bench, model, "m", "pgd", pixel, subset, steps=2) == runs[0] and count() == before + 5
+    points = measure.adversarial(bench, runs[0], model, subset)
+    assert points is not None and pixel.contains(points, data.pixels(subset.images), 0).all()
+    newest = max((out / "cells").glob("*.json"), key=lambda p: p.stat().st_mtime)
+    held = json.loads(newest.read_text())
+    held["spec"]["seed"] = 99
+    newest.write_text(json.dumps(held))
+    with pytest.raises(ValueError, match="found another"):
+        measure.strike(bench, model, "m", "pgd", Linf(8 / 255, space="encoded"), subset, steps=2)
+
+
+@pytest.fixture
+def fake_cifar(tmp_path, monkeypatch):
+    """Real pictures in the shape of CIFAR: the shipped slice in three channels of 32x32, for both names."""
+
+    def fake(name, split="test", *, root=None):
+        base = data.take(data.load("fashion-mnist-slice", split), 340, seed=0)
+        images = torch.nn.functional.pad(base.images, (2, 2, 2, 2)).repeat(1, 3, 1, 1)
+        classes = base.classes if name == "cifar10" else tuple(map(str, range(100)))
+        return data.Dataset(name=name, split=split, images=images, labels=base.labels, classes=classes,
+                            sha256=data.content_hash(images, base.labels), official=False)  # fmt: skip
+
+    monkeypatch.setattr(paper, "load", fake)
+    small = replace(paper.SCALES["smoke"], images=64, attacked=8, scored=8, traced=4)
+    monkeypatch.setitem(paper.SCALES, "smoke", small)
+    return measure.Bench(out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("figure", paper.FIGURES)
+def test_every_figure_runs_and_stands_beside_the_published_value(fake_cifar, figure):
+    report = paper.reproduce(fake_cifar, figure, "smoke")
+    assert report.claims and all(c in claims() for c in report.claims)
+    if figure.startswith("table"):
+        threats = {(r.threat.space, r.threat.eps, r.mode) for r in report.runs}
+        assert threats == {("pixel", 8 / 255, "eval"), ("encoded", 6 / 255, "eval"), ("encoded", 6 / 255, "train")}
+        assert {c.conditions["attack"] for c in report.claims} == {"none", "fgsm", "pgd"}
+        assert all("6/255" in c.coded and "8/255" in c.stated for c in report.claims if c.conditions["attack"] != "none")
+    else:
+        assert {t.mode for t in report.trails} == {"eval", "train"}
+    if figure == "table3":
+        assert {m["name"].split()[1] for m in report.models} == {"max", "avg"}
+        values = {(c.conditions["pool"], c.conditions["attack"]): c.value for c in report.claims}
+        assert values["max", "pgd"] == 34.33 and values["avg", "pgd"] == 25.72
+    if figure == "table1":
+        assert any("SNN-RAT" in note for note in report.notes)  # rows that cannot be trained yet say so
+    if report.runs:
+        assert "SEW-ResNet18" in table(report, tablefmt="github")
+
+
+def test_rows_of_the_paper():
+    every = claims("table1")
+    rows = paper.rows_of("table1", every, paper.ARCHITECTURES, ("cifar100",))
+    assert [r.arch for r in rows] == [f"{f}_resnet{d}" for f in ("sew", "spiking") for d in (18, 34, 50)]
+    assert {r.pool for r in rows} == {"max"}
+    assert len(paper.rows_of("table3", claims("table3"), paper.ARCHITECTURES, ("cifar10", "cifar100"))) == 12
+    sew = paper.net_spec(paper.Row("sew_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
+    spiking = paper.net_spec(paper.Row("spiking_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
+    assert sew.neuron.detach_reset and not spiking.neuron.detach_reset and sew.steps == 10 and sew.width == 1
+    assert paper.SCALES["paper"].epochs == 100 and TrainSpec(epochs=100).batch == 16
+
+
+def test_unknown_rows_and_scales_are_refused(tmp_path):
+    bench = measure.Bench(out=tmp_path)
+    for args, match in ((("table4", "smoke"), "table4"), (("table3", "huge"), "huge")):
+        with pytest.raises(ValueError, match=match):
+            paper.reproduce(bench, *args)
+    with pytest.raises(ValueError, match="no row left"):
+        paper.reproduce(bench, "table1", "smoke", datasets=("cifar10",))
