@@ -11,6 +11,7 @@ import torch
 
 from sparsetrail import cli
 from sparsetrail.cli import DATA_VERBS, VERBS, main
+from sparsetrail.training import load_model
 
 
 def run(*argv, capsys=None):
@@ -33,7 +34,7 @@ def model(tmp_path_factory):
 
 
 def test_the_verbs_are_exactly_these(capsys):
-    assert list(VERBS) == ["quick", "train", "attack", "trail", "reproduce", "report", "doctor"]
+    assert list(VERBS) == ["quick", "train", "import", "attack", "trail", "reproduce", "report", "doctor"]
     assert list(DATA_VERBS) == ["get", "add", "verify", "list"]
     code, out, _ = run("--help", capsys=capsys)
     assert code == 0 and all(verb in out for verb in [*VERBS, "data"])
@@ -153,6 +154,36 @@ def test_ctrl_c_stops_in_order_and_the_same_command_continues(tmp_path):
     assert not (out / "last.safetensors").exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "continuing at" in done.stderr, done.stderr
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('the pickle ran')",))
+
+
+def test_a_foreign_checkpoint_is_taken_in_without_running_it(model, tmp_path, capsys):
+    net = load_model(model).net
+    held = {"model_state_dict": {f"snn.{k}": v for k, v in net.state_dict().items()}, "epoch": 3, "val_loss": 0.5}
+    torch.save(held, tmp_path / "best.pth")
+    flags = ("--arch", "sew_resnet18", "--data", "fashion-mnist-slice", "--width", "0.125", "--T", "3")
+    code, _, err = run("import", tmp_path / "best.pth", *flags, "--out", tmp_path / "in", capsys=capsys)
+    assert code == 0, err
+    taken = load_model(tmp_path / "in")
+    assert all(torch.equal(v, taken.net.state_dict()[k]) for k, v in net.state_dict().items())
+    code, out, err = run("attack", tmp_path / "in", "--eps", "8/255", "--space", "pixel", "--n", "10", capsys=capsys)
+    assert code == 0, err
+    code, _, err = run("import", tmp_path / "best.pth", *flags, "--out", tmp_path / "in", capsys=capsys)
+    assert code == 4 and "--fresh" in err
+    code, _, err = run("import", tmp_path / "best.pth", *flags[:-4], "--out", tmp_path / "in2", capsys=capsys)
+    assert code == 4 and "other shape" in err and not (tmp_path / "in2" / "model.safetensors").exists()
+    torch.save({"model_state_dict": net.state_dict(), "extra": Bomb()}, tmp_path / "bomb.pth")
+    code, _, err = run("import", tmp_path / "bomb.pth", *flags, "--out", tmp_path / "in3", capsys=capsys)
+    assert code == 4 and "--trust-pickle" in err and "the pickle ran" not in err
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    code, _, err = run("import", tmp_path / "page.pth", *flags, "--out", tmp_path / "in4", capsys=capsys)
+    assert code == 4 and "expected a PyTorch checkpoint" in err, err
+    code, _, err = run("attack", tmp_path / "best.pth", "--eps", "8/255", "--space", "pixel", capsys=capsys)
+    assert code == 4 and "sparsetrail import" in err
 
 
 def test_doctor_and_data_list(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The command line: verbs are loaded when called, so that help does not wait for torch. Exit codes in `main`."""
 
 import sys
+from keyword import iskeyword
 
 from cyclopts import App, CycloptsError
 
@@ -10,6 +11,7 @@ HOME = "sparsetrail.cli.verbs"
 VERBS = {
     "quick": "Train two small SEW-ResNets on shipped images, attack both, trace both: a report in minutes.",
     "train": "Train a network, or continue; Ctrl-C and kill -9 lose nothing.",
+    "import": "Take in a foreign PyTorch checkpoint of a known architecture; tensors only, nothing is run.",
     "attack": "Attack a trained model: one attack, one threat, one line.",
     "trail": "Zeros in and norm of the gradient at every operation of a model.",
     "reproduce": "Run a table or figure of the paper again, ours beside the published.",
@@ -28,7 +30,7 @@ def app() -> App:
     """The command tree."""
     root = App(name="sparsetrail", version=__version__, help="Adversarial robustness of spiking neural networks, judged honestly.")
     for verb, line in VERBS.items():
-        root.command(f"{HOME}:{verb}", name=verb, help=line)
+        root.command(f"{HOME}:{verb}{'_' * iskeyword(verb)}", name=verb, help=line)
     data = App(name="data", help="Image sets: get, add, verify, list.")
     for verb, line in DATA_VERBS.items():
         data.command(f"{HOME}:data_{verb}", name=verb, help=line)

@@ -28,7 +28,7 @@ from sparsetrail.snn.encode import build_encoder
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.surrogate import Surrogate
-from sparsetrail.training import Trained, TrainSpec, load_model
+from sparsetrail.training import Trained, TrainSpec, import_weights, load_model
 from sparsetrail.training import train as train_model
 
 
@@ -230,6 +230,42 @@ def train(
         score = model.card["validation"]
         tail = "" if score is None else f"   validation accuracy {score['k'] / score['n']:.1%} of {score['n']}"
         print(f"model    {model.path}{tail}")
+
+
+def import_(
+    file: Path,
+    *,
+    arch: str,
+    data_name: Annotated[str, Parameter(name="--data", help="the set it was trained on, for its shape and for later attacks")],
+    out: Path,
+    pool: Literal["max", "avg"] = "max",
+    connect: Literal["add", "and", "iand"] = "add",
+    stem: Literal["imagenet", "cifar"] = "imagenet",
+    width: float = 1.0,
+    steps: Annotated[int, Parameter(name=["--steps", "--T"])] = 10,
+    encoder: Literal["phase", "direct", "poisson", "latency", "bit_plane"] = "phase",
+    soft_reset: bool = False,
+    detach_reset: bool | None = None,
+    surrogate: str = "atan",
+    surrogate_width: float = 2.0,
+    root: Path | None = None,
+    trust_pickle: Annotated[bool, Parameter(negative="", help="let the file run code while it is read")] = False,
+    fresh: Fresh = False,
+) -> None:
+    """Take a foreign PyTorch checkpoint FILE of a known architecture into --out, so that it can be attacked and traced.
+
+    Reads tensors only; names and shapes must fit. What the file does not say (neuron, encoder, pool) you say here.
+    """
+    found = data.load(data_name, "test", root=root)
+    neuron = NeuronSpec(reset=None if soft_reset else 0.0,
+                        detach_reset=arch.startswith("sew") if detach_reset is None else detach_reset,
+                        surrogate=Surrogate(surrogate, surrogate_width))  # fmt: skip
+    net = NetSpec(arch=arch, classes=len(found.classes), channels=found.images.shape[1], width=width, stem=stem, pool=pool,
+                  connect=connect, steps=steps, neuron=neuron)  # fmt: skip
+    knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}
+    folder = _folder(out, fresh)
+    model = import_weights(file, net, build_encoder(encoder, **knobs), found.name, folder, trust_pickle=trust_pickle)
+    print(f"model    {model.path}   sha256 {model.sha256[:12]}")
 
 
 def _target(target: str) -> tuple[Trained, Path]:

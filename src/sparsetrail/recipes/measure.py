@@ -141,7 +141,7 @@ def clean(bench: Bench, model: Trained, name: str, data: Dataset) -> Rate:
 
 def card(model: Trained, name: str, test: Rate, data: Dataset) -> dict[str, Any]:
     """What a report says about a model."""
-    net, spec, source = model.card["net"], model.card["train"], model.card["data"]
+    net = model.card["net"]
     neuron = net["neuron"]
     reset = "soft" if neuron["reset"] is None else f"hard to {neuron['reset']:g}"
     return {
@@ -151,12 +151,21 @@ def card(model: Trained, name: str, test: Rate, data: Dataset) -> dict[str, Any]
         "neuron": f"{neuron['kind'].upper()}, threshold {neuron['threshold']:g}, {reset} reset"
         f"{', detached' if neuron['detach_reset'] else ''}, {neuron['surrogate']['name']}({neuron['surrogate']['width']:g})",
         "encoder": f"{model.card['encoder']['name']} {model.card['encoder']['knobs']}",
+        **_history(model.card),
+        "clean test accuracy": f"{test} ({identity(data)})",
+        "weights sha256": model.sha256,
+    }
+
+
+def _history(card: dict[str, Any]) -> dict[str, str]:
+    if "imported" in card:
+        return {"trained": f"elsewhere; imported from {card['imported']['file']}, sha256 {card['imported']['sha256'][:12]}"}
+    spec, source = card["train"], card["data"]
+    return {
         "trained on": f"{source['name']} {source['split']}, {source['n']} images, content {source['sha256'][:12]}",
         "training": f"{spec['optimizer']} lr {spec['lr']:g}, batch {spec['batch']}, {spec['epochs']} epochs, "
         f"weight decay {spec['weight_decay']:g}, seed {spec['seed']}",
-        "chosen by": model.card["chosen_by"],
-        "clean test accuracy": f"{test} ({identity(data)})",
-        "weights sha256": model.sha256,
+        "chosen by": card["chosen_by"],
     }
 
 

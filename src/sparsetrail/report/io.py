@@ -49,9 +49,10 @@ def from_json(data: bytes | str) -> Report:
             f"expected JSON, found something else: {error}; likely fix: run the recipe again, the file is cut or edited"
         ) from None
     if not isinstance(body, dict) or "schema" not in body:
-        found = f"keys {', '.join(map(repr, list(body)[:6]))}" if isinstance(body, dict) else type(body).__name__
+        keys = ", ".join(map(repr, list(body)[:6])) if isinstance(body, dict) else ""
+        found = f"keys {keys}" if keys else "an empty object" if isinstance(body, dict) else type(body).__name__
         raise ReportError(
-            f"expected a report with the key 'schema', found {found or 'an empty object'}; "
+            f"expected a report with the key 'schema', found {found}; "
             f"likely fix: point to the {RESULT} that sparsetrail wrote"
         )
     if (schema := body.pop("schema")) != SCHEMA:

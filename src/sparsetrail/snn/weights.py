@@ -63,8 +63,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         raise CheckpointError(f"{path}: expected a safetensors file, found an HTML page; the download saved an error page")
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
         raise CheckpointError(
-            f"{path}: expected a safetensors file, found a pickle (.pth), which can run code when it is read; convert it "
-            "on a machine you trust, or pass --trust-pickle"
+            f"{path}: expected a safetensors file, found a pickle (.pth), which can run code when it is read; take it in "
+            "with `sparsetrail import`"
         )
     try:
         with safe_open(str(path), framework="pt") as f:
