@@ -10,7 +10,7 @@ from torch import nn
 from sparsetrail.snn.encode import latency, phase, poisson
 from sparsetrail.snn.engine import Conv2d
 from sparsetrail.snn.net import NetSpec, build
-from sparsetrail.snn.neuron import Neuron, NeuronSpec
+from sparsetrail.snn.neuron import Neuron, NeuronSpec, reference
 from sparsetrail.snn.resnet import FoldedNeuron
 from sparsetrail.snn.surrogate import Surrogate
 
@@ -43,36 +43,30 @@ def node(sj, spec):
 @pytest.mark.parametrize("reset", [0.0, -0.4, 0.25, None])
 @pytest.mark.parametrize(("kind", "decay"), KINDS)
 def test_neuron(spikingjelly, kind, decay, reset, detach, exact):
-    """Spikes exactly equal, ties included; gradients to 1e-6 (measured: 2e-7), that of w too."""
+    """Spikes exactly equal, ties included; gradients to 1e-6, that of w too."""
     g = torch.Generator().manual_seed(0)
     drive = 2.5 if decay and kind != "if" else 1.0
-    for steps, threshold, grid in itertools.product(range(1, 11), (1.0, 0.5, 0.3), (False, True)):
-        spec = NeuronSpec(kind=kind, decay_input=decay, reset=reset, detach_reset=detach, threshold=threshold, tau=2.5)
+    for steps, grid in itertools.product(range(1, 11), (False, True)):
+        th = (1.0, 0.5, 0.3)[steps % 3]
+        spec = NeuronSpec(kind=kind, decay_input=decay, reset=reset, detach_reset=detach, threshold=th, tau=2.5)
         x = (torch.randn(steps, 6, 40, generator=g) * 0.9 + 0.4) * drive
         if grid:  # multiples of half the threshold: many potentials hit it exactly
-            x = (x / threshold * 2).round() * threshold / 2
-        w = torch.rand(x.shape, generator=g) - 0.3
-        ours, theirs = Neuron(spec, exact=exact), node(spikingjelly, spec)
+            x = (x / th * 2).round() * th / 2
+        weight = torch.rand(x.shape, generator=g) - 0.3
+        here, there = Neuron(spec, exact=exact), node(spikingjelly, spec)
         found = []
-        for layer in (ours, theirs):
+        for layer in (here, there):
             leaf = x.clone().requires_grad_()
             s = layer(leaf)
-            inputs = [leaf, *layer.parameters()]
-            found.append((s.detach(), *torch.autograd.grad((s * w).sum(), inputs)))
-        assert torch.equal(found[0][0], found[1][0]) and 0 < found[1][0].mean() < 1
-        assert gap(found[0][1], found[1][1]) < 1e-6, (steps, threshold, grid)
-        assert torch.equal(found[0][1] == 0, found[1][1] == 0)  # the trail counts exact zeros
-        if kind == "plif" and (steps > 1 or decay):  # a sum whose signs cancel, relative to the sum of magnitudes
-            each = torch.func.vmap(
-                torch.func.grad(lambda q, a, b, f=ours, c=spec: (f.run(a, c, q) * b).sum()), (None, 2, 2)
-            )
-            magnitude = each(
-                torch.sigmoid(ours.w.detach()),
-                x.flatten(1)[..., None].permute(0, 2, 1),
-                w.flatten(1)[..., None].permute(0, 2, 1),
-            )
-            share = torch.sigmoid(ours.w.detach())
-            assert (found[0][2] - found[1][2]).abs() < 1e-6 * magnitude.abs().sum() * share * (1 - share)
+            found.append((s.detach(), *torch.autograd.grad((s * weight).sum(), [leaf, *layer.parameters()])))
+        (s, gx, *gw), (s_ref, gx_ref, *gw_ref) = found
+        assert torch.equal(s, s_ref) and 0 < s.mean() < 1
+        assert gap(gx, gx_ref) < 1e-6, (steps, grid)
+        assert torch.equal(gx == 0, gx_ref == 0)  # the trail counts exact zeros
+        if kind == "plif":  # one number summed over neurons, where signs cancel: relative to the sum of magnitudes
+            q = torch.sigmoid(here.w.detach()).expand(6, 40).clone().requires_grad_()
+            (each,) = torch.autograd.grad((reference(x, spec, q) * weight).sum(), q)
+            assert (gw[0] - gw_ref[0]).abs() <= 1e-6 * (each * q * (1 - q)).abs().sum(), (steps, grid)
 
 
 def test_surrogates(spikingjelly):
@@ -182,40 +176,52 @@ def watch(net, kind):
     return seen
 
 
-def check(sj, spec, mode, *, dtype=torch.float32, contiguous=True, tolerance=1e-6):
+def tolerance(spec):
+    """Of gradients in float32, relative to the largest value of each.
+
+    Measured (torch 2.13, CPU): 0 with step-by-step neurons, and with fused IF neurons whose reset is detached;
+    otherwise `fused` multiplies factors in another order, as SpikingJelly's GPU kernels do: 4e-6 after 50 layers.
+    """
+    same_order = spec.exact or (spec.neuron.kind == "if" and spec.neuron.detach_reset)
+    return 1e-6 if same_order else 1e-5
+
+
+def check(sj, spec, mode, *, dtype=torch.float32, contiguous=True, tol=None):
+    """Scores, spikes of every layer, gradients and running statistics of one net in both libraries."""
+    tol = tol or tolerance(spec)
     g = torch.Generator().manual_seed(0)
     u = torch.randint(2, (spec.steps, 2, 3, 32, 32), generator=g).to(dtype)
-    w = torch.randn(spec.steps, 2, spec.classes, generator=g).to(dtype)
+    weight = torch.randn(spec.steps, 2, spec.classes, generator=g).to(dtype)
     net = ours(spec, u, contiguous=contiguous, dtype=dtype)
     ref = theirs(sj, spec, net)
-    nets = (net.train(mode == "train"), ref.train(mode == "train"))
+    net.train(mode == "train"), ref.train(mode == "train")
     fired = watch(net, FoldedNeuron), watch(ref, sj.neuron.BaseNode)
     scores, pixel = [], []
-    for f, forward in zip(nets, (net.per_step, ref), strict=True):
+    for forward in (net.per_step, ref):
         leaf = u.clone().requires_grad_()
         z = forward(leaf)
-        (z * w).sum().backward()
+        (z * weight).sum().backward()
         scores.append(z.detach())
         pixel.append(leaf.grad)
-        assert f.training == (mode == "train")
     assert fired[0].keys() == fired[1].keys() and len(fired[0]) >= 17
     for name, s in fired[1].items():
         assert torch.equal(fired[0][name], s.flatten(0, 1)), name
         assert 0.02 < s.mean() < 0.98, name  # the deepest layers fire too, else this would prove nothing
-    assert gap(*scores) < tolerance and scores[1].std() > 0
-    assert gap(*pixel) < tolerance and pixel[1].abs().max() > 0
+    assert gap(*scores) < 1e-6 and scores[1].std() > 0
+    assert gap(*pixel) < tol and pixel[1].abs().max() > 0
     if contiguous:
         assert torch.equal(pixel[0] == 0, pixel[1] == 0)
     want = dict(ref.named_parameters())
     for name, p in net.named_parameters():
-        assert gap(p.grad, want[name].grad) < tolerance and want[name].grad.abs().max() > 0, name
+        # w of PLIF is one number, a sum over a whole layer where signs cancel: 1.5e-5 measured
+        assert gap(p.grad, want[name].grad) < (10 * tol if name.endswith(".w") else tol), name
+        assert want[name].grad.abs().max() > 0, name
     after = ref.state_dict()
     for name, value in net.state_dict().items():  # running statistics among them
-        assert gap(value.double(), after[name].double()) < tolerance, name
+        assert gap(value.double(), after[name].double()) < 1e-6, name
     sj.functional.reset_net(ref)
     with torch.no_grad():
-        again = net.eval()(u), ref.eval()(u).mean(0)
-    assert gap(*again) < tolerance
+        assert gap(net.eval()(u), ref.eval()(u).mean(0)) < 1e-6
 
 
 FAMILIES = [("sew_resnet18", "add"), ("sew_resnet18", "and"), ("sew_resnet18", "iand"), ("spiking_resnet18", "add")]
@@ -233,6 +239,10 @@ def test_resnet18(spikingjelly, arch, connect, reset, detach, mode):
     check(spikingjelly, NetSpec(arch=arch, connect=connect, pool=pool, neuron=neuron, steps=4, exact=exact), mode)
 
 
+def words(k):
+    return "-".join(map(str, k.values())) if isinstance(k, dict) else str(k)
+
+
 @pytest.mark.parametrize(
     ("knobs", "neuron", "mode"),
     [
@@ -240,15 +250,16 @@ def test_resnet18(spikingjelly, arch, connect, reset, detach, mode):
         ({"arch": "spiking_resnet34", "pool": "avg"}, {"detach_reset": False}, "eval"),
         ({"arch": "sew_resnet50", "connect": "add"}, {}, "train"),
         ({"arch": "sew_resnet50", "connect": "and", "pool": "avg"}, {"reset": None}, "eval"),
-        ({"arch": "sew_resnet50", "connect": "iand"}, {"detach_reset": False}, "eval"),
+        ({"arch": "sew_resnet50", "connect": "iand", "exact": True}, {"detach_reset": False}, "eval"),
         ({"arch": "spiking_resnet50"}, {"detach_reset": False}, "train"),
     ],
-    ids=lambda k: "-".join(map(str, k.values())) if isinstance(k, dict) else k,
+    ids=words,
 )
 def test_deeper(spikingjelly, knobs, neuron, mode):
     check(spikingjelly, NetSpec(neuron=NeuronSpec(**neuron), steps=3, **knobs), mode)
 
 
+@pytest.mark.parametrize("exact", [True, False], ids=["reference", "fused"])
 @pytest.mark.parametrize(
     "neuron",
     [
@@ -257,29 +268,31 @@ def test_deeper(spikingjelly, knobs, neuron, mode):
         {"kind": "plif", "threshold": 0.5, "detach_reset": False},
         {"kind": "plif", "decay_input": False, "reset": None},
     ],
-    ids=lambda k: "-".join(map(str, k.values())),
+    ids=words,
 )
-def test_other_neurons(spikingjelly, neuron):
-    check(spikingjelly, NetSpec(neuron=NeuronSpec(**neuron), steps=4, classes=100), "train")
+def test_other_neurons(spikingjelly, neuron, exact):
+    check(spikingjelly, NetSpec(neuron=NeuronSpec(**neuron), steps=4, classes=100, exact=exact), "train")
 
 
 @pytest.mark.parametrize(
-    ("knobs", "mode"),
+    ("knobs", "neuron", "mode"),
     [
-        ({"arch": "sew_resnet18", "pool": "avg"}, "train"),
-        ({"arch": "spiking_resnet18", "neuron": NeuronSpec(detach_reset=False)}, "train"),
-        ({"arch": "sew_resnet50", "connect": "iand"}, "eval"),
+        ({"arch": "sew_resnet18", "pool": "avg"}, {}, "train"),
+        ({"arch": "sew_resnet18"}, {"kind": "plif", "threshold": 0.5, "detach_reset": False}, "eval"),
+        ({"arch": "spiking_resnet18"}, {"detach_reset": False}, "train"),
+        ({"arch": "sew_resnet50", "connect": "iand"}, {}, "eval"),
     ],
-    ids=lambda k: "-".join(map(str, k.values())) if isinstance(k, dict) else k,
+    ids=words,
 )
-def test_fast_paths(spikingjelly, knobs, mode):
+def test_fast_paths(spikingjelly, knobs, neuron, mode):
     """As `build` hands it over: channels last, dense products on tiny maps, fused neurons.
 
-    Sums run in another order there. In float32 that is 1e-5 of the gradient (SEW-18 and -50, torch 2.13) as long as no
-    potential lies within rounding of its threshold; where one does, a spike flips and all that follows is another
-    run. In float64 none does, and the two agree again.
+    Sums run in another order there: in float32 1e-5 of the gradient (SEW-18 and -50, torch 2.13, CPU), as long as no
+    potential lies within rounding of its threshold. Where one does, a spike flips and all that follows is another
+    run, so this is judged in float64, where none does.
     """
-    check(spikingjelly, NetSpec(steps=4, **knobs), mode, dtype=torch.float64, contiguous=False, tolerance=1e-9)
+    spec = NetSpec(neuron=NeuronSpec(**neuron), steps=4, **knobs)
+    check(spikingjelly, spec, mode, dtype=torch.float64, contiguous=False, tol=1e-11)
 
 
 def test_their_weights_fit_ours(spikingjelly):
