@@ -101,7 +101,7 @@ def test_second_derivative_and_forward_mode(name):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="expected one of atan, sigmoid, .* got 'arctan'"):
+    with pytest.raises(ValueError, match=r"expected one of atan, sigmoid, .* got 'arctan'"):
         Surrogate("arctan")
     for width in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="surrogate width: expected a positive number"):

@@ -4,8 +4,8 @@ from sparsetrail.attacks.authors import authors
 from sparsetrail.attacks.fgsm import fgsm
 from sparsetrail.attacks.noise import noise
 from sparsetrail.attacks.pgd import pgd
-from sparsetrail.attacks.run import Attack, attack
+from sparsetrail.attacks.run import Attack, attack, settings
 
 ATTACKS: dict[str, Attack] = {"noise": noise, "fgsm": fgsm, "pgd": pgd}
 
-__all__ = ["ATTACKS", "Attack", "attack", "authors", "fgsm", "noise", "pgd"]
+__all__ = ["ATTACKS", "Attack", "attack", "authors", "fgsm", "noise", "pgd", "settings"]

@@ -1,5 +1,6 @@
 """Let an attack play, batch by batch, then judge what it found; its own word counts for nothing."""
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,7 @@ def attack(
     of the matrix products. Bad input is refused before anything runs.
     """
     _refuse(victim, threat, x, y, batch)
+    knobs = settings(fn) | knobs
     axis = image_axis(threat.space)
     f = victim.scores if threat.space == "pixel" else victim.logits
     started = time.perf_counter()
@@ -97,6 +99,11 @@ def attack(
         seconds=time.perf_counter() - started,
         adversarial=torch.cat(points, axis) if keep else None,
     )
+
+
+def settings(fn: Attack) -> dict[str, Any]:
+    """The settings of an attack with their defaults, as its signature names them."""
+    return {p.name: p.default for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def _name(fn: Attack) -> str:

@@ -20,6 +20,7 @@ class Screen:
         self.quiet = quiet
         self.stopping = False
         self.last, self.task_name, self.started = 0.0, "", time.monotonic()
+        self.begun = (self.started, 0)
         self.progress: Progress | None = None
         self.task = None
 
@@ -59,9 +60,18 @@ class Screen:
             self.progress.update(self.task, completed=done, total=total, note=note)
         elif fresh or done == total or time.monotonic() - self.last > EVERY:
             if not (fresh and done < total and time.monotonic() - self.last < 1):
-                self.say(f"{time.monotonic() - self.started:6.0f} s  {task}  {done}/{total}  {note}".rstrip())
-                self.last = time.monotonic()
+                now = time.monotonic()
+                left = "" if fresh or done in (0, total) else f"  {self._left(done, total):.0f} s left"
+                self.say(f"{now - self.started:6.0f} s  {task}  {done}/{total}  {note}".rstrip() + left)
+                self.last = now
+        if fresh:
+            self.begun = (time.monotonic(), done)
         self.task_name = task
+
+    def _left(self, done: int, total: int) -> float:
+        """Seconds that the task still needs at the pace it has kept."""
+        since, first = self.begun
+        return (time.monotonic() - since) / max(1, done - first) * (total - done)
 
     def say(self, line: str) -> None:
         """One line of plain text."""

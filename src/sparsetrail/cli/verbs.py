@@ -16,7 +16,7 @@ from cyclopts import Parameter, Token
 from rich.console import Console
 
 from sparsetrail import __version__, data
-from sparsetrail.attacks import ATTACKS
+from sparsetrail.attacks import ATTACKS, settings
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import Linf, Report, Run, Trail
 from sparsetrail.recipes import measure, paper
@@ -54,8 +54,11 @@ def _device(name: str, threads: int | None) -> str:
         if threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
+    if name == "auto" and torch.cuda.is_available():
+        return "cuda"
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        print(f"device   cpu, {torch.get_num_threads()} threads (no CUDA device)", file=sys.stderr)
+        return "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device; this is torch {torch.__version__}. Use --device cpu or auto")
     try:
@@ -339,9 +342,7 @@ def attack(
 
 
 def _check_knobs(name: str, knobs: dict[str, Any]) -> None:
-    import inspect
-
-    allowed = [p.name for p in inspect.signature(ATTACKS[name]).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    allowed = settings(ATTACKS[name])
     for k, v in knobs.items():
         if k not in allowed:
             flags = ", ".join(f"--{a}" for a in allowed) or "no settings"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsetrail import __version__
-from sparsetrail.attacks import ATTACKS, attack, authors
+from sparsetrail.attacks import ATTACKS, attack, authors, settings
 from sparsetrail.core import Linf, Mode, Rate, Run, Trail, TrailRow, Victim
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.snn.encode import Encoder
@@ -71,6 +71,7 @@ def strike(
 ) -> Run:
     """One attack on one model as a cell; pixel-space points are kept beside it."""
     v = as_victim(model, name, backward=backward, device=bench.device)
+    knobs = settings(ATTACKS[attack_name]) | knobs
     spec = _spec(model, v.path(threat.space), v.mode, data, bench.seed) | {
         "attack": attack_name, "knobs": knobs, "threat": asdict(threat),
     }
@@ -146,23 +147,29 @@ def card(model: Trained, name: str, test: Rate, data: Dataset) -> dict[str, Any]
     reset = "soft" if neuron["reset"] is None else f"hard to {neuron['reset']:g}"
     return {
         "name": name,
-        "architecture": f"{net['arch']}, width x{net['width']:g}, {net['stem']} stem, {net['pool']} pool",
+        "arch": net["arch"],
+        "pool": net["pool"],
+        "width": net["width"],
+        "stem": net["stem"],
+        "steps": net["steps"],
         "parameters": sum(p.numel() for p in model.net.parameters()),
         "neuron": f"{neuron['kind'].upper()}, threshold {neuron['threshold']:g}, {reset} reset"
         f"{', detached' if neuron['detach_reset'] else ''}, {neuron['surrogate']['name']}({neuron['surrogate']['width']:g})",
-        "encoder": f"{model.card['encoder']['name']} {model.card['encoder']['knobs']}",
+        "encoder": model.card["encoder"]["name"],
+        "encoder settings": ", ".join(f"{k} {v}" for k, v in model.card["encoder"]["knobs"].items()),
         **_history(model.card),
         "clean test accuracy": f"{test} ({identity(data)})",
         "weights sha256": model.sha256,
     }
 
 
-def _history(card: dict[str, Any]) -> dict[str, str]:
+def _history(card: dict[str, Any]) -> dict[str, Any]:
     if "imported" in card:
         return {"trained": f"elsewhere; imported from {card['imported']['file']}, sha256 {card['imported']['sha256'][:12]}"}
     spec, source = card["train"], card["data"]
     return {
         "trained on": f"{source['name']} {source['split']}, {source['n']} images, content {source['sha256'][:12]}",
+        "epochs": spec["epochs"],
         "training": f"{spec['optimizer']} lr {spec['lr']:g}, batch {spec['batch']}, {spec['epochs']} epochs, "
         f"weight decay {spec['weight_decay']:g}, seed {spec['seed']}",
         "chosen by": card["chosen_by"],

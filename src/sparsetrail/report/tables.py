@@ -205,9 +205,13 @@ def ledger(runs: Sequence[Run]) -> Grid:
 
 
 def run_notes(runs: Sequence[Run]) -> tuple[str, ...]:
-    """The notes that runs carry, each with its attack and victim."""
+    """The notes that runs carry, each said once with the attacks and victims it belongs to."""
     owner = {id(run): column for (column, _), run in columns(runs).items()}
-    return tuple(f"{owner[id(run)].label}, {run.victim}: {run.note}." for run in runs if run.note)
+    notes: dict[str, list[str]] = {}
+    for run in runs:
+        if run.note:
+            notes.setdefault(run.note.rstrip("."), []).append(f"{owner[id(run)].label}, {run.victim}")
+    return tuple(f"{'; '.join(names)}: {note}." for note, names in notes.items())
 
 
 def share(x: float | None) -> str:
