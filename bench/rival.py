@@ -35,9 +35,15 @@ def reference_net(spec: NetSpec, weights: dict[str, Tensor]) -> tuple[nn.Module,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         home = "spikingjelly.activation_based"
-        neuron, surrogate, functional = (importlib.import_module(f"{home}.{m}") for m in ("neuron", "surrogate", "functional"))
+        neuron, surrogate, functional = (
+            importlib.import_module(f"{home}.{m}") for m in ("neuron", "surrogate", "functional")
+        )
         zoo = importlib.import_module(f"{home}.model.{spec.arch.split('_')[0]}_resnet")
-    knobs = {"spiking_neuron": neuron.IFNode, "surrogate_function": surrogate.ATan(), "detach_reset": spec.neuron.detach_reset}
+    knobs = {
+        "spiking_neuron": neuron.IFNode,
+        "surrogate_function": surrogate.ATan(),
+        "detach_reset": spec.neuron.detach_reset,
+    }
     if spec.arch.startswith("sew"):
         knobs["cnf"] = spec.connect.upper()
     net = getattr(zoo, spec.arch)(num_classes=spec.classes, **knobs)

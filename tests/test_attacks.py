@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-
 from lively import lively
+
 from sparsetrail.attacks import ATTACKS, attack, authors, fgsm, noise, pgd
 from sparsetrail.core import Linf, Victim, margin
 from sparsetrail.snn.encode import phase
@@ -130,7 +130,12 @@ def test_only_images_that_were_right_are_attacked(snn):
 
 
 def test_a_tie_is_not_a_success():
-    tie = Victim(encode=lambda x: x[None], logits=lambda u: torch.stack([u[0].flatten(1).sum(1), torch.ones(u.shape[1])], 1), steps=1, classes=2)
+    tie = Victim(
+        encode=lambda x: x[None],
+        logits=lambda u: torch.stack([u[0].flatten(1).sum(1), torch.ones(u.shape[1])], 1),
+        steps=1,
+        classes=2,
+    )
     x = torch.full((1, 1, 1, 2), 0.6)  # score 1.2 against 1; at 0.5 each it is a tie
 
     def to_the_tie(p, g):

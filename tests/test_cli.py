@@ -53,7 +53,21 @@ def test_usage_errors_exit_2(capsys):
 
 
 def test_an_attack_in_one_line(model, capsys):
-    args = ("attack", model, "--name", "pgd", "--eps", "8/255", "--space", "pixel", "--n", "20", "--steps", "2", "--json")
+    args = (
+        "attack",
+        model,
+        "--name",
+        "pgd",
+        "--eps",
+        "8/255",
+        "--space",
+        "pixel",
+        "--n",
+        "20",
+        "--steps",
+        "2",
+        "--json",
+    )
     code, out, err = run(*args, capsys=capsys)
     assert code == 0, err
     facts = json.loads(out)
@@ -65,7 +79,9 @@ def test_an_attack_in_one_line(model, capsys):
     assert other["seed"] == 1 and other["seconds"] != facts["seconds"]
     secant = json.loads(run(*args[:-1], "--encoder-gradient", "secant", "--json", capsys=capsys)[1])
     assert "secant" in secant["route"]
-    code, out, _ = run("attack", model, "--name", "fgsm", "--eps", "0.02", "--space", "encoded", "--n", "20", capsys=capsys)
+    code, out, _ = run(
+        "attack", model, "--name", "fgsm", "--eps", "0.02", "--space", "encoded", "--n", "20", capsys=capsys
+    )
     assert code == 0 and "encoded space" in out and "encoder" not in out.split("route")[1].split("\n")[0]
 
 
@@ -131,7 +147,21 @@ def test_trail_and_report(model, tmp_path, capsys):
 
 def test_fresh_moves_aside_and_deletes_nothing(model, tmp_path, capsys):
     out = tmp_path / "run"
-    args = ("train", "--data", "fashion-mnist-slice", "--images", "64", "--width", "0.125", "--T", "2", "--epochs", "1", "--out", out)
+    args = (
+        "train",
+        "--data",
+        "fashion-mnist-slice",
+        "--images",
+        "64",
+        "--width",
+        "0.125",
+        "--T",
+        "2",
+        "--epochs",
+        "1",
+        "--out",
+        out,
+    )
     assert run(*args, capsys=capsys)[0] == 0
     code, _, err = run(*args, "--lr", "0.01", capsys=capsys)
     assert code == 4 and "--fresh" in err
@@ -141,8 +171,9 @@ def test_fresh_moves_aside_and_deletes_nothing(model, tmp_path, capsys):
 
 def test_ctrl_c_stops_in_order_and_the_same_command_continues(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-c", "from sparsetrail.cli import main; main()", "train", "--data", "fashion-mnist-slice",
-               "--images", "300", "--width", "0.125", "--T", "2", "--epochs", "3", "--threads", "1", "--out", str(out)]  # fmt: skip
+    script = "from sparsetrail.cli import main; main()"
+    flags = ["--images", "300", "--width", "0.125", "--T", "2", "--epochs", "3", "--threads", "1"]
+    command = [sys.executable, "-c", script, "train", "--data", "fashion-mnist-slice", *flags, "--out", str(out)]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (out / "events.jsonl").exists() or "step" not in (out / "events.jsonl").read_text():
@@ -196,7 +227,9 @@ def test_doctor_and_data_list(tmp_path, capsys):
 
 
 def test_reproduce_without_data_says_how_to_get_it(tmp_path, capsys):
-    code, _, err = run("reproduce", "table3", "--scale", "smoke", "--root", tmp_path / "empty", "--out", tmp_path / "o", capsys=capsys)
+    code, _, err = run(
+        "reproduce", "table3", "--scale", "smoke", "--root", tmp_path / "empty", "--out", tmp_path / "o", capsys=capsys
+    )
     assert code == 4 and "data get cifar10" in err
 
 

@@ -83,7 +83,9 @@ def test_streams_do_not_depend_on_batch_or_order():
 def test_grad_is_per_example_and_not_averaged():
     p = Problem(linear(W), X, Y, Linf(0.1, space="pixel"))
     g = p.grad(X)
-    alone = torch.cat([Problem(linear(W), X[i : i + 1], Y[i : i + 1], Linf(0.1, space="pixel")).grad(X[i : i + 1]) for i in range(3)])
+    alone = torch.cat(
+        [Problem(linear(W), X[i : i + 1], Y[i : i + 1], Linf(0.1, space="pixel")).grad(X[i : i + 1]) for i in range(3)]
+    )
     assert torch.allclose(g, alone)
     soft = torch.softmax(X.flatten(1) @ W, 1) - torch.nn.functional.one_hot(Y, 2)
     assert torch.allclose(g.flatten(1), soft @ W.T, atol=1e-6)
@@ -147,7 +149,9 @@ def test_zero_and_broken_gradients_are_counted():
     q = Problem(lambda u: u.flatten(1)[:, :2] * 0, X, Y, Linf(0.1, space="pixel"))
     q.grad(X)
     assert q.dead.all()
-    r = Problem(lambda u: torch.stack([(u * 0).sum((1, 2, 3)).sqrt(), u.sum((1, 2, 3))], 1), X, Y, Linf(0.1, space="pixel"))
+    r = Problem(
+        lambda u: torch.stack([(u * 0).sum((1, 2, 3)).sqrt(), u.sum((1, 2, 3))], 1), X, Y, Linf(0.1, space="pixel")
+    )
     r.grad(X)
     assert r.nonfinite.all()
 

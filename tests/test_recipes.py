@@ -1,4 +1,4 @@
-"""Experiments: cells are kept and never mixed, the quick job runs whole, and paper rows stay in their threat's column."""
+"""Experiments: cells are kept and never mixed, quick runs whole, paper rows stay in their threat's column."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ def done(tmp_path_factory):
 
 
 def test_quick_from_end_to_end(done, tmp_path):
-    out, report, examples = done
+    _, report, examples = done
     combinations = {(r.victim, r.attack, r.threat.space, r.threat.eps) for r in report.runs}
     assert len(combinations) == len(report.runs) == 2 * 2 * 3
     assert {r.threat for r in report.runs} == {Linf(8 / 255, space="pixel"), Linf(6 / 255, space="encoded")}
@@ -54,7 +54,8 @@ def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done):
     bench = measure.Bench(out=out)
     subset = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=0)
     model = measure.fit(bench, "max", NetSpec(channels=1, width=0.125, steps=3), phase(steps=3),
-                        data.take(data.load("fashion-mnist-slice", "train"), 96, seed=0), TrainSpec(epochs=1, batch=16))  # fmt: skip
+                        data.take(data.load("fashion-mnist-slice", "train"), 96, seed=0),
+                        TrainSpec(epochs=1, batch=16))  # fmt: skip
     pixel = Linf(8 / 255, space="pixel")
     count = lambda: len(list((out / "cells").glob("*.json")))  # noqa: E731
     before = count()
@@ -103,7 +104,9 @@ def test_every_figure_runs_and_stands_beside_the_published_value(fake_cifar, fig
         threats = {(r.threat.space, r.threat.eps, r.mode) for r in report.runs}
         assert threats == {("pixel", 8 / 255, "eval"), ("encoded", 6 / 255, "eval"), ("encoded", 6 / 255, "train")}
         assert {c.conditions["attack"] for c in report.claims} == {"none", "fgsm", "pgd"}
-        assert all("6/255" in c.coded and "8/255" in c.stated for c in report.claims if c.conditions["attack"] != "none")
+        assert all(
+            "6/255" in c.coded and "8/255" in c.stated for c in report.claims if c.conditions["attack"] != "none"
+        )
     else:
         assert {t.mode for t in report.trails} == {"eval", "train"}
     if figure == "table3":

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lively import lively
 from torch import nn
 from torch.nn import functional as F
 
-from lively import lively
 from sparsetrail.core import Victim
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec, victim
@@ -133,7 +133,11 @@ def test_in_place_adds_are_no_obstacle():
 
 def test_a_victim_without_a_network_is_refused():
     with pytest.raises(ValueError, match="module"):
-        trail(Victim(encode=lambda x: x[None], logits=lambda u: u[0].flatten(1), steps=1, classes=2), torch.rand(1, 1, 1, 2), torch.tensor([0]))
+        trail(
+            Victim(encode=lambda x: x[None], logits=lambda u: u[0].flatten(1), steps=1, classes=2),
+            torch.rand(1, 1, 1, 2),
+            torch.tensor([0]),
+        )
 
 
 def test_structural_figures():

@@ -67,7 +67,14 @@ def test_it_learns_and_writes_what_it_promises(images, finished):
 
 def test_the_loss_falls(images, tmp_path):
     losses = []
-    train(NET, ENCODE, images, replace(SPEC, epochs=12, lr=5e-3), tmp_path / "r", say=lambda e: e["event"] == "step" and losses.append(e["loss"]))
+    train(
+        NET,
+        ENCODE,
+        images,
+        replace(SPEC, epochs=12, lr=5e-3),
+        tmp_path / "r",
+        say=lambda e: e["event"] == "step" and losses.append(e["loss"]),
+    )
     assert sum(losses[-6:]) / 6 < 0.75 * sum(losses[:6]) / 6
 
 
@@ -129,7 +136,14 @@ def test_a_finished_run_is_not_trained_again(images, finished):
 
 def test_the_best_epoch_is_chosen_on_held_out_training_images(images, tmp_path):
     seen = []
-    model = train(NET, ENCODE, images, replace(SPEC, epochs=4), tmp_path / "r", say=lambda e: e["event"] == "epoch" and seen.append(e["validation"]))
+    model = train(
+        NET,
+        ENCODE,
+        images,
+        replace(SPEC, epochs=4),
+        tmp_path / "r",
+        say=lambda e: e["event"] == "epoch" and seen.append(e["validation"]),
+    )
     best = max(seen)
     assert model.card["validation"]["k"] / model.card["validation"]["n"] == best
     assert model.card["epochs_done"] == seen.index(best) + 1
@@ -149,11 +163,23 @@ def test_another_experiment_in_the_folder_is_refused(images, finished):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(images, tmp_path):
-    for net, match in ((replace(NET, steps=4), "steps"), (replace(NET, channels=3), "channels"), (replace(NET, classes=9), "classes")):
+    for net, match in (
+        (replace(NET, steps=4), "steps"),
+        (replace(NET, channels=3), "channels"),
+        (replace(NET, classes=9), "classes"),
+    ):
         with pytest.raises(ValueError, match=match):
             train(net, ENCODE, images, SPEC, tmp_path / "r")
     assert not (tmp_path / "r").exists()
-    for bad in ({"lr": math.nan}, {"lr": 0.0}, {"batch": 0}, {"epochs": 0}, {"validation": 1.0}, {"clip": -1.0}, {"crop": -1}):
+    for bad in (
+        {"lr": math.nan},
+        {"lr": 0.0},
+        {"batch": 0},
+        {"epochs": 0},
+        {"validation": 1.0},
+        {"clip": -1.0},
+        {"crop": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             TrainSpec(**bad)
     with pytest.raises(ValueError, match="batch"):
@@ -168,7 +194,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
         calls.append(1)
 
     calls: list[int] = []
-    with pytest.raises(TrainingFailed, match="failure.json"):
+    with pytest.raises(TrainingFailed, match=r"failure\.json"):
         train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=Seams(after_step=poison))
     found = json.loads((tmp_path / "r" / "failure.json").read_text())
     assert found["first_nonfinite"] == "parameter layer1.0.conv1.weight"

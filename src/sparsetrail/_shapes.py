@@ -1,4 +1,4 @@
-"""Shape annotations: jaxtyping where it is installed, otherwise the plain type (a bare machine has torch and numpy only).
+"""Shape annotations: jaxtyping where it is installed, otherwise the plain type (a bare machine).
 
 Legend used throughout: t time steps, n images, c channels, h rows, w columns, k classes, m = t * n folded.
 """

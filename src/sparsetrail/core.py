@@ -1,7 +1,7 @@
 """The nouns shared by both halves: what is attacked, what the adversary may do, and what was found.
 
 `u` is whichever tensor the adversary writes to: pixels [n c h w] or the encoded input [t n c h w]. Input units are
-those of the attacked tensor, 0..1 for pixels and for spikes alike; the two are different budgets and are never compared.
+those of the attacked tensor, 0..1 for pixels and for spikes alike; the two are different budgets, never compared.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ class Victim:
 
     `encode` maps pixels [n c h w] in 0..1 to the encoded input [t n c h w]; `logits` maps that to class scores [n k].
     `route` says in words how a gradient flows through the network, `encoding` how it flows through the encoder;
-    `mode` is that of BatchNorm while crafting. `random` victims draw fresh noise in `encode`. `module` is the network behind `logits`, where there is one: the
-    trail needs it, attacks never see it.
+    `mode` is that of BatchNorm while crafting. `random` victims draw fresh noise in `encode`. `module` is the network
+    behind `logits`, where there is one: the trail needs it, attacks never see it.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -180,8 +180,8 @@ class Problem:
             (g,) = torch.autograd.grad(value.sum(), part, allow_unused=True) if value.requires_grad else (None,)
         if g is None:
             raise ValueError(
-                f"no gradient reaches the {self.ball.space} input; expected a differentiable path, found none: give the "
-                "encoder a backward rule (identity, weighted, secant), or use a gradient-free attack"
+                f"no gradient reaches the {self.ball.space} input; expected a differentiable path, found none: give "
+                "the encoder a backward rule (identity, weighted, secant), or use a gradient-free attack"
             )
         self._see(u, z.detach(), rows)
         self.backwards += len(y)

@@ -112,9 +112,7 @@ def _watch(name: str, tallies: dict[str, _Tally], shape: dict[str, int], steps: 
 
 def _count(t: _Tally, g: Tensor, n: int, steps: int, first: bool) -> None:
     """Add one gradient to the tally; [t*n ...] folded, [t n ...] or [n ...] are told apart by their leading sizes."""
-    if g.shape[0] == steps * n:
-        g = g.reshape(steps, n, -1)
-    elif g.ndim >= 2 and g.shape[0] == steps and g.shape[1] == n:
+    if g.shape[0] == steps * n or (g.ndim >= 2 and g.shape[0] == steps and g.shape[1] == n):
         g = g.reshape(steps, n, -1)
     else:
         g = g.reshape(1, n, -1)

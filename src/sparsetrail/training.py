@@ -190,14 +190,22 @@ def train(
             score = accuracy(net, encode, held_out, device=device) if held_out is not None else None
             value = score.value if score is not None else float(epoch)
             done.epoch, done.step = epoch + 1, 0
-            done.history.append({"epoch": epoch, "loss": done.loss, "validation": None if score is None else score.value})
+            done.history.append(
+                {"epoch": epoch, "loss": done.loss, "validation": None if score is None else score.value}
+            )
             if value > done.best:
                 done.best, done.best_epoch = value, epoch
                 _save_model(out / "model.safetensors", identity, net, done, score, device)
             save_state()
             saved = time.monotonic()
-            log("epoch", epoch=epoch, loss=done.loss, validation=None if score is None else score.value,
-                best_epoch=done.best_epoch, seconds=round(done.seconds, 2))
+            log(
+                "epoch",
+                epoch=epoch,
+                loss=done.loss,
+                validation=None if score is None else score.value,
+                best_epoch=done.best_epoch,
+                seconds=round(done.seconds, 2),
+            )
         score = accuracy(net, encode, held_out, device=device) if held_out is not None else None
         _save_model(out / "last.safetensors", identity, net, done, score, device)
         log("done", epoch=spec.epochs, step=total, of=total, seconds=round(done.seconds, 2))
@@ -207,8 +215,14 @@ def train(
 
 
 def _step(
-    net: nn.Module, encode: Encoder, optimizer: torch.optim.Optimizer, spec: TrainSpec, seams: Seams,
-    x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], generator: torch.Generator,
+    net: nn.Module,
+    encode: Encoder,
+    optimizer: torch.optim.Optimizer,
+    spec: TrainSpec,
+    seams: Seams,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    generator: torch.Generator,
 ) -> float:
     """One update on one batch; returns the loss."""
     if seams.inputs is not None:
@@ -225,7 +239,9 @@ def _step(
         return value
     loss.backward()
     grads = [p.grad for p in net.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)  # a NaN weight only silences its neurons: the loss stays finite, this does not
+    norm = nn.utils.get_total_norm(
+        grads
+    )  # a NaN weight only silences its neurons: the loss stays finite, this does not
     if not math.isfinite(norm):
         return float(norm)
     if spec.clip:
@@ -267,7 +283,13 @@ def load_model(path: Path) -> Trained:
             f"unexpected {sorted(theirs - ours)[:5]}"
         )
     net.load_state_dict(tensors)
-    return Trained(net=net.eval(), encode=build_encoder(card["encoder"]["name"], **card["encoder"]["knobs"]), card=card, path=file, sha256=sha256)
+    return Trained(
+        net=net.eval(),
+        encode=build_encoder(card["encoder"]["name"], **card["encoder"]["knobs"]),
+        card=card,
+        path=file,
+        sha256=sha256,
+    )
 
 
 def import_weights(
@@ -310,7 +332,7 @@ def import_weights(
     if set(want) != set(got) or wrong:
         raise CheckpointError(
             f"{file}: does not fit {net_spec.arch}: missing {sorted(set(want) - set(got))[:5]}, unexpected "
-            f"{sorted(set(got) - set(want))[:5]}, other shape {wrong[:5]}; check arch, classes, channels, width and stem"
+            f"{sorted(set(got) - set(want))[:5]}, other shape {wrong[:5]}; check arch, classes, width and stem"
         )
     net.load_state_dict(tensors)
     card = {
@@ -336,8 +358,13 @@ def _identity(net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec) -> 
     text = {
         "net": asdict(net),
         "encoder": {"name": encode.name, "knobs": encode.knobs},
-        "data": {"name": data.name, "split": data.split, "n": len(data.labels), "sha256": data.sha256,
-                 "official": data.official},
+        "data": {
+            "name": data.name,
+            "split": data.split,
+            "n": len(data.labels),
+            "sha256": data.sha256,
+            "official": data.official,
+        },
         "train": asdict(spec),
     }
     return json.loads(json.dumps(text))
@@ -426,7 +453,9 @@ def _restore(out: Path, identity, net: nn.Module, optimizer: torch.optim.Optimiz
             if key.startswith("opt."):
                 _, i, k = key.split(".", 2)
                 like = parameters[int(i)]  # fused Adam needs the moments in the parameter's own memory layout
-                state.setdefault(int(i), {})[k] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+                state.setdefault(int(i), {})[k] = (
+                    torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+                )
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for k, v in card["progress"].items():
             setattr(done, k, -math.inf if k == "best" and v is None else v)
@@ -436,7 +465,9 @@ def _restore(out: Path, identity, net: nn.Module, optimizer: torch.optim.Optimiz
     return False
 
 
-def _save_model(path: Path, identity, net: nn.Module, done: _Progress, score: Rate | None, device: torch.device) -> None:
+def _save_model(
+    path: Path, identity, net: nn.Module, done: _Progress, score: Rate | None, device: torch.device
+) -> None:
     card = identity | {
         "kind": "model",
         "epochs_done": done.epoch,
@@ -459,8 +490,8 @@ def _failure(out, log, net, encode, x, epoch: int, step: int, rate: float, loss:
     write_atomic(out / "failure.json", json.dumps(found, indent=1).encode())
     log("failed", **found)
     return TrainingFailed(
-        f"loss or gradient {loss} at epoch {epoch}, step {step} (first not finite: {first or 'a gradient'}); lower lr or "
-        f"set clip; the last good checkpoint is kept, see {out / 'failure.json'}"
+        f"loss or gradient {loss} at epoch {epoch}, step {step} (first not finite: {first or 'a gradient'}); lower lr "
+        f"or set clip; the last good checkpoint is kept, see {out / 'failure.json'}"
     )
 
 
@@ -492,7 +523,7 @@ class _Log:
     """Append-only `events.jsonl`; steps are written every 20th, all events go to `say`."""
 
     def __init__(self, path: Path, say: Say | None) -> None:
-        self.file, self.say = open(path, "a"), say
+        self.file, self.say = open(path, "a"), say  # noqa: SIM115
 
     def __call__(self, event: str, *, keep: bool = True, **facts: Any) -> None:
         line = {"event": event, "time": round(time.time(), 3), **facts}

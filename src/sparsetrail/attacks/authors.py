@@ -46,7 +46,9 @@ def authors(
     started = time.perf_counter()
     with torch.no_grad():
         net.eval()
-        clean = torch.cat([margin(net(encode(x[i : i + batch])), y[i : i + batch]) < 0 for i in range(0, len(y), batch)])
+        clean = torch.cat(
+            [margin(net(encode(x[i : i + batch])), y[i : i + batch]) < 0 for i in range(0, len(y), batch)]
+        )
     flags: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
     ties, zero = {"fgsm": 0, "pgd": 0}, {"fgsm": [], "pgd": []}
     small = {"fgsm": 0, "pgd": 0}

@@ -28,7 +28,11 @@ DATA_VERBS = {
 
 def app() -> App:
     """The command tree."""
-    root = App(name="sparsetrail", version=__version__, help="Adversarial robustness of spiking neural networks, judged honestly.")
+    root = App(
+        name="sparsetrail",
+        version=__version__,
+        help="Adversarial robustness of spiking neural networks, judged honestly.",
+    )
     for verb, line in VERBS.items():
         root.command(f"{HOME}:{verb}{'_' * iskeyword(verb)}", name=verb, help=line)
     data = App(name="data", help="Image sets: get, add, verify, list.")
@@ -39,7 +43,7 @@ def app() -> App:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 our bug or failed training, 2 usage, 4 input refused, 130 interrupted (resumable)."""
+    """Run a command and exit: 0 done, 1 our bug or failed training, 2 usage, 4 input refused, 130 interrupted."""
     try:
         app()(argv, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:

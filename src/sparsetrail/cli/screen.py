@@ -28,8 +28,12 @@ class Screen:
         self.before = {s: signal.signal(s, self._signal) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.live:
             self.progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[note]}"),
                 console=self.console,
             )
             self.progress.start()
@@ -58,12 +62,11 @@ class Screen:
                 self.task = self.progress.add_task(task, total=total, note=note)
             assert self.task is not None
             self.progress.update(self.task, completed=done, total=total, note=note)
-        elif fresh or done == total or time.monotonic() - self.last > EVERY:
-            if not (fresh and done < total and time.monotonic() - self.last < 1):
-                now = time.monotonic()
-                left = "" if fresh or done in (0, total) else f"  {self._left(done, total):.0f} s left"
-                self.say(f"{now - self.started:6.0f} s  {task}  {done}/{total}  {note}".rstrip() + left)
-                self.last = now
+        elif done == total or time.monotonic() - self.last > (1 if fresh else EVERY):
+            now = time.monotonic()
+            left = "" if fresh or done in (0, total) else f"  {self._left(done, total):.0f} s left"
+            self.say(f"{now - self.started:6.0f} s  {task}  {done}/{total}  {note}".rstrip() + left)
+            self.last = now
         if fresh:
             self.begun = (time.monotonic(), done)
         self.task_name = task

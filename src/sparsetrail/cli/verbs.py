@@ -1,4 +1,4 @@
-"""The verbs: thin functions that turn flags into calls and results into lines. `--json` prints one JSON line instead."""
+"""The verbs: thin functions that turn flags into calls and results into lines; `--json` prints one JSON line."""
 
 import json
 import os
@@ -60,7 +60,9 @@ def _device(name: str, threads: int | None) -> str:
         print(f"device   cpu, {torch.get_num_threads()} threads (no CUDA device)", file=sys.stderr)
         return "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device; this is torch {torch.__version__}. Use --device cpu or auto")
+        raise ValueError(
+            f"--device {name}: no CUDA device; this is torch {torch.__version__}. Use --device cpu or auto"
+        )
     try:
         torch.empty(0, device=name)
     except RuntimeError as error:
@@ -82,7 +84,9 @@ def _folder(out: Path, fresh: bool) -> Path:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--out {out}: expected a folder to write to, found {error.strerror}; choose another") from None
+        raise ValueError(
+            f"--out {out}: expected a folder to write to, found {error.strerror}; choose another"
+        ) from None
     return out
 
 
@@ -155,7 +159,9 @@ def _run_line(run: Run) -> dict[str, Any]:
 def train(
     arch: str = "sew_resnet18",
     *,
-    data_name: Annotated[str, Parameter(name="--data", help="cifar10, cifar100, fashion-mnist, fashion-mnist-slice or a path")],
+    data_name: Annotated[
+        str, Parameter(name="--data", help="cifar10, cifar100, fashion-mnist, fashion-mnist-slice or a path")
+    ],
     out: Path | None = None,
     pool: Literal["max", "avg"] = "max",
     connect: Literal["add", "and", "iand"] = "add",
@@ -201,8 +207,8 @@ def train(
         train_set = data.take(train_set, images, seed=0)
     detach = arch.startswith("sew") if detach_reset is None else detach_reset
     net = NetSpec(
-        arch=arch, classes=len(train_set.classes), channels=train_set.images.shape[1], width=width, stem=stem, pool=pool,
-        connect=connect, steps=steps,
+        arch=arch, classes=len(train_set.classes), channels=train_set.images.shape[1], width=width, stem=stem,
+        pool=pool, connect=connect, steps=steps,
         neuron=NeuronSpec(kind=neuron, threshold=threshold, reset=None if soft_reset else 0.0, detach_reset=detach,
                           tau=tau, surrogate=Surrogate(surrogate, surrogate_width)),
     )  # fmt: skip
@@ -216,7 +222,9 @@ def train(
 
         def say(event: dict[str, Any]) -> None:
             if event["event"] == "step":
-                screen.tick("train", event["step"], event["of"], f"epoch {event['epoch'] + 1}/{epochs} loss {event['loss']:.3f}")
+                screen.tick(
+                    "train", event["step"], event["of"], f"epoch {event['epoch'] + 1}/{epochs} loss {event['loss']:.3f}"
+                )
             elif event["event"] == "epoch":
                 score = "" if event["validation"] is None else f", validation {event['validation']:.1%}"
                 screen.say(f"epoch {event['epoch'] + 1}/{epochs}: loss {event['loss']:.3f}{score}")
@@ -239,7 +247,9 @@ def import_(
     file: Path,
     *,
     arch: str,
-    data_name: Annotated[str, Parameter(name="--data", help="the set it was trained on, for its shape and for later attacks")],
+    data_name: Annotated[
+        str, Parameter(name="--data", help="the set it was trained on, for its shape and for later attacks")
+    ],
     out: Path,
     pool: Literal["max", "avg"] = "max",
     connect: Literal["add", "and", "iand"] = "add",
@@ -263,8 +273,8 @@ def import_(
     neuron = NeuronSpec(reset=None if soft_reset else 0.0,
                         detach_reset=arch.startswith("sew") if detach_reset is None else detach_reset,
                         surrogate=Surrogate(surrogate, surrogate_width))  # fmt: skip
-    net = NetSpec(arch=arch, classes=len(found.classes), channels=found.images.shape[1], width=width, stem=stem, pool=pool,
-                  connect=connect, steps=steps, neuron=neuron)  # fmt: skip
+    net = NetSpec(arch=arch, classes=len(found.classes), channels=found.images.shape[1], width=width, stem=stem,
+                  pool=pool, connect=connect, steps=steps, neuron=neuron)  # fmt: skip
     knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}
     folder = _folder(out, fresh)
     model = import_weights(file, net, build_encoder(encoder, **knobs), found.name, folder, trust_pickle=trust_pickle)
@@ -290,7 +300,9 @@ def attack(
     name: Annotated[str, Parameter(help=f"one of {', '.join(ATTACKS)}")] = "pgd",
     eps: Number | None = None,
     space: Space | None = None,
-    compat: Annotated[Literal["authors"] | None, Parameter(help="the paper's code: encoded 6/255, crafted in train mode")] = None,
+    compat: Annotated[
+        Literal["authors"] | None, Parameter(help="the paper's code: encoded 6/255, crafted in train mode")
+    ] = None,
     steps: int | None = None,
     step: Number | None = None,
     restarts: int | None = None,
@@ -311,7 +323,9 @@ def attack(
     beside the model and not computed twice.
     """
     where = _device(device, threads)
-    knobs = {k: v for k, v in (("steps", steps), ("step", step), ("restarts", restarts), ("draws", draws)) if v is not None}
+    knobs = {
+        k: v for k, v in (("steps", steps), ("step", step), ("restarts", restarts), ("draws", draws)) if v is not None
+    }
     if compat is None:
         if eps is None or space is None:
             raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
@@ -330,7 +344,9 @@ def attack(
         )
         if compat:
             if knobs:
-                raise ValueError(f"--compat authors: its settings are fixed; leave {', '.join('--' + k for k in knobs)} out")
+                raise ValueError(
+                    f"--compat authors: its settings are fixed; leave {', '.join('--' + k for k in knobs)} out"
+                )
             runs = list(measure.strike_as_published(bench, model, label, test_set))
         else:
             runs = [measure.strike(bench, model, label, name, threat, test_set, backward=encoder_gradient, **knobs)]
@@ -360,10 +376,13 @@ def _say_run(run: Run) -> None:
     print(f"{run.attack:<8} {run.accuracy}" + (f"   ({knobs})" if knobs else ""))
     if run.zero_gradient is not None:
         print(f"gradient {run.zero_gradient:.1%} exact zeros; {run.dead_examples} images once without any gradient")
-    for line in (f"{run.ties} ties, counted as not fooled" if run.ties else "",
-                 f"{run.nonfinite} images with a gradient that is not finite" if run.nonfinite else "", run.note):  # fmt: skip
-        if line:
-            print(f"note     {line}")
+    notes = (
+        f"{run.ties} ties, counted as not fooled" if run.ties else "",
+        f"{run.nonfinite} images with a gradient that is not finite" if run.nonfinite else "",
+        run.note,
+    )
+    for line in filter(None, notes):
+        print(f"note     {line}")
 
 
 def trail(
@@ -394,7 +413,8 @@ def trail(
         found = measure.follow(bench, model, label, test_set, per_step=per_step, mode=mode)
     report = Report(
         title=f"Sparsity trail of {label}", summary=(_trail_sentence(found),), models=(),
-        runs=(), trails=(found,), claims=(), provenance=measure.provenance(bench, started, f"sparsetrail trail {target}"),
+        runs=(), trails=(found,), claims=(),
+        provenance=measure.provenance(bench, started, f"sparsetrail trail {target}"),
     )  # fmt: skip
     files = write(report, place)
     if as_json:
@@ -452,7 +472,7 @@ def report(
     out: Path | None = None,
     format: Literal["all", "table", "latex", "svg", "pdf"] = "all",
 ) -> None:
-    """Draw the report in PATH (a run folder or result.json) again; `table` and `latex` print, `svg`/`pdf` draw the trail."""
+    """Draw the report in PATH (a folder or result.json) again; `table`, `latex` print, `svg`, `pdf` draw the trail."""
     from sparsetrail.report import figure as draw
     from sparsetrail.report import table
 
@@ -475,9 +495,14 @@ def doctor(*, root: Path | None = None, as_json: Json = False) -> None:
         "sparsetrail": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores, no CUDA)",
+        "device": torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else f"cpu ({os.cpu_count()} cores, no CUDA)",
         "threads": torch.get_num_threads(),
-        "data": [f"{e.name}/{e.split}: {e.n} images{'' if e.official else ' (not the official content)'}" for e in data.available(root)],
+        "data": [
+            f"{e.name}/{e.split}: {e.n} images{'' if e.official else ' (not the official content)'}"
+            for e in data.available(root)
+        ],
         "data folder": str(data.cache_root(root)),
         "tools": {k: v or "not found" for k, v in tools.items()},
     }

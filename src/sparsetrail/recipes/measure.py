@@ -23,8 +23,8 @@ from sparsetrail.data import Dataset, pixels
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import NetSpec, describe, victim
 from sparsetrail.snn.weights import load_weights, save_weights, write_atomic
-from sparsetrail.training import Trained, TrainSpec, accuracy, train
 from sparsetrail.trails import trail
+from sparsetrail.training import Trained, TrainSpec, accuracy, train
 
 Tick = Callable[[str, int, int, str], None]  # task, done, total, note
 
@@ -54,7 +54,9 @@ def fit(bench: Bench, name: str, net: NetSpec, encode: Encoder, data: Dataset, s
             bench.tick(f"train {name}", event["step"], event["of"], f"loss {event['loss']:.3f}")
         elif event["event"] == "epoch" and event["validation"] is not None:
             of = spec.epochs
-            bench.tick(f"train {name}", -1, of, f"epoch {event['epoch'] + 1}/{of}: validation {event['validation']:.1%}")
+            bench.tick(
+                f"train {name}", -1, of, f"epoch {event['epoch'] + 1}/{of}: validation {event['validation']:.1%}"
+            )
 
     return train(net, encode, data, spec, folder, device=bench.device, say=say, stop=bench.stop)
 
@@ -66,14 +68,23 @@ def as_victim(model: Trained, name: str, *, backward: str | None = None, device:
 
 
 def strike(
-    bench: Bench, model: Trained, name: str, attack_name: str, threat: Linf, data: Dataset, *,
-    backward: str | None = None, **knobs: Any,
+    bench: Bench,
+    model: Trained,
+    name: str,
+    attack_name: str,
+    threat: Linf,
+    data: Dataset,
+    *,
+    backward: str | None = None,
+    **knobs: Any,
 ) -> Run:
     """One attack on one model as a cell; pixel-space points are kept beside it."""
     v = as_victim(model, name, backward=backward, device=bench.device)
     knobs = settings(ATTACKS[attack_name]) | knobs
     spec = _spec(model, v.path(threat.space), v.mode, data, bench.seed) | {
-        "attack": attack_name, "knobs": knobs, "threat": asdict(threat),
+        "attack": attack_name,
+        "knobs": knobs,
+        "threat": asdict(threat),
     }
     done = _read(bench, spec)
     task = f"{attack_name} {threat}: {name}"
@@ -81,9 +92,18 @@ def strike(
         bench.tick(task, len(data.labels), len(data.labels), "kept from before")
         return run_from(done)
     run = attack(
-        ATTACKS[attack_name], v, threat, pixels(data.images.to(bench.device)), data.labels.to(bench.device),
-        batch=bench.batch, seed=bench.seed, keep=threat.space == "pixel", data=identity(data),
-        say=lambda done, n: bench.tick(task, done, n, ""), stop=bench.stop, **knobs,
+        ATTACKS[attack_name],
+        v,
+        threat,
+        pixels(data.images.to(bench.device)),
+        data.labels.to(bench.device),
+        batch=bench.batch,
+        seed=bench.seed,
+        keep=threat.space == "pixel",
+        data=identity(data),
+        say=lambda done, n: bench.tick(task, done, n, ""),
+        stop=bench.stop,
+        **knobs,
     )
     if run.adversarial is not None:
         save_weights(_path(bench, spec).with_suffix(".safetensors"), {"adversarial": run.adversarial}, spec)
@@ -101,9 +121,16 @@ def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, 
         bench.tick(task, n, n, "kept from before")
         return run_from(done["fgsm"]), run_from(done["pgd"])
     fgsm, pgd = authors(
-        model.net.to(bench.device), model.encode, pixels(data.images.to(bench.device)), data.labels.to(bench.device),
-        name=name, data=identity(data), route=route, say=lambda done, n: bench.tick(task, done, n, ""),
-        stop=bench.stop, **knobs,
+        model.net.to(bench.device),
+        model.encode,
+        pixels(data.images.to(bench.device)),
+        data.labels.to(bench.device),
+        name=name,
+        data=identity(data),
+        route=route,
+        say=lambda done, n: bench.tick(task, done, n, ""),
+        stop=bench.stop,
+        **knobs,
     )
     _write(bench, spec, {"fgsm": run_to(fgsm), "pgd": run_to(pgd)})
     return fgsm, pgd
@@ -121,8 +148,13 @@ def follow(
         bench.tick(task, n, n, "kept from before")
         return trail_from(done)
     found = trail(
-        v, pixels(data.images.to(bench.device)), data.labels.to(bench.device), mode=mode, per_step=per_step,
-        data=identity(data), say=lambda done, n: bench.tick(task, done, n, ""),
+        v,
+        pixels(data.images.to(bench.device)),
+        data.labels.to(bench.device),
+        mode=mode,
+        per_step=per_step,
+        data=identity(data),
+        say=lambda done, n: bench.tick(task, done, n, ""),
     )
     _write(bench, spec, asdict(found))
     return found
@@ -143,7 +175,7 @@ def clean(bench: Bench, model: Trained, name: str, data: Dataset) -> Rate:
 def card(model: Trained, name: str, test: Rate, data: Dataset) -> dict[str, Any]:
     """What a report says about a model."""
     net = model.card["net"]
-    neuron = net["neuron"]
+    neuron, surrogate = net["neuron"], net["neuron"]["surrogate"]
     reset = "soft" if neuron["reset"] is None else f"hard to {neuron['reset']:g}"
     return {
         "name": name,
@@ -154,7 +186,7 @@ def card(model: Trained, name: str, test: Rate, data: Dataset) -> dict[str, Any]
         "steps": net["steps"],
         "parameters": sum(p.numel() for p in model.net.parameters()),
         "neuron": f"{neuron['kind'].upper()}, threshold {neuron['threshold']:g}, {reset} reset"
-        f"{', detached' if neuron['detach_reset'] else ''}, {neuron['surrogate']['name']}({neuron['surrogate']['width']:g})",
+        f"{', detached' if neuron['detach_reset'] else ''}, {surrogate['name']}({surrogate['width']:g})",
         "encoder": model.card["encoder"]["name"],
         "encoder settings": ", ".join(f"{k} {v}" for k, v in model.card["encoder"]["knobs"].items()),
         **_history(model.card),
@@ -165,7 +197,9 @@ def card(model: Trained, name: str, test: Rate, data: Dataset) -> dict[str, Any]
 
 def _history(card: dict[str, Any]) -> dict[str, Any]:
     if "imported" in card:
-        return {"trained": f"elsewhere; imported from {card['imported']['file']}, sha256 {card['imported']['sha256'][:12]}"}
+        return {
+            "trained": f"elsewhere; imported from {card['imported']['file']}, sha256 {card['imported']['sha256'][:12]}"
+        }
     spec, source = card["train"], card["data"]
     return {
         "trained on": f"{source['name']} {source['split']}, {source['n']} images, content {source['sha256'][:12]}",
@@ -221,7 +255,9 @@ def trail_from(held: dict[str, Any]) -> Trail:
 def adversarial(bench: Bench, run: Run, model: Trained, data: Dataset) -> Tensor | None:
     """The kept adversarial images of a pixel-space run, if they are on disk."""
     spec = _spec(model, run.route, run.mode, data, run.seed) | {
-        "attack": run.attack, "knobs": run.knobs, "threat": asdict(run.threat),
+        "attack": run.attack,
+        "knobs": run.knobs,
+        "threat": asdict(run.threat),
     }
     path = _path(bench, spec).with_suffix(".safetensors")
     return load_weights(path)[0]["adversarial"] if path.exists() else None

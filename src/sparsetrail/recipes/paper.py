@@ -38,14 +38,33 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(
-        images=320, epochs=1, width=0.125, attacked=32, scored=64, traced=16, rows=("sew_resnet18",), datasets=("cifar10",)
+        images=320,
+        epochs=1,
+        width=0.125,
+        attacked=32,
+        scored=64,
+        traced=16,
+        rows=("sew_resnet18",),
+        datasets=("cifar10",),
     ),
     "small": Scale(
-        images=10_000, epochs=5, width=1.0, attacked=500, scored=2000, traced=64, rows=("sew_resnet18",),
+        images=10_000,
+        epochs=5,
+        width=1.0,
+        attacked=500,
+        scored=2000,
+        traced=64,
+        rows=("sew_resnet18",),
         datasets=("cifar10",),
     ),
     "paper": Scale(
-        images=None, epochs=100, width=1.0, attacked=None, scored=None, traced=1000, rows=ARCHITECTURES,
+        images=None,
+        epochs=100,
+        width=1.0,
+        attacked=None,
+        scored=None,
+        traced=1000,
+        rows=ARCHITECTURES,
         datasets=("cifar10", "cifar100"),
     ),
 }
@@ -86,8 +105,14 @@ def rows_of(figure: str, found: Sequence[Claim], archs: Sequence[str], datasets:
 
 
 def reproduce(
-    bench: Bench, figure: str, scale: str = "small", *, rows: Sequence[str] = (), datasets: Sequence[str] = (),
-    root: str | None = None, command: str = "",
+    bench: Bench,
+    figure: str,
+    scale: str = "small",
+    *,
+    rows: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    root: str | None = None,
+    command: str = "",
 ) -> Report:
     """Train what the figure needs, attack or trace it, and lay it beside the published values."""
     if figure not in FIGURES:
@@ -108,7 +133,14 @@ def reproduce(
     shown: list[Claim] = []
     for row in chosen:
         train_set, test_set = load(row.dataset, "train", root=root), load(row.dataset, "test", root=root)
-        model = fit(bench, row.folder, net_spec(row, size, len(train_set.classes)), phase(), _part(train_set, size.images), TrainSpec(epochs=size.epochs))
+        model = fit(
+            bench,
+            row.folder,
+            net_spec(row, size, len(train_set.classes)),
+            phase(),
+            _part(train_set, size.images),
+            TrainSpec(epochs=size.epochs),
+        )
         scored = _part(test_set, size.scored)
         cards.append(card(model, row.name, clean(bench, model, row.name, scored), scored))
         if figure.startswith("table"):
@@ -152,12 +184,18 @@ def _part(data: Dataset, n: int | None) -> Dataset:
 
 def _same(claim: Claim, row: Row) -> bool:
     arch = str(claim.conditions.get("model", claim.row)).lower().replace("-", "_")
-    return (arch, str(claim.conditions.get("pool")), claim.dataset.lower().replace("-", "")) == (row.arch, row.pool, row.dataset)
+    return (arch, str(claim.conditions.get("pool")), claim.dataset.lower().replace("-", "")) == (
+        row.arch,
+        row.pool,
+        row.dataset,
+    )
 
 
 def _summary(runs: list[Run], trails: list[Trail], figure: str) -> tuple[str, ...]:
     lines = [
-        f"{r.victim}: PGD leaves {r.accuracy} ({r.threat}, crafted in {r.mode} mode)." for r in runs if r.attack.startswith("pgd")
+        f"{r.victim}: PGD leaves {r.accuracy} ({r.threat}, crafted in {r.mode} mode)."
+        for r in runs
+        if r.attack.startswith("pgd")
     ]
     for t in trails:
         kinds: dict[str, list[float]] = {}
@@ -172,8 +210,8 @@ def _summary(runs: list[Run], trails: list[Trail], figure: str) -> tuple[str, ..
 def _notes(figure: str, found: Sequence[Claim], size: Scale) -> tuple[str, ...]:
     later = sorted({c.row for c in found if not c.conditions.get("available")})
     notes = [
-        "The paper's text perturbs the image by 8/255; its code perturbs the encoded spikes by 6/255, crafting in train "
-        "mode on the test batches. Each is a threat of its own here; the published figure belongs to the code's.",
+        "The paper's text perturbs the image by 8/255; its code perturbs the encoded spikes by 6/255, crafting in "
+        "train mode on the test batches. Each is a threat of its own here; the published figure belongs to the code's.",
         "Trained without the code's weight decay of 1e-3, the best epoch chosen on held-out training images instead of "
         "the test set.",
     ]

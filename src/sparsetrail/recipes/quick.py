@@ -30,7 +30,9 @@ class QuickSpec:
 PIXEL, ENCODED = Linf(8 / 255, space="pixel"), Linf(6 / 255, space="encoded")
 
 
-def quick(bench: Bench, spec: QuickSpec | None = None, *, command: str = "sparsetrail quick") -> tuple[Report, list[dict]]:
+def quick(
+    bench: Bench, spec: QuickSpec | None = None, *, command: str = "sparsetrail quick"
+) -> tuple[Report, list[dict]]:
     """Run it; returns the report and example images for its page."""
     spec = spec or QuickSpec()
     started = time.monotonic()
@@ -43,7 +45,9 @@ def quick(bench: Bench, spec: QuickSpec | None = None, *, command: str = "sparse
     models: list[tuple[str, Trained]] = []
     for pool in ("max", "avg"):
         net = NetSpec(channels=1, classes=10, width=spec.width, pool=pool, steps=spec.steps)  # type: ignore[arg-type]
-        models.append((f"SEW-ResNet18 {pool} pool", fit(bench, pool, net, phase(steps=spec.steps), train_set, train_spec)))
+        models.append(
+            (f"SEW-ResNet18 {pool} pool", fit(bench, pool, net, phase(steps=spec.steps), train_set, train_spec))
+        )
     runs: list[Run] = []
     trails: list[Trail] = []
     cards = []

@@ -54,17 +54,21 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Tensors, card and SHA-256 of a file written by `save_weights`; anything damaged or foreign is refused."""
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
-        raise CheckpointError(f"{path}: expected a checkpoint, found no file" + (f"; there is {', '.join(near)}" if near else ""))
+        raise CheckpointError(
+            f"{path}: expected a checkpoint, found no file" + (f"; there is {', '.join(near)}" if near else "")
+        )
     with open(path, "rb") as f:
         head = f.read(64)
     if not head:
         raise CheckpointError(f"{path}: expected a safetensors file, found an empty one; was the copy interrupted?")
     if head.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path}: expected a safetensors file, found an HTML page; the download saved an error page")
+        raise CheckpointError(
+            f"{path}: expected a safetensors file, found an HTML page; the download saved an error page"
+        )
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
         raise CheckpointError(
-            f"{path}: expected a safetensors file, found a pickle (.pth), which can run code when it is read; take it in "
-            "with `sparsetrail import`"
+            f"{path}: expected a safetensors file, found a pickle (.pth), which can run code when it is read; "
+            "take it in with `sparsetrail import`"
         )
     try:
         with safe_open(str(path), framework="pt") as f:
@@ -76,5 +80,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         raise CheckpointError(f"{path}: expected a checkpoint with card and SHA-256, found a plain safetensors file")
     found = digest(tensors, meta["card"])
     if found != meta["sha256"]:
-        raise CheckpointError(f"{path}: SHA-256 expected {meta['sha256']}, found {found}: damaged; use another snapshot")
+        raise CheckpointError(
+            f"{path}: SHA-256 expected {meta['sha256']}, found {found}: damaged; use another snapshot"
+        )
     return tensors, json.loads(meta["card"]), found
