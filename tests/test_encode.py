@@ -148,6 +148,9 @@ def test_poisson_draws():
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from the global stream
     u = torch.rand((6, *x.shape), generator=torch.Generator().manual_seed(3))
     assert torch.equal(first, (u <= x).float())
+    drawn = torch.rand((1, *x.shape), generator=torch.Generator().manual_seed(3))[0]
+    for rule in ("identity", "none"):  # a tie spikes
+        assert (poisson(steps=1, seed=3, backward=rule)(drawn) == 1).all()
 
 
 def test_poisson_backward():

@@ -323,18 +323,14 @@ def attack(
     beside the model and not computed twice.
     """
     where = _device(device, threads)
-    knobs = {
-        k: v for k, v in (("steps", steps), ("step", step), ("restarts", restarts), ("draws", draws)) if v is not None
-    }
-    if compat is None:
-        if eps is None or space is None:
-            raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
-        if name not in ATTACKS:
-            raise ValueError(f"--name: expected one of {', '.join(ATTACKS)}, got {name!r}")
-        _check_knobs(name, knobs)
-        threat = Linf(eps, space=space)
-    elif space == "pixel" or eps is not None:
-        raise ValueError("--compat authors: its threat is fixed (encoded space, 6/255); leave --eps and --space out")
+    given = {"steps": steps, "step": step, "restarts": restarts, "draws": draws}
+    knobs = {k: v for k, v in given.items() if v is not None}
+    threat = _threat(name, eps, space, knobs) if compat is None else None
+    if compat is not None and (eps is not None or space is not None or knobs or encoder_gradient is not None):
+        raise ValueError(
+            "--compat authors: threat and settings are fixed (encoded space, 6/255, 7 steps of 0.01); leave --eps, "
+            "--space and the attack's settings out"
+        )
     model, folder = _target(target)
     test_set = _test_set(model, data_name, n, root)
     label = folder.resolve().name
@@ -342,11 +338,7 @@ def attack(
         bench = measure.Bench(
             out=folder / "attacks", device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
         )
-        if compat:
-            if knobs:
-                raise ValueError(
-                    f"--compat authors: its settings are fixed; leave {', '.join('--' + k for k in knobs)} out"
-                )
+        if threat is None:
             runs = list(measure.strike_as_published(bench, model, label, test_set))
         else:
             runs = [measure.strike(bench, model, label, name, threat, test_set, backward=encoder_gradient, **knobs)]
@@ -357,7 +349,11 @@ def attack(
             _say_run(run)
 
 
-def _check_knobs(name: str, knobs: dict[str, Any]) -> None:
+def _threat(name: str, eps: float | None, space: Space | None, knobs: dict[str, Any]) -> Linf:
+    if eps is None or space is None:
+        raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
+    if name not in ATTACKS:
+        raise ValueError(f"--name: expected one of {', '.join(ATTACKS)}, got {name!r}")
     allowed = settings(ATTACKS[name])
     for k, v in knobs.items():
         if k not in allowed:
@@ -365,6 +361,7 @@ def _check_knobs(name: str, knobs: dict[str, Any]) -> None:
             raise ValueError(f"--{k}: {name} does not have it; expected {flags}")
         if v <= 0:
             raise ValueError(f"--{k}: expected a positive number, got {v}")
+    return Linf(eps, space=space)
 
 
 def _say_run(run: Run) -> None:

@@ -241,7 +241,8 @@ def run_from(held: dict[str, Any]) -> Run:
     threat = dict(held["threat"])
     threat["box"] = tuple(threat["box"])
     tuples = {k: tuple(held[k]) for k in ("clean", "robust", "trace")}
-    return Run(**(held | tuples | {"threat": Linf(threat.pop("eps"), **threat)}))
+    fields: dict[str, Any] = held | tuples | {"threat": Linf(threat.pop("eps"), **threat)}
+    return Run(**fields)
 
 
 def trail_from(held: dict[str, Any]) -> Trail:

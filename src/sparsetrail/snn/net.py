@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparsetrail.core import Victim
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.snn.neuron import Neuron, NeuronSpec
 from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
 
 ARCHITECTURES = tuple(f"{family}_resnet{depth}" for family in ("sew", "spiking") for depth in DEPTHS)
@@ -98,7 +98,7 @@ def victim(net: nn.Module, encode: Encoder, *, name: str = "victim", classes: in
 
 def describe(net: nn.Module) -> str:
     """The gradient route of a network's neurons in words, e.g. 'BPTT atan(2), hard reset detached'."""
-    specs = {m.spec for m in net.modules() if isinstance(getattr(m, "spec", None), NeuronSpec)}
+    specs = {m.spec for m in net.modules() if isinstance(m, Neuron)}
     words = []
     for s in sorted(specs, key=str):
         reset = "soft" if s.reset is None else "hard"

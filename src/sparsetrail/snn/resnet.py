@@ -162,7 +162,7 @@ class SpikingResNet(nn.Module):
             raise ValueError(f"expected an encoded input [{self.steps} n c h w], got shape {tuple(u.shape)}")
         x = self.pool(self.sn1(self.bn1(self.conv1(u.flatten(0, 1)))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            x = stage(x)  # type: ignore[operator]
         return self.fc(self.avgpool(x).flatten(1)).unflatten(0, (self.steps, -1))
 
     def forward(self, u: Float[Tensor, "t n c h w"]) -> Float[Tensor, "n k"]:
