@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetrail._files import write_atomic
 from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Rate
 from sparsetrail.data import Dataset, flip, pixels, split_validation
@@ -29,7 +30,7 @@ from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.surrogate import Surrogate
-from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights, write_atomic
+from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
 
 
 @dataclass(frozen=True, kw_only=True)

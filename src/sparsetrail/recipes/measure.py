@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from sparsetrail import __version__
+from sparsetrail._files import write_atomic
 from sparsetrail.attacks import ATTACKS, attack, authors, settings
-from sparsetrail.core import Linf, Mode, Rate, Run, Trail, TrailRow, Victim
+from sparsetrail.core import Linf, Mode, Rate, Run, Trail, Victim
 from sparsetrail.data import Dataset, pixels
+from sparsetrail.report import pack, unpack
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import NetSpec, describe, victim
-from sparsetrail.snn.weights import load_weights, save_weights, write_atomic
+from sparsetrail.snn.weights import load_weights, save_weights
 from sparsetrail.trails import trail
 from sparsetrail.training import Trained, TrainSpec, accuracy, train
 
@@ -90,7 +92,7 @@ def strike(
     task = f"{attack_name} {threat}: {name}"
     if done is not None:
         bench.tick(task, len(data.labels), len(data.labels), "kept from before")
-        return run_from(done)
+        return unpack(Run, done)
     run = attack(
         ATTACKS[attack_name],
         v,
@@ -107,7 +109,7 @@ def strike(
     )
     if run.adversarial is not None:
         save_weights(_path(bench, spec).with_suffix(".safetensors"), {"adversarial": run.adversarial}, spec)
-    _write(bench, spec, run_to(run))
+    _write(bench, spec, pack(run))
     return run
 
 
@@ -119,7 +121,7 @@ def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, 
     done = _read(bench, spec)
     if done is not None:
         bench.tick(task, n, n, "kept from before")
-        return run_from(done["fgsm"]), run_from(done["pgd"])
+        return unpack(Run, done["fgsm"]), unpack(Run, done["pgd"])
     fgsm, pgd = authors(
         model.net.to(bench.device),
         model.encode,
@@ -132,7 +134,7 @@ def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, 
         stop=bench.stop,
         **knobs,
     )
-    _write(bench, spec, {"fgsm": run_to(fgsm), "pgd": run_to(pgd)})
+    _write(bench, spec, {"fgsm": pack(fgsm), "pgd": pack(pgd)})
     return fgsm, pgd
 
 
@@ -146,7 +148,7 @@ def follow(
     done = _read(bench, spec)
     if done is not None:
         bench.tick(task, n, n, "kept from before")
-        return trail_from(done)
+        return unpack(Trail, done)
     found = trail(
         v,
         pixels(data.images.to(bench.device)),
@@ -156,7 +158,7 @@ def follow(
         data=identity(data),
         say=lambda done, n: bench.tick(task, done, n, ""),
     )
-    _write(bench, spec, asdict(found))
+    _write(bench, spec, pack(found))
     return found
 
 
@@ -229,28 +231,6 @@ def identity(data: Dataset) -> str:
     """A data set in one phrase for results."""
     tag = "official" if data.official else "subset or unofficial"
     return f"{data.name} {data.split}, n={len(data.labels)}, content {data.sha256[:12]} ({tag})"
-
-
-def run_to(run: Run) -> dict[str, Any]:
-    """A run as JSON-ready data, without its tensor."""
-    return {k: v for k, v in asdict(run).items() if k != "adversarial"}
-
-
-def run_from(held: dict[str, Any]) -> Run:
-    """The run that `run_to` wrote."""
-    threat = dict(held["threat"])
-    threat["box"] = tuple(threat["box"])
-    tuples = {k: tuple(held[k]) for k in ("clean", "robust", "trace")}
-    fields: dict[str, Any] = held | tuples | {"threat": Linf(threat.pop("eps"), **threat)}
-    return Run(**fields)
-
-
-def trail_from(held: dict[str, Any]) -> Trail:
-    """The trail that `asdict` wrote."""
-    rows = tuple(
-        TrailRow(**(r | {"per_step": None if r["per_step"] is None else tuple(r["per_step"])})) for r in held["rows"]
-    )
-    return Trail(**(held | {"rows": rows}))
 
 
 def adversarial(bench: Bench, run: Run, model: Trained, data: Dataset) -> Tensor | None:

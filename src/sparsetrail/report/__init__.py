@@ -4,7 +4,9 @@ from sparsetrail.report.charts import figure as figure
 from sparsetrail.report.io import ReportError as ReportError
 from sparsetrail.report.io import from_json as from_json
 from sparsetrail.report.io import load as load
+from sparsetrail.report.io import pack as pack
 from sparsetrail.report.io import to_json as to_json
+from sparsetrail.report.io import unpack as unpack
 from sparsetrail.report.page import write as write
 from sparsetrail.report.published import claims as claims
 from sparsetrail.report.tables import compare as compare

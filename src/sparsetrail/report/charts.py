@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsetrail._files import write_atomic
 from sparsetrail.core import Rate, Report, Run
-from sparsetrail.report.io import ReportError, replace
+from sparsetrail.report.io import ReportError
 from sparsetrail.report.labels import Setting, columns, settings
 from sparsetrail.report.tables import TrailGroup, percent, trail_groups
 
@@ -291,14 +292,14 @@ def figure(report: Report, path: str | Path, *, which: Which = "trail") -> Path:
     spec = {**_which(report, which), "config": config()}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        return replace(path, json.dumps(spec, indent=1).encode())
+        return write_atomic(path, json.dumps(spec, indent=1).encode())
     import vl_convert
 
     if path.suffix == ".svg":
-        return replace(path, vl_convert.vegalite_to_svg(spec).encode())
+        return write_atomic(path, vl_convert.vegalite_to_svg(spec).encode())
     if path.suffix == ".pdf":
-        return replace(path, vl_convert.vegalite_to_pdf(spec))
-    return replace(path, vl_convert.vegalite_to_png(spec, scale=3))
+        return write_atomic(path, vl_convert.vegalite_to_pdf(spec))
+    return write_atomic(path, vl_convert.vegalite_to_png(spec, scale=3))
 
 
 def _which(report: Report, which: str) -> Spec:

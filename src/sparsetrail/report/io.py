@@ -11,11 +11,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sparsetrail.core import Report
+from sparsetrail.core import Report, Run
 
 SCHEMA = 1
+T = TypeVar("T")
 RESULT = "result.json"
 
 
@@ -85,15 +86,26 @@ def load(path: str | Path) -> Report:
         raise ReportError(f"{file}: {error}") from None
 
 
-def replace(path: Path, data: bytes) -> Path:
-    """Write the whole file or nothing: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def pack(value: Any) -> Any:
+    """A core dataclass as JSON-ready data; NaN and infinity become null, an adversarial tensor is left out."""
+    import msgspec
+
+    if isinstance(value, Run):
+        value = dataclasses.replace(value, adversarial=None)
+    body = msgspec.to_builtins(value, enc_hook=_plain)
+    if isinstance(value, Run):
+        del body["adversarial"]
+    return msgspec.json.decode(msgspec.json.encode(body))
+
+
+def unpack(kind: type[T], body: Any, *, where: str = "$") -> T:
+    """The dataclass of `kind` that `pack` took apart; unknown keys and wrong types are refused by path."""
+    import msgspec
+
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+        return _build(kind, msgspec.convert(body, _wire(kind), strict=True), where)
+    except msgspec.ValidationError as error:
+        raise ReportError(f"expected a {kind.__name__}, found: {error}; likely fix: move the file away") from None
 
 
 def trail_csv(report: Report) -> str:

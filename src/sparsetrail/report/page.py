@@ -10,10 +10,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from sparsetrail._files import write_atomic
 from sparsetrail.core import Report
 from sparsetrail.report import charts, tables
 from sparsetrail.report.images import examples
-from sparsetrail.report.io import RESULT, replace, steps_csv, to_json, trail_csv
+from sparsetrail.report.io import RESULT, steps_csv, to_json, trail_csv
 from sparsetrail.report.labels import setting, setting_label, settings, value
 from sparsetrail.report.tables import Grid
 
@@ -35,7 +36,7 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     if any(row.per_step for trail in report.trails for row in trail.rows):
         texts["steps"] = ("trail_steps.csv", steps_csv(report).encode())
     folder.mkdir(parents=True, exist_ok=True)
-    return {kind: replace(folder / name, data) for kind, (name, data) in texts.items()}
+    return {kind: write_atomic(folder / name, data) for kind, (name, data) in texts.items()}
 
 
 def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -> str:

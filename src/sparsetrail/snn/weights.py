@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sparsetrail._files import write_atomic
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted or does not fit; the message says what was expected, found and to do."""
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write the whole file or nothing: temporary file, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(scratch, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def digest(tensors: Mapping[str, Tensor], card: str) -> str:
