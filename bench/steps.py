@@ -27,7 +27,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 from rival import reference_net  # noqa: E402
 
 from sparsetrail.snn.encode import phase  # noqa: E402
-from sparsetrail.snn.net import NetSpec, build  # noqa: E402
+from sparsetrail.snn.net import NetSpec, build, victim  # noqa: E402
+from sparsetrail.snn.neuron import can_compile, compile_neurons  # noqa: E402
 
 
 def clock(device: torch.device) -> float:
@@ -65,6 +66,8 @@ def main() -> None:
     device = torch.device(a.device)
     spec = NetSpec(arch=a.arch, steps=a.T)
     ours = build(spec).to(device)
+    if can_compile(device):
+        compile_neurons(ours)
     rival, reset = reference_net(spec, ours.state_dict())
     rival = rival.to(device)
     g = torch.Generator().manual_seed(0)
@@ -97,10 +100,12 @@ def main() -> None:
 
         return job
 
+    trained = build(spec).to(device).eval()
+    target = victim(trained, phase(steps=a.T), compile=can_compile(device))
+
     def our_attack() -> None:
-        ours.eval()
         point = u.clone().requires_grad_()
-        torch.autograd.grad(F.cross_entropy(ours(point), y, reduction="sum"), point)
+        torch.autograd.grad(F.cross_entropy(target.logits(point), y, reduction="sum"), point)
 
     fused = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
     plain = torch.optim.Adam(rival.parameters(), 1e-3)

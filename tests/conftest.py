@@ -20,8 +20,8 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
-    # torch scripts its forward-mode decompositions at first use and warns of its own call (2.13)
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    # torch 2.13 warns of its own use of torch.jit when it first compiles or takes a forward-mode derivative
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
 
 
 MISSING = "not installed; pip install --no-deps -r tests/references.txt"

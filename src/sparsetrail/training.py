@@ -28,7 +28,7 @@ from sparsetrail.data import Dataset, flip, pixels, split_validation
 from sparsetrail.data import crop as random_crop
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.net import NetSpec, build
-from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.snn.neuron import NeuronSpec, can_compile, compile_neurons
 from sparsetrail.snn.surrogate import Surrogate
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
 
@@ -119,6 +119,9 @@ class _Progress:
 
 Say = Callable[[dict[str, Any]], None]
 
+# Image steps (images x time steps x passes) from which compiled neurons repay about half a minute of compilation.
+WORTH_COMPILING = 200_000
+
 
 def train(
     net_spec: NetSpec,
@@ -130,6 +133,7 @@ def train(
     seams: Seams | None = None,
     device: str | torch.device = "cpu",
     checkpoint_seconds: float = 60.0,
+    compile: bool | None = None,
     say: Say | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Trained:
@@ -137,8 +141,9 @@ def train(
 
     `out` gets `model.safetensors` (best validation accuracy), `last.safetensors`, `state.safetensors` and its
     predecessor, `events.jsonl`. Every `checkpoint_seconds` and at every epoch's end the state is written. `say`
-    receives the events as they happen, `stop` is asked after every step. A folder that holds another experiment is
-    refused. Raises TrainingStopped and TrainingFailed.
+    receives the events as they happen, `stop` is asked after every step. `compile` runs the neurons as generated
+    kernels; None does so where a compiler is found and the run is long enough to repay the compilation. A folder that
+    holds another experiment is refused. Raises TrainingStopped and TrainingFailed.
     """
     identity = _identity(net_spec, encode, data, spec)
     _check_fit(net_spec, encode, data)
@@ -156,6 +161,10 @@ def train(
     resumed = _restore(out, identity, net, optimizer, done)
     steps_per_epoch = len(labels) // spec.batch
     total = steps_per_epoch * spec.epochs
+    if compile is None:
+        compile = total * spec.batch * net_spec.steps >= WORTH_COMPILING and can_compile(device)
+    if compile:
+        compile_neurons(net)
     if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
         return load_model(out)
     log = _Log(out / "events.jsonl", say)

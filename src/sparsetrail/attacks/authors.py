@@ -41,7 +41,7 @@ def authors(
     statistics on a 1x1 map with one step, PyTorch refuses it.
     """
     ball = Linf(eps, space="encoded")
-    net = copy.deepcopy(net)
+    net = copy.deepcopy(net).requires_grad_(False)
     g = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
     with torch.no_grad():

@@ -6,6 +6,7 @@ threat, route, seed), so a changed setting is a new cell and never a mix.
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -24,9 +25,10 @@ from sparsetrail.data import Dataset, pixels
 from sparsetrail.report import pack, unpack
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import NetSpec, describe, victim
+from sparsetrail.snn.neuron import can_compile
 from sparsetrail.snn.weights import load_weights, save_weights
 from sparsetrail.trails import trail
-from sparsetrail.training import Trained, TrainSpec, accuracy, train
+from sparsetrail.training import WORTH_COMPILING, Trained, TrainSpec, accuracy, train
 
 Tick = Callable[[str, int, int, str], None]  # task, done, total, note
 
@@ -63,10 +65,16 @@ def fit(bench: Bench, name: str, net: NetSpec, encode: Encoder, data: Dataset, s
     return train(net, encode, data, spec, folder, device=bench.device, say=say, stop=bench.stop)
 
 
-def as_victim(model: Trained, name: str, *, backward: str | None = None, device: str = "cpu") -> Victim:
-    """The adversary's view of a trained model; `backward` swaps the encoder's backward rule."""
+def as_victim(
+    model: Trained, name: str, *, backward: str | None = None, device: str = "cpu", passes: int = 0
+) -> Victim:
+    """The adversary's view of a trained model; `backward` swaps the encoder's backward rule.
+
+    `passes` is how many images will go through it, about: from a certain work on its neurons are compiled.
+    """
     encode = model.encode if backward is None else model.encode.route(backward)
-    return victim(model.net.to(device), encode, name=name)
+    worth = passes * encode.steps >= WORTH_COMPILING and can_compile(device)
+    return victim(model.net.to(device), encode, name=name, compile=worth)
 
 
 def strike(
@@ -81,8 +89,9 @@ def strike(
     **knobs: Any,
 ) -> Run:
     """One attack on one model as a cell; pixel-space points are kept beside it."""
-    v = as_victim(model, name, backward=backward, device=bench.device)
     knobs = settings(ATTACKS[attack_name]) | knobs
+    calls = math.prod(v for k, v in knobs.items() if k in ("steps", "restarts", "draws"))
+    v = as_victim(model, name, backward=backward, device=bench.device, passes=len(data.labels) * calls)
     spec = _spec(model, v.path(threat.space), v.mode, data, bench.seed) | {
         "attack": attack_name,
         "knobs": knobs,

@@ -3,7 +3,9 @@
 On a map of at most 2x2 a padded convolution is one dense product: every output cell sees a fixed subset of the taps.
 """
 
+import copy
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,35 +32,65 @@ def _taps(size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int
     return index
 
 
-def dense_conv2d(x: Float[Tensor, "m c h w"], conv: nn.Conv2d) -> Float[Tensor, "m d p q"]:
-    """A bias-free, ungrouped, undilated convolution as one matrix product over the whole map."""
-    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
-    assert not isinstance(padding, str) and len(kernel) == len(stride) == len(padding) == 2
-    taps = _taps((x.shape[2], x.shape[3]), kernel, stride, padding).to(x.device)  # type: ignore[arg-type]
+def dense_weight(weight: Tensor, taps: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The matrix [(d p q) (c used)] of a convolution over a whole tiny map, and the input cells it uses (None: all)."""
     ho, wo = taps.shape[:2]
-    w = conv.weight.flatten(2)
-    if ho == wo == 1:  # each input cell meets one tap, in order: a slice
+    w = weight.flatten(2)
+    if ho == wo == 1:  # each input cell meets at most one tap: a slice
         seen = taps.flatten()
         used = seen < w.shape[2]
-        cells = x.flatten(2)
-        if not bool(used.all()):
-            cells, seen = cells[:, :, used], seen[used]
-        return F.linear(cells.flatten(1), w[:, :, seen].flatten(1)).reshape(len(x), -1, 1, 1)
+        if bool(used.all()):
+            return w[:, :, seen].flatten(1), None
+        return w[:, :, seen[used]].flatten(1), used
     w = torch.cat([w, w.new_zeros(*w.shape[:2], 1)], 2)[:, :, taps.flatten()]  # [d c (p q h w)]
-    w = w.unflatten(2, (ho * wo, -1)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # [(d pq) (c hw)]
-    return F.linear(x.flatten(1), w).reshape(len(x), -1, ho, wo)
+    return w.unflatten(2, (ho * wo, -1)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1), None
+
+
+def dense_taps(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The tap table of `conv` on maps of the size of `x`."""
+    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    assert not isinstance(padding, str) and len(kernel) == len(stride) == len(padding) == 2
+    return _taps((x.shape[2], x.shape[3]), kernel, stride, padding).to(x.device)  # type: ignore[arg-type]
+
+
+def dense_product(x: Tensor, w: Tensor, used: Tensor | None, bias: Tensor | None, out: tuple[int, ...]) -> Tensor:
+    """The matrix of `dense_weight` applied to maps [m c h w]; `out` is the size of the output map."""
+    cells = x.flatten(2) if used is None else x.flatten(2)[:, :, used]
+    if bias is not None:
+        bias = bias.repeat_interleave(out[0] * out[1])
+    return F.linear(cells.flatten(1), w, bias).reshape(len(x), -1, *out)
 
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that takes the dense product on tiny maps; same parameters, same numbers up to summation order.
 
-    `exact` keeps PyTorch's own convolution everywhere.
+    `exact` keeps PyTorch's own convolution everywhere. The matrices of a frozen weight are made once a map size.
     """
 
     exact = False
 
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d p q"]:
-        tiny = not self.exact and x.shape[2] * x.shape[3] <= TINY and self.kernel_size != (1, 1)
-        if tiny and self.bias is None and self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros":
-            return dense_conv2d(x, self)
-        return super().forward(x)
+        small = not self.exact and x.shape[2] * x.shape[3] <= TINY and self.kernel_size != (1, 1)
+        if not small or self.groups != 1 or self.dilation != (1, 1) or self.padding_mode != "zeros":
+            return super().forward(x)
+        taps = dense_taps(x, self)
+        out = tuple(taps.shape[:2])
+        if self.weight.requires_grad:
+            return dense_product(x, *dense_weight(self.weight, taps), self.bias, out)
+        held: dict[Any, tuple[Tensor, Tensor | None]] = self.__dict__.setdefault("dense", {})
+        key = (x.shape[2:], self.weight.data_ptr(), self.weight._version)
+        if key not in held:
+            if len(held) >= 4:
+                held.clear()
+            held[key] = dense_weight(self.weight, taps)
+        w, used = held[key]
+        return dense_product(x, w, used, self.bias, out)
+
+
+def freeze(net: nn.Module) -> nn.Module:
+    """A copy of `net` for attacks: eval mode and constant weights, nothing is kept or computed for their gradients.
+
+    The same numbers to the bit. BatchNorm stays an operation of its own: folded into the convolution it rounds
+    differently, a potential near the threshold then flips its spike, and the scores of a spiking net jump.
+    """
+    return copy.deepcopy(net).eval().requires_grad_(False)

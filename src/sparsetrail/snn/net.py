@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from sparsetrail.core import Victim
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.neuron import Neuron, NeuronSpec
+from sparsetrail.snn.engine import freeze
+from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons
 from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
 
 ARCHITECTURES = tuple(f"{family}_resnet{depth}" for family in ("sew", "spiking") for depth in DEPTHS)
@@ -74,14 +75,25 @@ def build(spec: NetSpec, *, seed: int = 3407) -> SpikingResNet:
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def victim(net: nn.Module, encode: Encoder, *, name: str = "victim", classes: int | None = None) -> Victim:
-    """A network and its encoder as a `Victim` in eval mode; a net in train mode is refused at every call."""
+def victim(
+    net: nn.Module, encode: Encoder, *, name: str = "victim", classes: int | None = None, compile: bool = False
+) -> Victim:
+    """A network and its encoder as a `Victim` in eval mode; a net in train mode is refused at every call.
+
+    Scores come from a frozen copy that is made anew when a weight of `net` changes: the same numbers, no weight
+    gradients. `compile` runs its neurons as generated kernels, worth their seconds of compilation in long attacks.
+    """
     k = classes if classes is not None else net.fc.out_features  # type: ignore[union-attr]
+    held: dict[tuple, nn.Module] = {}
 
     def logits(u: Tensor) -> Tensor:
         if net.training:
             raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
-        return net(u)
+        state = tuple((t.data_ptr(), t._version) for t in (*net.parameters(), *net.buffers()))
+        if state not in held:
+            held.clear()
+            held[state] = compile_neurons(freeze(net)) if compile else freeze(net)
+        return held[state](u)
 
     return Victim(
         encode=encode,

@@ -11,7 +11,13 @@ with r the reset potential (0 for a soft reset). `reference` is that, step by st
 forward and one backward over all steps that keeps a single tensor, the charged potential h.
 """
 
+import functools
+import importlib.util
 import math
+import os
+import shutil
+import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -96,15 +102,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, leak: Tensor | None, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
-        v = torch.full_like(x[0], spec.rest)
-        spikes, charged = [], []
-        for now in x.unbind(0):
-            h = charge(now, v, spec, leak)
-            s = (h >= spec.threshold).to(h.dtype)
-            v = discharge(h, s, spec)
-            spikes.append(s)
-            charged.append(h)
-        return torch.stack(spikes), torch.stack(charged)
+        return _sequence(x, leak, spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -125,6 +123,19 @@ class _Fused(torch.autograd.Function):
     def jvp(ctx, tangent_x: Tensor | None, tangent_leak: Tensor | None, _):
         charged, leak, x = ctx.saved_tensors
         return _along_time(tangent_x, tangent_leak, charged, x, leak, ctx.spec)
+
+
+def _sequence(x: Tensor, leak: Tensor | None, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
+    """Spikes and charged potentials of all steps."""
+    v = torch.full_like(x[0], spec.rest)
+    spikes, charged = [], []
+    for now in x.unbind(0):
+        h = charge(now, v, spec, leak)
+        s = (h >= spec.threshold).to(h.dtype)
+        v = discharge(h, s, spec)
+        spikes.append(s)
+        charged.append(h)
+    return torch.stack(spikes), torch.stack(charged)
 
 
 def _gate(h: Tensor, spec: NeuronSpec) -> Tensor:
@@ -203,6 +214,65 @@ def _along_time(tangent_x, tangent_leak, charged, x, leak, spec: NeuronSpec) -> 
 def fused(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = None) -> Float[Tensor, "t ..."]:
     """Spikes of a sequence by one forward and one backward; spikes equal `reference` exactly, gradients to rounding."""
     return _Fused.apply(x.to(state_dtype(x)), leak, spec)[0].to(x.dtype)
+
+
+class _Compiled(_Fused):
+    """As _Fused, forward and plain backward each one generated kernel over [t m]; PLIF's leak stays with _Fused."""
+
+    @staticmethod
+    def forward(x: Tensor, leak: Tensor | None, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
+        spikes, charged = _kernel("forward", spec, len(x), x.dtype)(x.reshape(len(x), -1))
+        return spikes.view(x.shape), charged.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
+        charged, leak, x = ctx.saved_tensors
+        if grad_s is None or grad_h is not None or torch.is_grad_enabled():
+            return (*_through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
+        steps = len(charged)
+        kernel = _kernel("backward", ctx.spec, steps, charged.dtype)
+        return kernel(grad_s.reshape(steps, -1), charged.reshape(steps, -1)).view(charged.shape), None, None
+
+
+@functools.cache
+def _kernel(which: str, spec: NeuronSpec, steps: int, dtype: torch.dtype) -> Callable[..., Any]:
+    """The per-step definition over all steps as one compiled function of [t m]: one compilation for every m."""
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return _sequence(x, None, spec)
+
+    def backward(grad: Tensor, charged: Tensor) -> Tensor:
+        return _through_time(grad, None, charged, None, None, spec)[0]
+
+    fn = forward if which == "forward" else backward
+    own = fn.__code__.replace(co_name=f"{which}_{len(_NAMES)}")  # its own entry in the compiler's per-code cache
+    _NAMES.append(own.co_name)
+    return torch.compile(types.FunctionType(own, fn.__globals__, own.co_name, None, fn.__closure__), dynamic=True)
+
+
+_NAMES: list[str] = []
+
+
+def compiled(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = None) -> Float[Tensor, "t ..."]:
+    """`fused` with generated kernels, the same numbers; PLIF, functorch and forward-mode inputs take `fused` itself."""
+    if leak is not None or torch._C._are_functorch_transforms_active() or unpack_dual(x).tangent is not None:
+        return fused(x, spec, leak)
+    return _Compiled.apply(x.to(state_dtype(x)), leak, spec)[0].to(x.dtype)
+
+
+def can_compile(device: torch.device | str = "cpu") -> bool:
+    """Is there a compiler for generated kernels: a C++ one for the CPU, Triton for a GPU?"""
+    if torch.device(device).type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(c) for c in (os.environ.get("CXX") or "g++", "g++", "clang++"))
+
+
+def compile_neurons(net: nn.Module) -> nn.Module:
+    """Let the fused neurons of `net` run as generated kernels; the first call of each kind compiles for seconds."""
+    for m in net.modules():
+        if isinstance(m, Neuron) and m.run is fused:
+            m.run = compiled
+    return net
 
 
 class Neuron(nn.Module):
