@@ -37,26 +37,6 @@ def test_tiny_maps_as_one_product(size, kernel, stride, padding, bias, frozen, s
             assert torch.allclose(a, b, atol=1e-12)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_the_stem_gives_the_same_gradients_twice_over(frozen):
-    conv = Conv2d(3, 8, 7, 2, padding=3, bias=False).double().requires_grad_(not frozen)
-    x = torch.randn(2, 3, 14, 18, dtype=torch.float64, requires_grad=True)
-    inputs = [x] if frozen else [x, conv.weight]
-    found = []
-    for y in (conv(x), F.conv2d(x, conv.weight, None, 2, 3)):
-        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
-        second = torch.autograd.grad(sum(g.cos().sum() for g in first), inputs)
-        found.append((y, *first, *second))
-    assert torch.equal(found[0][0], found[1][0])
-    for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, atol=1e-10)
-    one = torch.func.vmap(torch.func.grad(lambda a: conv(a[None]).square().sum()))(x.detach())
-    want = torch.func.vmap(torch.func.grad(lambda a: F.conv2d(a[None], conv.weight, None, 2, 3).square().sum()))(
-        x.detach()
-    )
-    assert torch.allclose(one, want, atol=1e-10)
-
-
 def test_a_kept_matrix_follows_its_weight():
     conv = Conv2d(2, 2, 3, padding=1, bias=False).requires_grad_(False)
     x = torch.randn(1, 2, 2, 2)
