@@ -7,7 +7,7 @@ import pytest
 import torch
 from lively import lively
 
-from sparsetrail.attacks import ATTACKS, attack, authors, fgsm, noise, pgd
+from sparsetrail.attacks import ATTACKS, attack, authors, fgsm, noise, pgd, settings
 from sparsetrail.core import Linf, Victim, margin
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec, build, victim
@@ -98,7 +98,9 @@ def test_the_same_result_for_any_batch_size_and_seeded(snn, name, space):
     a = attack(ATTACKS[name], v, threat, x, y, batch=10, seed=3, keep=True)
     b = attack(ATTACKS[name], v, threat, x, y, batch=3, seed=3, keep=True)
     assert a.robust == b.robust and a.clean == b.clean and (a.forwards > 0)
-    assert not torch.equal(attack(noise, v, threat, x, y, seed=4, keep=True).adversarial, a.adversarial)
+    if name != "fgsm":  # which draws nothing
+        other = attack(ATTACKS[name], v, threat, x, y, seed=4, keep=True)
+        assert not torch.equal(other.adversarial, a.adversarial)
 
 
 @pytest.mark.parametrize("space", ["pixel", "encoded"])
@@ -118,6 +120,55 @@ def test_adversarials_are_valid_and_judged_afresh(snn, space):
     before = copy.deepcopy(net.state_dict())
     attack(pgd, v, threat, x, y)
     assert all(torch.equal(before[k], t) for k, t in net.state_dict().items()) and not net.training
+
+
+def test_settings_are_read_and_recorded(snn):
+    _, v, x, y = snn
+    threat = Linf(4 / 255, space="pixel")
+    calls = {}
+    for fn, knobs in ((pgd, {}), (pgd, {"restarts": 3}), (pgd, {"steps": 2}), (noise, {}), (noise, {"draws": 3})):
+        run = attack(fn, v, threat, x, y, drop=False, **knobs)
+        assert knobs.items() <= run.knobs.items() and set(run.knobs) == set(settings(fn))
+        calls[fn.__name__, *knobs] = run.backwards or run.forwards
+    assert calls["pgd", "restarts"] == 3 * calls["pgd",] and calls["pgd", "steps"] * 7 == 2 * calls["pgd",]
+    assert calls["noise",] - calls["noise", "draws"] == 7 * 10
+    corner = attack(noise, v, threat, x, y, draws=1, corners=True, keep=True, drop=False)
+    step = (corner.adversarial - x).abs()
+    at_edge = (corner.adversarial == 0) | (corner.adversarial == 1)
+    moved = step > 0
+    assert moved.any() and torch.allclose(step[moved & ~at_edge], torch.tensor(4 / 255))
+    with pytest.raises(ValueError, match="expected settings draws, corners"):
+        attack(noise, v, threat, x, y, drws=3)
+
+
+def test_scores_that_are_not_finite_are_neither_right_nor_robust(snn):
+    _, v, x, y = snn
+    broken = Victim(encode=v.encode, logits=lambda u: v.logits(u) * math.nan, steps=4, classes=10)
+    run = attack(pgd, broken, Linf(8 / 255, space="pixel"), x, y)
+    assert not any(run.clean) and not any(run.robust)
+
+
+def test_broken_gradients_are_counted(snn):
+    _, v, x, y = snn
+
+    def logits(u):
+        z = v.logits(u)
+        return z + (u.sum() * 0).sqrt() * 0  # the square root at 0 has an infinite slope: its product with 0 is NaN
+
+    run = attack(
+        fgsm, Victim(encode=v.encode, logits=logits, steps=4, classes=10), Linf(8 / 255, space="encoded"), x, y
+    )
+    assert run.nonfinite == sum(run.clean) > 0 and run.robust == run.clean
+
+
+def test_a_random_victim_is_not_stopped_at_a_lucky_draw():
+    g = torch.Generator().manual_seed(0)
+    v = Victim(encode=lambda x: x[None], steps=1, classes=2, random=True,
+               logits=lambda u: torch.randn(u.shape[1], 2, generator=g))  # fmt: skip
+    x, y = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
+    run = attack(noise, v, Linf(0.1, space="pixel"), x, y, draws=20)
+    assert "random encoder" in run.note
+    assert run.forwards == 8 + sum(run.clean) * 21
 
 
 def test_only_images_that_were_right_are_attacked(snn):
@@ -160,6 +211,7 @@ def test_bad_input_is_refused(snn):
     ball = Linf(8 / 255, space="pixel")
     for images, labels, match in (
         ((x * 255).to(torch.uint8), y, "divide uint8"),
+        (x.half(), y, "float32"),
         (x * 2, y, "0..1"),
         (x * math.nan, y, "0..1"),
         (x[:3], y, "labels"),

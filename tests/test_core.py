@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from sparsetrail.core import Linf, Problem, Rate, Streams, Victim, as_fraction, margin
+from sparsetrail.core import Linf, Problem, Rate, Streams, Victim, as_fraction, correct, margin
 
 
 def linear(w):
@@ -63,6 +63,11 @@ def test_contains_refuses_nan_and_the_outside_per_example():
 def test_margin_counts_a_tie_as_zero_and_nan_as_never():
     z = torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0], [math.nan, 0.0], [math.inf, 0.0]])
     assert margin(z, torch.zeros(5, dtype=torch.long)).tolist() == [0.0, -1.0, 1.0, -math.inf, -math.inf]
+
+
+def test_scores_that_are_not_finite_are_not_correct():
+    z = torch.tensor([[2.0, 1.0], [1.0, 1.0], [math.nan, 0.0], [math.inf, 0.0], [2.0, -math.inf]])
+    assert correct(z, torch.zeros(5, dtype=torch.long)).tolist() == [True, False, False, False, False]
 
 
 def test_streams_do_not_depend_on_batch_or_order():
@@ -180,7 +185,12 @@ def test_wilson_against_scipy():
 
 
 def test_names_of_radii():
-    assert as_fraction(8 / 255) == "8/255" and as_fraction(0.031) == "0.031"
+    assert (
+        as_fraction(8 / 255) == "8/255"
+        and as_fraction(0.031) == "0.031"
+        and as_fraction(0.0) == "0/255"
+        and as_fraction(1e-9) == "1e-09"
+    )
     assert str(Linf(6 / 255, space="encoded")) == "encoded space, L-infinity 6/255"
 
 

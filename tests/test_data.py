@@ -732,7 +732,7 @@ def test_an_import_cut_off_at_any_sync_leaves_nothing_half_written(calls_before,
 
 def test_what_a_killed_import_left_is_swept_and_never_listed(tmp_path, root):
     write_npz(tmp_path)
-    left = root / ".new-mine-dead" / "train"
+    left = root / ".new-mine~dead" / "train"
     left.mkdir(parents=True)
     (left / "images.npy").write_bytes(b"half")
     assert len(data.available()) == 2

@@ -1,6 +1,5 @@
 """Experiments: cells are kept and never mixed, quick runs whole, paper rows stay in their threat's column."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -36,6 +35,11 @@ def test_quick_from_end_to_end(done, tmp_path):
     files = write(report, tmp_path, images=examples)
     page = files["html"].read_text()
     assert "8/255" in page and "6/255" in page and load(tmp_path) == report
+    picture = {"clean": data.load("fashion-mnist-slice", "test").images[0, 0].numpy(), "label": "a", "predicted": "b"}
+    write(report, tmp_path, images=[picture | {"adversarial": picture["clean"] // 2, "title": "t"}])
+    page = files["html"].read_text()
+    write(report, tmp_path)  # drawn again: the pictures stay
+    assert files["html"].read_text() == page and "data:image/png" in page
     for e in examples:
         assert e["clean"].shape == e["adversarial"].shape == (28, 28) and e["predicted"] != e["label"]
         assert abs(e["clean"].astype(int) - e["adversarial"].astype(int)).max() <= 8
@@ -49,7 +53,7 @@ def test_the_same_command_computes_nothing_again(done, monkeypatch):
     assert (again.runs, again.trails, again.models) == (report.runs, report.trails, report.models)
 
 
-def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done):
+def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done, monkeypatch):
     out, _, _ = done
     bench = measure.Bench(out=out)
     subset = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=0)
@@ -69,14 +73,28 @@ def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done):
     assert count() == before + 5
     assert len({r.route for r in runs}) == 3  # identity, secant, and no encoder in encoded space
     assert measure.strike(bench, model, "m", "pgd", pixel, subset, steps=2) == runs[0] and count() == before + 5
+    other = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=1)
+    measure.strike(bench, model, "m", "pgd", pixel, other, steps=2)
+    assert count() == before + 6  # other data
+    assert measure.strike(bench, model, "renamed", "pgd", pixel, subset, steps=2).victim == "renamed"
+    flat, deep = (measure.follow(bench, model, "m", subset, per_step=p) for p in (False, True))
+    assert flat.rows[0].per_step is None and len(deep.rows[0].per_step) == 3
+    monkeypatch.setattr(measure, "__version__", "0.0.0")
+    at = count()
+    measure.strike(bench, model, "m", "pgd", pixel, subset, steps=2)
+    assert count() == at + 1  # other code
+    monkeypatch.undo()
     points = measure.adversarial(bench, runs[0], model, subset)
     assert points is not None and pixel.contains(points, data.pixels(subset.images), 0).all()
-    newest = max((out / "cells").glob("*.json"), key=lambda p: p.stat().st_mtime)
-    held = json.loads(newest.read_text())
-    held["spec"]["seed"] = 99
-    newest.write_text(json.dumps(held))
-    with pytest.raises(ValueError, match="found another"):
-        measure.strike(bench, model, "m", "pgd", Linf(8 / 255, space="encoded"), subset, steps=2)
+    encoded = Linf(8 / 255, space="encoded")
+    (cell,) = (p for p in (out / "cells").glob("*.json") if '"eps": 0.03' in (t := p.read_text()) and "encoded" in t)
+    for content, match in (
+        (cell.read_text().replace('"seed": 0', '"seed": 99'), "found another"),
+        ("[", "expected a cell"),
+    ):
+        cell.write_text(content)
+        with pytest.raises(ValueError, match=match):
+            measure.strike(bench, model, "m", "pgd", encoded, subset, steps=2)
 
 
 @pytest.fixture

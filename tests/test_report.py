@@ -244,7 +244,7 @@ def test_write_leaves_the_named_files_and_nothing_else(written):
     assert names == {
         "json": "result.json", "md": "report.md", "html": "report.html", "csv": "trail.csv", "steps": "trail_steps.csv",
     }  # fmt: skip
-    assert {p.name for p in written["json"].parent.iterdir()} == set(names.values())
+    assert {p.name for p in written["json"].parent.iterdir()} == {*names.values(), "examples.npz"}
     assert load(written["json"]) == whole()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparsetrail import data
-from sparsetrail.snn.encode import phase
+from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
 from sparsetrail.training import (
@@ -53,7 +53,7 @@ def same_weights(a, b):
 
 def test_it_learns_and_writes_what_it_promises(images, finished):
     out = finished.path.parent
-    assert {p.name for p in out.iterdir()} == {
+    assert {p.name for p in out.iterdir()} - {".lock"} == {
         "model.safetensors", "last.safetensors", "state.safetensors", "state.previous.safetensors", "events.jsonl",
     }  # fmt: skip
     events = list(read_events(out))
@@ -276,6 +276,74 @@ def test_a_damaged_snapshot_falls_back_to_the_one_before(images, finished, tmp_p
         (out / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match="no good snapshot"):
         train(NET, ENCODE, images, SPEC, out)
+
+
+def test_a_second_process_in_the_folder_is_refused(images, tmp_path):
+    with pytest.raises(ValueError, match="another process is training here"):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: train(NET, ENCODE, images, SPEC, tmp_path / "r"))
+
+
+def test_a_random_encoder_resumes_to_the_bit_too(images, tmp_path):
+    encode = poisson(steps=3)
+    whole = train(NET, encode, images, SPEC, tmp_path / "whole")
+    steps = iter(range(1, 1000))
+    with pytest.raises(TrainingStopped):
+        train(NET, encode, images, SPEC, tmp_path / "cut", stop=lambda: next(steps) == 3)
+    assert same_weights(whole.path, train(NET, poisson(steps=3), images, SPEC, tmp_path / "cut").path)
+
+
+def test_a_lone_previous_snapshot_of_another_experiment_is_refused(images, tmp_path):
+    steps = iter(range(1, 1000))
+    with pytest.raises(TrainingStopped):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: next(steps) == 3)
+    os.replace(tmp_path / "r" / "state.safetensors", tmp_path / "r" / "state.previous.safetensors")
+    with pytest.raises(ValueError, match="different net"):
+        train(replace(NET, pool="avg"), ENCODE, images, SPEC, tmp_path / "r")
+
+
+def test_every_epoch_is_augmented_afresh(images, tmp_path):
+    flips = []
+
+    def inputs(net, encode, x, y, generator):
+        flips.append(generator.initial_seed())
+        return x
+
+    train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=Seams(inputs=inputs))
+    assert len(set(flips)) == len(flips) == 12
+
+
+def test_weights_that_are_not_finite_are_refused(finished, tmp_path):
+    tensors, card, _ = load_weights(finished.path)
+    tensors["fc.bias"][3] = math.nan
+    save_weights(tmp_path / "nan.safetensors", tensors, card)
+    with pytest.raises(CheckpointError, match=r"fc\.bias"):
+        load_model(tmp_path / "nan.safetensors")
+
+
+def test_a_good_file_is_never_taken_for_a_pickle(tmp_path):
+    """The first bytes of safetensors are the length of its header, which may begin like anything."""
+    seen = set()
+    for pad in range(600, 1500):
+        save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {"pad": "x" * pad})
+        head = (tmp_path / "w.safetensors").read_bytes()[:2]
+        if head in (b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+            seen.add(head)
+            assert load_weights(tmp_path / "w.safetensors")[1]["pad"] == "x" * pad
+    assert seen
+
+
+def test_a_cut_off_last_event_costs_itself_only(images, tmp_path):
+    steps = iter(range(1, 1000))
+    with pytest.raises(TrainingStopped):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: next(steps) == 3)
+    with open(tmp_path / "r" / "events.jsonl", "a") as f:
+        f.write('{"event": "ste')
+    train(NET, ENCODE, images, SPEC, tmp_path / "r")
+    assert [e["event"] for e in read_events(tmp_path / "r") if e["event"] != "step"][:3] == [
+        "started",
+        "stopped",
+        "resumed",
+    ]
 
 
 def test_weights_round_trip_and_card_is_guarded(tmp_path):

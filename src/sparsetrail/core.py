@@ -92,7 +92,7 @@ class Linf:
 def as_fraction(eps: float) -> str:
     """`eps` the way the field writes it: 0.0313725 -> '8/255'."""
     k = eps * 255
-    return f"{round(k)}/255" if abs(k - round(k)) < 1e-6 else f"{eps:.4g}"
+    return f"{round(k)}/255" if abs(k - round(k)) < 1e-6 and (round(k) or not k) else f"{eps:.4g}"
 
 
 def image_axis(space: Space) -> int:
@@ -127,6 +127,11 @@ def margin(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> Float[Tensor, " n"]
     true = z.gather(1, y[:, None]).squeeze(1)
     wrong = z.scatter(1, y[:, None], -math.inf).amax(1)
     return torch.where(z.isfinite().all(1), wrong - true, -math.inf)
+
+
+def correct(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """Classified correctly: all scores finite, the true one strictly the best. A NaN or a tie is not correct."""
+    return (margin(z, y) < 0) & z.isfinite().all(1)
 
 
 class Problem:

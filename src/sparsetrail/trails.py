@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float, Int
-from sparsetrail.core import Mode, Trail, TrailRow, Victim, margin
+from sparsetrail.core import Mode, Trail, TrailRow, Victim, correct
 
 
 @dataclass
@@ -39,16 +39,18 @@ def trail(
     mode: Mode = "eval",
     data: str = "",
     say: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Trail:
     """Measure every leaf operation of `victim.module` on images `x` [n c h w] with labels `y` [n].
 
     Zero share and L2 norm are those of each image's own loss, averaged over images; `mode="train"` normalises with
     batch statistics as the paper's code does (gradients of one batch then mix; running statistics are put back).
+    In eval mode the scores are the victim's own `logits`, which must run `module`; train mode calls the module itself.
     An operation called more than once counts once, over all its calls. No hook is left behind, also after an error.
     """
     if victim.module is None:
         raise ValueError(f"{victim.name}: the trail needs the network behind the victim; give Victim(module=...)")
-    net, was = victim.module, victim.module.training
+    net, was = victim.module, {m: m.training for m in victim.module.modules()}
     buffers = {k: v.clone() for k, v in net.named_buffers()}
     tallies: dict[str, _Tally] = {}
     handles = []
@@ -60,15 +62,18 @@ def trail(
             if not list(module.children()) and name:
                 handles.append(module.register_forward_pre_hook(_watch(name, tallies, shape, victim.steps)))
                 handles.append(module.register_forward_hook(_geometry(name, tallies)))
-        for i in range(0, len(y), batch):
-            xs, ys = x[i : i + batch], y[i : i + batch]
+        for i, j in _cuts(len(y), batch, victim.steps if mode == "eval" else 0):
+            if stop is not None and stop():
+                raise KeyboardInterrupt
+            xs, ys = x[i:j], y[i:j]
             shape["n"] = len(ys)
             for t in tallies.values():
                 t.squares = []
             u = victim.encode(xs).detach().contiguous().requires_grad_()
-            z = net(u)
+            # in eval mode as every attack does it: `logits` may reset state or turn axes around the module
+            z = victim.logits(u) if mode == "eval" else net(u)
             F.cross_entropy(z, ys, reduction="sum").backward(inputs=[u])
-            right += int((margin(z.detach(), ys) < 0).sum())
+            right += int(correct(z.detach(), ys).sum())
             total += len(ys)
             for t in tallies.values():
                 if t.squares:
@@ -79,14 +84,26 @@ def trail(
     finally:
         for h in handles:
             h.remove()
-        net.train(was)
+        for m, training in was.items():
+            m.training = training
         with torch.no_grad():
             for k, v in net.named_buffers():
                 v.copy_(buffers[k])
+    if not any(t.seen for t in tallies.values()):
+        raise ValueError(f"{victim.name}: expected `logits` to run `module`, found no operation of it in the gradient")
     rows = tuple(_row(t, victim.steps, per_step) for t in tallies.values() if t.seen)
     return Trail(
         victim=victim.name, mode=mode, data=data, n=total, steps=victim.steps, clean_accuracy=right / total, rows=rows
     )
+
+
+def _cuts(n: int, batch: int, steps: int) -> list[tuple[int, int]]:
+    """Batches of [0, n); none of exactly `steps` images, where [n k ...] could not be told from [t n ...]."""
+    cuts = []
+    for i in range(0, n, batch):
+        j = min(i + batch, n)
+        cuts += [(i, j - 1), (j - 1, j)] if 1 < steps == j - i else [(i, j)]
+    return cuts
 
 
 def _watch(name: str, tallies: dict[str, _Tally], shape: dict[str, int], steps: int):
@@ -160,7 +177,7 @@ def kind_of(module: nn.Module) -> str:
 
 def _geometry(name: str, tallies: dict[str, _Tally]):
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        x = inputs[0]
+        x = inputs[0] if inputs else None
         if isinstance(x, Tensor) and x.ndim >= 4:
             tallies[name].forced = 1 - density_cap(module, x.shape[-2], x.shape[-1])
 
@@ -177,19 +194,20 @@ def density_cap(module: nn.Module, height: int, width: int) -> float:
     kernel = _pair(getattr(module, "kernel_size", 1))
     stride = _pair(getattr(module, "stride", None) or kernel)
     padding = getattr(module, "padding", 0)
-    if isinstance(padding, str):
+    if padding == "same":
         return 1.0
+    padding = 0 if padding == "valid" else padding
     pad, dilation = _pair(padding), _pair(getattr(module, "dilation", 1))
     if isinstance(module, nn.MaxPool2d):
         windows = covered = 1
         for size, k, s, p, d in zip((height, width), kernel, stride, pad, dilation, strict=True):
-            w, c = _windows(size, k, s, p, d)
+            w, c = _windows(size, k, s, p, d, module.ceil_mode)
             windows, covered = windows * w, covered * c
         return min(windows, covered) / (height * width)
     if isinstance(module, nn.Conv2d | nn.AvgPool2d):
         cells = 1
         for size, k, s, p, d in zip((height, width), kernel, stride, pad, dilation, strict=True):
-            cells *= _windows(size, k, s, p, d)[1]
+            cells *= _windows(size, k, s, p, d, getattr(module, "ceil_mode", False))[1]
         return cells / (height * width)
     return 1.0
 
@@ -204,9 +222,12 @@ def strided_conv_density(size: int, kernel: int, stride: int, padding: int) -> f
     return density_cap(nn.Conv2d(1, 1, kernel, stride, padding), size, size)
 
 
-def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int]:
+def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> tuple[int, int]:
     """Number of windows along one side, and of cells that lie in at least one."""
-    count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = -(-room // stride) + 1 if ceil else room // stride + 1
+    if ceil and (count - 1) * stride >= size + padding:  # PyTorch drops a window that would start beyond the map
+        count -= 1
     seen = {i * stride - padding + j * dilation for i in range(count) for j in range(kernel)}
     return count, sum(0 <= c < size for c in seen)
 

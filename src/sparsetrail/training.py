@@ -66,8 +66,8 @@ class TrainSpec:
             ("batch", self.batch >= 1),
             ("epochs", self.epochs >= 1),
             ("crop", self.crop >= 0),
-            ("clip", self.clip >= 0),
-            ("weight_decay", self.weight_decay >= 0),
+            ("clip", 0 <= self.clip < math.inf),
+            ("weight_decay", 0 <= self.weight_decay < math.inf),
             ("validation", 0 <= self.validation < 1),
         ):
             if not ok:
@@ -149,79 +149,84 @@ def train(
     _check_fit(net_spec, encode, data)
     out.mkdir(parents=True, exist_ok=True)
     _check_folder(out, identity)
-    device = torch.device(device)
-    held_in, held_out = split_validation(data, spec.validation, spec.seed) if spec.validation else (data, None)
-    if len(held_in.labels) < spec.batch:
-        raise ValueError(f"batch: expected at most the {len(held_in.labels)} training images, got {spec.batch}")
-    images, labels = held_in.images.to(device), held_in.labels.to(device)
+    with _alone(out):
+        device = torch.device(device)
+        held_in, held_out = split_validation(data, spec.validation, spec.seed) if spec.validation else (data, None)
+        if len(held_in.labels) < spec.batch:
+            raise ValueError(f"batch: expected at most the {len(held_in.labels)} training images, got {spec.batch}")
+        images, labels = held_in.images.to(device), held_in.labels.to(device)
 
-    net = build(net_spec, seed=spec.seed).to(device)
-    optimizer = _optimizer(net, spec)
-    done = _Progress()
-    resumed = _restore(out, identity, net, optimizer, done)
-    steps_per_epoch = len(labels) // spec.batch
-    total = steps_per_epoch * spec.epochs
-    if compile is None:
-        compile = total * spec.batch * net_spec.steps >= WORTH_COMPILING and can_compile(device)
-    if compile:
-        compile_neurons(net)
-    if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
+        net = build(net_spec, seed=spec.seed).to(device)
+        optimizer = _optimizer(net, spec)
+        done = _Progress()
+        resumed = _restore(out, identity, net, optimizer, done)
+        steps_per_epoch = len(labels) // spec.batch
+        total = steps_per_epoch * spec.epochs
+        if compile is None:
+            compile = total * spec.batch * net_spec.steps >= WORTH_COMPILING and can_compile(device)
+        if compile:
+            compile_neurons(net)
+        if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
+            return load_model(out)
+        log = _Log(out / "events.jsonl", say)
+        log("resumed" if resumed else "started", epoch=done.epoch, step=done.step, of=total, **_machine(device))
+        started, saved, before = time.monotonic(), time.monotonic(), done.seconds
+
+        def save_state() -> None:
+            done.seconds = before + time.monotonic() - started
+            _save_state(out, identity, net, optimizer, done)
+
+        try:
+            for epoch in range(done.epoch, spec.epochs):
+                order = torch.randperm(len(labels), generator=_keyed(spec.seed, epoch)).to(device)
+                net.train()
+                for i in range(done.step, steps_per_epoch):
+                    now = epoch * steps_per_epoch + i
+                    rows = order[i * spec.batch : (i + 1) * spec.batch]
+                    generator = _keyed(spec.seed, epoch, i)
+                    x, y = _augment(images[rows], spec, generator), labels[rows]
+                    _set_rate(optimizer, spec, now, total)
+                    loss = _step(
+                        net, _drawn(encode, spec.seed, epoch, i), optimizer, spec, seams or Seams(), x, y, generator
+                    )
+                    if not math.isfinite(loss):
+                        raise _failure(out, log, net, encode, x, epoch, i, optimizer.param_groups[0]["lr"], loss)
+                    done.step, done.loss = i + 1, loss
+                    log("step", epoch=epoch, step=now + 1, of=total, loss=loss, keep=(now + 1) % 20 == 0)
+                    if stop is not None and stop():
+                        save_state()
+                        log("stopped", epoch=epoch, step=now + 1, of=total)
+                        raise TrainingStopped(f"stopped at step {now + 1}/{total}; the same command continues")
+                    if time.monotonic() - saved > checkpoint_seconds:
+                        save_state()
+                        saved = time.monotonic()
+                judge = _drawn(encode, spec.seed, -1)  # the same draws every epoch
+                score = accuracy(net, judge, held_out, device=device) if held_out is not None else None
+                value = score.value if score is not None else float(epoch)
+                done.epoch, done.step = epoch + 1, 0
+                done.history.append(
+                    {"epoch": epoch, "loss": done.loss, "validation": None if score is None else score.value}
+                )
+                if value > done.best:
+                    done.best, done.best_epoch = value, epoch
+                    _save_model(out / "model.safetensors", identity, net, done, score, device)
+                save_state()
+                saved = time.monotonic()
+                log(
+                    "epoch",
+                    epoch=epoch,
+                    loss=done.loss,
+                    validation=None if score is None else score.value,
+                    best_epoch=done.best_epoch,
+                    seconds=round(done.seconds, 2),
+                )
+            judge = _drawn(encode, spec.seed, -1)
+            score = accuracy(net, judge, held_out, device=device) if held_out is not None else None
+            _save_model(out / "last.safetensors", identity, net, done, score, device)
+            log("done", epoch=spec.epochs, step=total, of=total, seconds=round(done.seconds, 2))
+        finally:
+            log.close()
         return load_model(out)
-    log = _Log(out / "events.jsonl", say)
-    log("resumed" if resumed else "started", epoch=done.epoch, step=done.step, of=total, **_machine(device))
-    started, saved, before = time.monotonic(), time.monotonic(), done.seconds
-
-    def save_state() -> None:
-        done.seconds = before + time.monotonic() - started
-        _save_state(out, identity, net, optimizer, done)
-
-    try:
-        for epoch in range(done.epoch, spec.epochs):
-            order = torch.randperm(len(labels), generator=_keyed(spec.seed, epoch)).to(device)
-            net.train()
-            for i in range(done.step, steps_per_epoch):
-                now = epoch * steps_per_epoch + i
-                rows = order[i * spec.batch : (i + 1) * spec.batch]
-                generator = _keyed(spec.seed, epoch, i)
-                x, y = _augment(images[rows], spec, generator), labels[rows]
-                _set_rate(optimizer, spec, now, total)
-                loss = _step(net, encode, optimizer, spec, seams or Seams(), x, y, generator)
-                if not math.isfinite(loss):
-                    raise _failure(out, log, net, encode, x, epoch, i, optimizer.param_groups[0]["lr"], loss)
-                done.step, done.loss = i + 1, loss
-                log("step", epoch=epoch, step=now + 1, of=total, loss=loss, keep=(now + 1) % 20 == 0)
-                if stop is not None and stop():
-                    save_state()
-                    log("stopped", epoch=epoch, step=now + 1, of=total)
-                    raise TrainingStopped(f"stopped at step {now + 1}/{total}; the same command continues")
-                if time.monotonic() - saved > checkpoint_seconds:
-                    save_state()
-                    saved = time.monotonic()
-            score = accuracy(net, encode, held_out, device=device) if held_out is not None else None
-            value = score.value if score is not None else float(epoch)
-            done.epoch, done.step = epoch + 1, 0
-            done.history.append(
-                {"epoch": epoch, "loss": done.loss, "validation": None if score is None else score.value}
-            )
-            if value > done.best:
-                done.best, done.best_epoch = value, epoch
-                _save_model(out / "model.safetensors", identity, net, done, score, device)
-            save_state()
-            saved = time.monotonic()
-            log(
-                "epoch",
-                epoch=epoch,
-                loss=done.loss,
-                validation=None if score is None else score.value,
-                best_epoch=done.best_epoch,
-                seconds=round(done.seconds, 2),
-            )
-        score = accuracy(net, encode, held_out, device=device) if held_out is not None else None
-        _save_model(out / "last.safetensors", identity, net, done, score, device)
-        log("done", epoch=spec.epochs, step=total, of=total, seconds=round(done.seconds, 2))
-    finally:
-        log.close()
-    return load_model(out)
 
 
 def _step(
@@ -292,6 +297,9 @@ def load_model(path: Path) -> Trained:
             f"{file}: parameters do not fit {card['net']['arch']}: missing {sorted(ours - theirs)[:5]}, "
             f"unexpected {sorted(theirs - ours)[:5]}"
         )
+    broken = [k for k, v in tensors.items() if not v.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{file}: expected finite weights, found NaN or infinity in {', '.join(broken[:5])}")
     net.load_state_dict(tensors)
     return Trained(
         net=net.eval(),
@@ -345,6 +353,8 @@ def import_weights(
             f"{sorted(set(got) - set(want))[:5]}, other shape {wrong[:5]}; check arch, classes, width and stem"
         )
     net.load_state_dict(tensors)
+    if not all(v.isfinite().all() for v in net.state_dict().values()):
+        raise CheckpointError(f"{file}: expected finite weights, found NaN or infinity")
     card = {
         "kind": "model",
         "net": asdict(net_spec),
@@ -391,7 +401,7 @@ def _check_fit(net: NetSpec, encode: Encoder, data: Dataset) -> None:
 
 
 def _check_folder(out: Path, identity: dict[str, Any]) -> None:
-    for name in ("state.safetensors", "model.safetensors"):
+    for name in ("state.safetensors", "state.previous.safetensors", "model.safetensors"):
         if not (out / name).exists():
             continue
         try:
@@ -405,6 +415,22 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
                 f"{out}: holds another experiment (different {', '.join(differs)}); give another --out, or --fresh to "
                 "move the old one aside"
             )
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder: a second process that trains here is refused. The kernel frees it when the process dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock
+        yield
+        return
+    with open(out / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{out}: another process is training here; wait for it, or give another --out") from None
+        yield
 
 
 def _optimizer(net: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
@@ -425,6 +451,14 @@ def _keyed(*key: int) -> torch.Generator:
     for part in key:
         seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
     return torch.Generator().manual_seed(seed)
+
+
+def _drawn(encode: Encoder, *key: int) -> Encoder:
+    """The encoder itself, or a random one with draws that depend on the key only, none carried from call to call."""
+    if not encode.random:
+        return encode
+    knobs = {k: v for k, v in encode.knobs.items() if k != "seed"}
+    return build_encoder(encode.name, **knobs, generator=_keyed(encode.knobs["seed"], *key))
 
 
 def _augment(images: Tensor, spec: TrainSpec, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
@@ -496,12 +530,13 @@ def _machine(device: torch.device) -> dict[str, Any]:
 def _failure(out, log, net, encode, x, epoch: int, step: int, rate: float, loss: float) -> TrainingFailed:
     """Write `failure.json`: where, and the first module whose output is not finite."""
     first = first_nonfinite(net, encode(x))
+    kept = any((out / name).exists() for name in ("state.safetensors", "state.previous.safetensors"))
     found = {"epoch": epoch, "step": step, "lr": rate, "loss": str(loss), "first_nonfinite": first}
     write_atomic(out / "failure.json", json.dumps(found, indent=1).encode())
     log("failed", **found)
     return TrainingFailed(
         f"loss or gradient {loss} at epoch {epoch}, step {step} (first not finite: {first or 'a gradient'}); lower lr "
-        f"or set clip; the last good checkpoint is kept, see {out / 'failure.json'}"
+        f"or set clip; see {out / 'failure.json'}" + ("; the last good checkpoint is kept" if kept else "")
     )
 
 
@@ -533,7 +568,10 @@ class _Log:
     """Append-only `events.jsonl`; steps are written every 20th, all events go to `say`."""
 
     def __init__(self, path: Path, say: Say | None) -> None:
+        cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self.file, self.say = open(path, "a"), say  # noqa: SIM115
+        if cut_off:  # a crash in the middle of a line must not take the next one with it
+            self.file.write("\n")
 
     def __call__(self, event: str, *, keep: bool = True, **facts: Any) -> None:
         line = {"event": event, "time": round(time.time(), 3), **facts}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float, Int
-from sparsetrail.core import Linf, Run, margin
+from sparsetrail.core import Linf, Run, correct, margin
 
 
 def authors(
@@ -46,18 +46,18 @@ def authors(
     started = time.perf_counter()
     with torch.no_grad():
         net.eval()
-        clean = torch.cat(
-            [margin(net(encode(x[i : i + batch])), y[i : i + batch]) < 0 for i in range(0, len(y), batch)]
-        )
+        clean = torch.cat([correct(net(encode(x[i : i + batch])), y[i : i + batch]) for i in range(0, len(y), batch)])
     flags: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
     ties, zero = {"fgsm": 0, "pgd": 0}, {"fgsm": [], "pgd": []}
     small = {"fgsm": 0, "pgd": 0}
     nonfinite = {"fgsm": 0, "pgd": 0}
+    dead: dict[str, set[int]] = {"fgsm": set(), "pgd": set()}
 
-    def gradient(u: Tensor, labels: Tensor, kind: str) -> Tensor:
+    def gradient(u: Tensor, labels: Tensor, kind: str, first: int) -> Tensor:
         u = u.detach().requires_grad_()
         (grad,) = torch.autograd.grad(F.cross_entropy(net(u), labels), u)
         zero[kind].append(float((grad == 0).float().mean()))
+        dead[kind].update((first + (grad == 0).movedim(1, 0).flatten(1).all(1).nonzero().squeeze(1)).tolist())
         small[kind] += int(not grad.norm() >= 1e-6)
         nonfinite[kind] += int((~grad.movedim(1, 0).flatten(1).isfinite()).any(1).sum())
         return grad
@@ -67,10 +67,10 @@ def authors(
             raise KeyboardInterrupt
         u0, labels = encode(x[i : i + batch]).detach(), y[i : i + batch]
         net.train()
-        points = {"fgsm": (u0 + eps * gradient(u0, labels, "fgsm").sign()).clamp(0, 1)}
+        points = {"fgsm": (u0 + eps * gradient(u0, labels, "fgsm", i).sign()).clamp(0, 1)}
         u = (u0 + (torch.rand(u0.shape, generator=g).to(u0) * 2 - 1) * eps).clamp(0, 1)
         for _ in range(steps):
-            u = ball.project(u + step * gradient(u, labels, "pgd").sign(), u0)
+            u = ball.project(u + step * gradient(u, labels, "pgd", i).sign(), u0)
         points["pgd"] = u
         net.eval()
         with torch.no_grad():
@@ -98,7 +98,7 @@ def authors(
             forwards=(calls + 1) * len(y),
             backwards=calls * len(y),
             zero_gradient=sum(zero[kind]) / len(zero[kind]),
-            dead_examples=0,
+            dead_examples=len(dead[kind]),
             nonfinite=nonfinite[kind],
             trace=(),
             seconds=seconds,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrail.core import Linf, Problem, Run, Streams, Victim, image_axis, margin
+from sparsetrail.core import Linf, Problem, Run, Streams, Victim, correct, image_axis, margin
 
 Attack = Callable[..., None]
 
@@ -38,6 +38,11 @@ def attack(
     """
     _refuse(victim, threat, x, y, batch)
     knobs = settings(fn) | knobs
+    try:
+        inspect.signature(fn).bind(None, None, **knobs)
+    except TypeError as error:
+        raise ValueError(f"{_name(fn)}: {error}; expected settings {', '.join(settings(fn)) or 'none'}") from None
+    drop = drop and not victim.random and victim.mode == "eval"  # exact only if one call decides, each image alone
     axis = image_axis(threat.space)
     f = victim.scores if threat.space == "pixel" else victim.logits
     started = time.perf_counter()
@@ -51,7 +56,7 @@ def attack(
         xs, ys = x[i : i + batch], y[i : i + batch]
         with torch.no_grad():
             u0 = xs if threat.space == "pixel" else victim.encode(xs).contiguous()
-            right = margin(f(u0).float(), ys) < 0
+            right = correct(f(u0).float(), ys)
         forwards += len(ys)
         rows = right.nonzero().squeeze(1)
         best, held = u0, right.clone()
@@ -97,13 +102,17 @@ def attack(
         nonfinite=nonfinite,
         trace=_mean_trace(traces),
         seconds=time.perf_counter() - started,
+        note="random encoder: clean and adversarial points judged on one fresh draw each, no averaging over draws"
+        if victim.random
+        else "",
         adversarial=torch.cat(points, axis) if keep else None,
     )
 
 
-def settings(fn: Attack) -> dict[str, Any]:
-    """The settings of an attack with their defaults, as its signature names them."""
-    return {p.name: p.default for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY}
+def settings(fn: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword settings of an attack with their defaults, as its signature names them."""
+    found = inspect.signature(fn).parameters.values()
+    return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
 def _name(fn: Attack) -> str:
@@ -121,8 +130,10 @@ def _mean_trace(traces: list[Tensor]) -> tuple[float, ...]:
 def _refuse(victim: Victim, threat: Linf, x: Tensor, y: Tensor, batch: int) -> None:
     if x.ndim != 4 or len(x) == 0 or len(x) != len(y):
         raise ValueError(f"expected images [n c h w] and labels [n], n > 0, got {tuple(x.shape)} and {tuple(y.shape)}")
-    if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError("expected finite float pixels in 0..1; divide uint8 images by 255")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images: expected float32 pixels in 0..1, got {x.dtype}; divide uint8 images by 255")
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError("images: expected finite pixels in 0..1, found others; divide 8-bit images by 255")
     if int(y.min()) < 0 or int(y.max()) >= victim.classes:
         raise ValueError(f"labels: expected 0..{victim.classes - 1}, got {int(y.min())}..{int(y.max())}")
     if batch < 1:

@@ -37,7 +37,7 @@ def _fraction(_type: Any, tokens: Sequence[Token]) -> float:
     text = tokens[0].value
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
 
 
@@ -140,7 +140,7 @@ def _brief(report: Report) -> dict[str, Any]:
         "title": report.title,
         "runs": [_run_line(r) for r in report.runs],
         "trails": [{"victim": t.victim, "mode": t.mode, "n": t.n, "operations": len(t.rows)} for t in report.trails],
-        "seconds": report.provenance.get("seconds"),
+        "seconds": report.provenance.get("seconds of this command"),
     }
 
 
@@ -291,6 +291,13 @@ def _target(target: str) -> tuple[Trained, Path]:
 
 def _test_set(model: Trained, name: str | None, n: int | None, root: Path | None) -> data.Dataset:
     found = data.load(name or model.card["data"]["name"], "test", root=root)
+    net = model.card["net"]
+    want, got = (net["channels"], net["classes"]), (found.images.shape[1], len(found.classes))
+    if want != got:
+        raise ValueError(
+            f"{found.name}: expected {want[0]} channels and {want[1]} classes as in the model, found {got[0]} and "
+            f"{got[1]}; name another set with --data"
+        )
     return found if n is None or n >= len(found.labels) else data.take(found, n, seed=0)
 
 
@@ -336,7 +343,12 @@ def attack(
     label = folder.resolve().name
     with Screen(quiet=as_json) as screen:
         bench = measure.Bench(
-            out=folder / "attacks", device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
+            out=_folder(folder / "attacks", False),
+            device=where,
+            seed=seed,
+            batch=batch,
+            tick=screen.tick,
+            stop=screen.stop,
         )
         if threat is None:
             runs = list(measure.strike_as_published(bench, model, label, test_set))

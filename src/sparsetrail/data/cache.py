@@ -342,7 +342,7 @@ def _locked(base: Path, name: str) -> Generator[None, None, None]:
 @contextmanager
 def _scratch(base: Path, name: str) -> Generator[Path, None, None]:
     """A temporary folder beside the sets, removed in any case; also removes those that a killed process left."""
-    prefix = f".new-{name}-"
+    prefix = f".new-{name}~"  # no name has a ~: cifar10 must not sweep up cifar10-c
     for stale in base.glob(f"{prefix}*"):
         shutil.rmtree(stale, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))

@@ -31,16 +31,35 @@ def _empty_array(_kind: object, _shape: object, _code: object) -> np.ndarray:
 
 def _dtype(code: str, align: int = 0, copy: int = 0) -> np.dtype[Any]:
     """Stands in for numpy.dtype, which from numpy 2.4 on warns about the whole numbers in old pickles."""
+    if code not in ("u1", "i4", "i8"):  # a structured type can be told to read beyond its bytes
+        raise DataError(f"expected arrays of u1, i4 or i8 in the pickle, found {code!r}; not an official file")
     return np.dtype(code, align=bool(align), copy=bool(copy))
+
+
+class _Maker:
+    """A function that a pickle may call and may not alter."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Any) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any) -> Any:
+        return self._make(*args)
+
+    def __setstate__(self, state: object) -> None:
+        raise DataError(
+            "expected plain arrays in the pickle, found an attempt to alter a function; not an official file"
+        )
 
 
 _ARRAY_KIND = object()
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy.core.multiarray", "_reconstruct"): _Maker(_empty_array),
+    ("numpy._core.multiarray", "_reconstruct"): _Maker(_empty_array),
     ("numpy", "ndarray"): _ARRAY_KIND,
-    ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): _latin1,
+    ("numpy", "dtype"): _Maker(_dtype),
+    ("_codecs", "encode"): _Maker(_latin1),
 }
 
 

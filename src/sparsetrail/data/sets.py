@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Pixels = NDArray[np.uint8]
-Labels = NDArray[np.int64]
+Labels = np.ndarray  # integers, any byte order; kept as int64
 
 SPLITS = ("train", "test")
 

@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,14 @@ def as_victim(
     `passes` is how many images will go through it, about: from a certain work on its neurons are compiled.
     """
     encode = model.encode if backward is None else model.encode.route(backward)
+    encode = _afresh(encode)
     worth = passes * encode.steps >= WORTH_COMPILING and can_compile(device)
     return victim(model.net.to(device), encode, name=name, compile=worth)
+
+
+def _afresh(encode: Encoder) -> Encoder:
+    """A random encoder from its seed again: what was measured before must not decide the draws."""
+    return encode.route(encode.backward) if encode.random else encode
 
 
 def strike(
@@ -101,7 +107,7 @@ def strike(
     task = f"{attack_name} {threat}: {name}"
     if done is not None:
         bench.tick(task, len(data.labels), len(data.labels), "kept from before")
-        return unpack(Run, done)
+        return replace(unpack(Run, done), victim=name)
     run = attack(
         ATTACKS[attack_name],
         v,
@@ -125,12 +131,14 @@ def strike(
 def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, **knobs: Any) -> tuple[Run, Run]:
     """The paper's own evaluation (encoded space, crafted in train mode) as a pair of cells."""
     route = describe(model.net)
-    spec = _spec(model, route, "train", data, 3407) | {"attack": "authors", "knobs": knobs}
+    known = {k: v for k, v in settings(authors).items() if k in ("eps", "step", "steps", "batch", "seed")} | knobs
+    spec = _spec(model, route, "train", data, known["seed"]) | {"attack": "authors", "knobs": known}
     task, n = f"authors' evaluation: {name}", len(data.labels)
     done = _read(bench, spec)
     if done is not None:
         bench.tick(task, n, n, "kept from before")
-        return unpack(Run, done["fgsm"]), unpack(Run, done["pgd"])
+        fgsm, pgd = unpack(Run, done["fgsm"]), unpack(Run, done["pgd"])
+        return replace(fgsm, victim=name), replace(pgd, victim=name)
     fgsm, pgd = authors(
         model.net.to(bench.device),
         model.encode,
@@ -157,7 +165,7 @@ def follow(
     done = _read(bench, spec)
     if done is not None:
         bench.tick(task, n, n, "kept from before")
-        return unpack(Trail, done)
+        return replace(unpack(Trail, done), victim=name)
     found = trail(
         v,
         pixels(data.images.to(bench.device)),
@@ -166,6 +174,7 @@ def follow(
         per_step=per_step,
         data=identity(data),
         say=lambda done, n: bench.tick(task, done, n, ""),
+        stop=bench.stop,
     )
     _write(bench, spec, pack(found))
     return found
@@ -176,7 +185,7 @@ def clean(bench: Bench, model: Trained, name: str, data: Dataset) -> Rate:
     spec = _spec(model, "", "eval", data, 0) | {"clean": True}
     done = _read(bench, spec)
     if done is None:
-        rate = accuracy(model.net.to(bench.device), model.encode, data, device=bench.device)
+        rate = accuracy(model.net.to(bench.device), _afresh(model.encode), data, device=bench.device)
         done = asdict(rate)
         _write(bench, spec, done)
     bench.tick(f"clean accuracy: {name}", len(data.labels), len(data.labels), "")
@@ -232,7 +241,7 @@ def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seed": bench.seed,
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds of this command": round(time.monotonic() - started, 1),
     }
 
 
@@ -254,7 +263,8 @@ def adversarial(bench: Bench, run: Run, model: Trained, data: Dataset) -> Tensor
 
 
 def _spec(model: Trained, route: str, mode: str, data: Dataset, seed: int) -> dict[str, Any]:
-    return {"weights": model.sha256, "data": data.sha256, "route": route, "mode": mode, "seed": seed, "format": 1}
+    return {"weights": model.sha256, "data": data.sha256, "route": route, "mode": mode, "seed": seed, "format": 1,
+            "version": __version__}  # fmt: skip
 
 
 def _path(bench: Bench, spec: dict[str, Any]) -> Path:
@@ -266,7 +276,11 @@ def _read(bench: Bench, spec: dict[str, Any]) -> dict[str, Any] | None:
     path = _path(bench, spec)
     if not path.exists():
         return None
-    held = json.loads(path.read_text())
+    try:
+        held = json.loads(path.read_text())
+        held["spec"], held["result"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a cell, found {error!r}; move the file away and repeat") from None
     if held["spec"] != json.loads(json.dumps(spec)):
         raise ValueError(f"{path}: expected the cell of {spec}, found another; move the file away")
     return held["result"]

@@ -2,15 +2,19 @@
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsetrail._files import write_atomic
 from sparsetrail.report.io import ReportError
 
+EXAMPLES = "examples.npz"
 Image = NDArray[np.uint8]  # [h w c] or [h w], grey levels 0..255
 
 
@@ -51,6 +55,24 @@ def examples(images: Sequence[Mapping[str, Any]]) -> tuple[tuple[Example, ...], 
         uris = [png(image) for image in (clean, adversarial, difference)]
         out.append(Example(str(item.get("title", "")), label, predicted, label != predicted, *uris))
     return tuple(out), gain
+
+
+def keep(folder: Path, images: Sequence[Mapping[str, Any]]) -> None:
+    """Put example images beside the report, so that it can be drawn again with them."""
+    words = [{k: str(v) for k, v in item.items() if k not in ("clean", "adversarial")} for item in images]
+    arrays = {f"{k}{i}": np.asarray(item[k]) for i, item in enumerate(images) for k in ("clean", "adversarial")}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, words=np.array(json.dumps(words)), **arrays)
+    write_atomic(folder / EXAMPLES, buffer.getvalue())
+
+
+def kept(folder: Path) -> list[dict[str, Any]]:
+    """The example images that `keep` put into a folder; none where there are none."""
+    if not (folder / EXAMPLES).exists():
+        return []
+    with np.load(folder / EXAMPLES, allow_pickle=False) as held:
+        words = json.loads(str(held["words"]))
+        return [w | {k: held[f"{k}{i}"] for k in ("clean", "adversarial")} for i, w in enumerate(words)]
 
 
 def png(image: Image) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from sparsetrail._files import write_atomic
 from sparsetrail.core import Report
 from sparsetrail.report import charts, tables
-from sparsetrail.report.images import examples
+from sparsetrail.report.images import examples, keep, kept
 from sparsetrail.report.io import RESULT, steps_csv, to_json, trail_csv
 from sparsetrail.report.labels import setting, setting_label, settings, value
 from sparsetrail.report.tables import Grid
@@ -23,10 +23,11 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     """Write `result.json`, `report.md`, `report.html`, `trail.csv` into the folder `out`; each is whole or absent.
 
     `images` are shown on the page only: mappings with `clean`, `adversarial` (uint8 [h w c] or [h w]), `label`,
-    `predicted`, `title`. `trail_steps.csv` is written where a trail kept its time steps. Returns paths by kind:
-    json, md, html, csv, and steps.
+    `predicted`, `title`; without them, those of an earlier call are shown again. `trail_steps.csv` is written where a
+    trail kept its time steps. Returns paths by kind: json, md, html, csv, and steps.
     """
     folder = Path(out)
+    images = kept(folder) if images is None else images
     texts = {
         "json": (RESULT, to_json(report)),
         "md": ("report.md", markdown(report).encode()),
@@ -36,6 +37,8 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     if any(row.per_step for trail in report.trails for row in trail.rows):
         texts["steps"] = ("trail_steps.csv", steps_csv(report).encode())
     folder.mkdir(parents=True, exist_ok=True)
+    if images:
+        keep(folder, images)
     return {kind: write_atomic(folder / name, data) for kind, (name, data) in texts.items()}
 
 

@@ -21,7 +21,8 @@ def _taps(size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int
     """For output cell o and input cell i the index of the kernel tap that joins them, or kernel area for none."""
     (h, w), (kh, kw) = size, kernel
     ho, wo = (h + 2 * padding[0] - kh) // stride[0] + 1, (w + 2 * padding[1] - kw) // stride[1] + 1
-    index = torch.full((ho, wo, h, w), kh * kw)
+    with torch.inference_mode(False):  # cached: must serve autograd later, whoever asks first
+        index = torch.full((ho, wo, h, w), kh * kw, device="cpu")
     for a in range(ho):
         for b in range(wo):
             for i in range(h):

@@ -47,9 +47,9 @@ class NetSpec:
             raise ValueError(f"connect: a Spiking-ResNet adds currents; {self.connect!r} is for SEW-ResNet")
         if self.stem == "cifar" and self.pool != "max":
             raise ValueError(f"pool: the cifar stem has no pool; {self.pool!r} is for the imagenet stem")
-        if min(self.classes, self.channels, self.steps) < 1 or not self.width > 0:
+        if min(self.classes, self.channels, self.steps) < 1 or not 0 < self.width <= 64:
             raise ValueError(
-                f"expected positive classes, channels, steps and width, got classes={self.classes}, "
+                f"expected positive classes, channels, steps and a width up to 64, got classes={self.classes}, "
                 f"channels={self.channels}, steps={self.steps}, width={self.width}"
             )
 
@@ -89,6 +89,8 @@ def victim(
     def logits(u: Tensor) -> Tensor:
         if net.training:
             raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
+        if any(m._forward_pre_hooks or m._forward_hooks for m in net.modules()):
+            return net(u)  # somebody watches this very network
         state = tuple((t.data_ptr(), t._version) for t in (*net.parameters(), *net.buffers()))
         if state not in held:
             held.clear()

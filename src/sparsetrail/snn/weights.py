@@ -48,20 +48,20 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         head = f.read(64)
     if not head:
         raise CheckpointError(f"{path}: expected a safetensors file, found an empty one; was the copy interrupted?")
-    if head.lstrip()[:1] == b"<":
-        raise CheckpointError(
-            f"{path}: expected a safetensors file, found an HTML page; the download saved an error page"
-        )
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-        raise CheckpointError(
-            f"{path}: expected a safetensors file, found a pickle (.pth), which can run code when it is read; "
-            "take it in with `sparsetrail import`"
-        )
     try:
         with safe_open(str(path), framework="pt") as f:
             meta = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # guess only now: a good file may begin like these
+        if head.lstrip()[:1] == b"<":
+            raise CheckpointError(
+                f"{path}: expected a safetensors file, found an HTML page; the download saved an error page"
+            ) from None
+        if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+            raise CheckpointError(
+                f"{path}: expected a safetensors file, found a pickle (.pth), which can run code when it is read; "
+                "take it in with `sparsetrail import`"
+            ) from None
         raise CheckpointError(f"{path}: expected a whole safetensors file, found {error}; copy it again") from None
     if "sha256" not in meta or "card" not in meta:
         raise CheckpointError(f"{path}: expected a checkpoint with card and SHA-256, found a plain safetensors file")
