@@ -461,17 +461,17 @@ def reproduce(
 ) -> None:
     """Run a table or figure of the paper on real CIFAR: ours beside the published value, each threat in its own column.
 
-    Resumes cell by cell. `smoke` proves that it runs (a minute), `small` trains one row within the hour on two cores,
+    Resumes cell by cell; the figures of one --out share their models. `smoke` proves that it runs (a minute), `small` trains one row within the hour on two cores,
     `paper` is the published scale (a GPU and days).
     """
     where = _device(device, threads)
-    place = _folder(out or Path("runs") / f"{figure}-{scale}", fresh)
+    place = _folder(out or Path("runs") / f"paper-{scale}", fresh)
     with Screen(quiet=as_json) as screen:
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = paper.reproduce(
             bench, figure, scale, rows=rows or (), datasets=datasets or (), root=None if root is None else str(root)
         )
-        files = write(report, place)
+        files = write(report, place / figure)
     _finish(report, files, as_json)
 
 
