@@ -333,7 +333,7 @@ def test_every_setting_is_read():
         ({"stem": "cifar", "pool": "avg"}, "the cifar stem has no pool"),
         ({"connect": "xor"}, "connect: expected one of add, and, iand, got 'xor'"),
         ({"arch": "spiking_resnet18", "connect": "iand"}, "a Spiking-ResNet adds currents; 'iand' is for SEW-ResNet"),
-        ({"classes": 0}, "expected positive classes, channels, steps and width, got classes=0"),
+        ({"classes": 0}, "expected positive classes, channels, steps and a width up to 64, got classes=0"),
         ({"channels": 0}, "channels=0"),
         ({"steps": 0}, "steps=0"),
         ({"width": 0.0}, "width=0.0"),

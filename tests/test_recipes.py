@@ -39,7 +39,7 @@ def test_quick_from_end_to_end(done, tmp_path):
     write(report, tmp_path, images=[picture | {"adversarial": picture["clean"] // 2, "title": "t"}])
     page = files["html"].read_text()
     write(report, tmp_path)  # drawn again: the pictures stay
-    assert files["html"].read_text() == page and "data:image/png" in page
+    assert files["html"].read_text().count("data:image/png") == page.count("data:image/png") > 0
     for e in examples:
         assert e["clean"].shape == e["adversarial"].shape == (28, 28) and e["predicted"] != e["label"]
         assert abs(e["clean"].astype(int) - e["adversarial"].astype(int)).max() <= 8

@@ -69,7 +69,8 @@ def test_symmetric_non_negative_peaked(name, x, width):
     s = Surrogate(name, width)
     g = s(torch.from_numpy(x))
     assert torch.equal(g, s(torch.from_numpy(-x)))
-    assert (g >= 0).all() and (g <= s(torch.zeros_like(g))).all() and g.isfinite().all()
+    assert (g >= 0).all() and g.isfinite().all()
+    assert (g <= s(torch.zeros_like(g)) * (1 + 1e-15)).all()  # the last bit differs between vector lanes and tail
     assert g.dtype == torch.float64 and s(torch.zeros(3)).dtype == torch.float32
 
 
