@@ -254,6 +254,7 @@ def test_the_published_loop_as_it_was_coded(snn):
             flags[1] += (twin(single).argmax(1) == labels).tolist()
             flags[7] += (twin(now).argmax(1) == labels).tolist()
     assert list(one.robust) == flags[1] and list(seven.robust) == flags[7]
+    assert f"{sum(flags[1])} of 10" in one.note and f"{sum(flags[7])} of 10" in seven.note
     assert one.mode == seven.mode == "train" and one.threat == Linf(6 / 255, space="encoded")
     assert not torch.equal(twin.bn1.running_mean, net.bn1.running_mean)  # the contamination is real
 
