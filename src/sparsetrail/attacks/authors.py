@@ -3,7 +3,8 @@
 What the code of arXiv:2509.23762 does, and its text does not say: the phase-coded *spike tensor* is perturbed, by
 6/255; both attacks are crafted in train mode on test batches of 16, so batch statistics decide the gradient and eight
 forwards (1 FGSM, 7 PGD) move the running statistics before the same batch is scored in eval mode. Three departures: an
-image counts as robust only if it was right before (the published count is in the note); the published loop raises where the gradient norm falls under 1e-6, we count; it shuffles the test set, we keep the order.
+image counts as robust only if it was right before (the published count is in the note); the published loop raises where
+the gradient norm falls under 1e-6, we count; it shuffles the test set, we keep the order.
 """
 
 import copy
@@ -105,8 +106,8 @@ def authors(
             nonfinite=nonfinite[kind],
             trace=(),
             seconds=seconds,
-            note=f"crafted in train mode; running statistics contaminated before scoring; counted as published (right on "
-            f"the perturbed image, whether or not right before): {counted[kind]} of {len(y)}; {small[kind]} of "
+            note=f"crafted in train mode; running statistics contaminated before scoring; counted as published (right "
+            f"after the attack, whether or not before): {counted[kind]} of {len(y)}; {small[kind]} of "
             f"{len(zero[kind])} batch gradients under norm 1e-6, where the published code raises",
         )
 
