@@ -11,7 +11,7 @@ import torch
 
 from sparsetrail import cli
 from sparsetrail.cli import DATA_VERBS, VERBS, main
-from sparsetrail.training import load_model
+from sparsetrail.models import load_model
 
 
 def run(*argv, capsys=None):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sparsetrail import data
+from sparsetrail.models import load_model
 from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
@@ -25,7 +26,6 @@ from sparsetrail.training import (
     TrainSpec,
     accuracy,
     first_nonfinite,
-    load_model,
     read_events,
     train,
 )

@@ -30,7 +30,7 @@ _HOME = {  # public name: module; loaded at first use, so that `import sparsetra
     "load": "data",
     "pixels": "data",
     "TrainSpec": "training",
-    "load_model": "training",
+    "load_model": "models",
     "train": "training",
     "attack": "attacks",
     "authors": "attacks",

@@ -19,6 +19,7 @@ from sparsetrail import __version__, data
 from sparsetrail.attacks import ATTACKS, settings
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import Linf, Report, Run, Trail
+from sparsetrail.models import Trained, import_weights, load_model
 from sparsetrail.recipes import measure, paper
 from sparsetrail.recipes import quick as quick_recipe
 from sparsetrail.report import console as print_table
@@ -28,7 +29,7 @@ from sparsetrail.snn.encode import build_encoder
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.surrogate import Surrogate
-from sparsetrail.training import Trained, TrainSpec, import_weights, load_model
+from sparsetrail.training import TrainSpec
 from sparsetrail.training import train as train_model
 
 

@@ -22,13 +22,14 @@ from sparsetrail._files import write_atomic
 from sparsetrail.attacks import ATTACKS, attack, authors, settings
 from sparsetrail.core import Linf, Mode, Rate, Run, Trail, Victim
 from sparsetrail.data import Dataset, pixels
+from sparsetrail.models import Trained
 from sparsetrail.report import pack, unpack
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import NetSpec, describe, victim
 from sparsetrail.snn.neuron import can_compile
 from sparsetrail.snn.weights import load_weights, save_weights
 from sparsetrail.trails import trail
-from sparsetrail.training import WORTH_COMPILING, Trained, TrainSpec, accuracy, train
+from sparsetrail.training import WORTH_COMPILING, TrainSpec, accuracy, train
 
 Tick = Callable[[str, int, int, str], None]  # task, done, total, note
 

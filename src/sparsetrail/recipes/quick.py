@@ -7,11 +7,12 @@ import torch
 
 from sparsetrail.core import Linf, Report, Run, Trail
 from sparsetrail.data import load, take
+from sparsetrail.models import Trained
 from sparsetrail.recipes.measure import Bench, card, clean, fit, follow, provenance, strike
 from sparsetrail.report import claims
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
-from sparsetrail.training import Trained, TrainSpec
+from sparsetrail.training import TrainSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,118 @@
+"""Trained models as files: a network, its encoder and its card, taken back whole or not at all."""
+
+import hashlib
+import json
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrail.snn.encode import Encoder, build_encoder
+from sparsetrail.snn.net import NetSpec, build
+from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.snn.surrogate import Surrogate
+from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained model as it lies in a run folder: network in eval mode, encoder and card."""
+
+    net: nn.Module
+    encode: Encoder
+    card: dict[str, Any]
+    path: Path
+    sha256: str
+
+
+def load_model(path: Path) -> Trained:
+    """The model of a run folder, or of one `.safetensors` file, rebuilt from its card; never a partial load."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    tensors, card, sha256 = load_weights(file)
+    if card.get("kind") != "model":
+        raise CheckpointError(f"{file}: expected a model, found {card.get('kind', 'another file')}")
+    net = build(net_spec_from(card["net"]), seed=0)
+    ours, theirs = set(net.state_dict()), set(tensors)
+    if ours != theirs:
+        raise CheckpointError(
+            f"{file}: parameters do not fit {card['net']['arch']}: missing {sorted(ours - theirs)[:5]}, "
+            f"unexpected {sorted(theirs - ours)[:5]}"
+        )
+    broken = [k for k, v in tensors.items() if not v.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{file}: expected finite weights, found NaN or infinity in {', '.join(broken[:5])}")
+    net.load_state_dict(tensors)
+    return Trained(
+        net=net.eval(),
+        encode=build_encoder(card["encoder"]["name"], **card["encoder"]["knobs"]),
+        card=card,
+        path=file,
+        sha256=sha256,
+    )
+
+
+def import_weights(
+    file: Path, net_spec: NetSpec, encode: Encoder, data_name: str, out: Path, *, trust_pickle: bool = False
+) -> Trained:
+    """Take a foreign PyTorch checkpoint (.pth, .pt) of a known architecture into a run folder.
+
+    The file may hold a state dict, or a dict with one under model_state_dict, state_dict, model or net; a prefix that
+    all names share (module., snn.) is taken off. Names and shapes must fit `net_spec` exactly. Only tensors are read;
+    a pickle that wants more is refused unless `trust_pickle`, since reading it runs its code. SEW- and Spiking-ResNet
+    of one depth have the same names: which of the two it is, the file cannot tell.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: expected a PyTorch checkpoint, found no file")
+    if (out / "model.safetensors").exists():
+        raise ValueError(f"{out}: already holds a model; give another --out, or --fresh to move the old one aside")
+    with open(file, "rb") as f:
+        head = f.read(2)
+    if head != b"PK" and head[:1] != b"\x80":  # a zip of torch.save, or a bare pickle
+        raise CheckpointError(f"{file}: expected a PyTorch checkpoint, found a file that begins with {head!r}")
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=not trust_pickle)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{file}: expected tensors only, found a pickle that wants to run code; look into it on a machine that may "
+            "be lost, or pass --trust-pickle if you trust its source"
+        ) from None
+    except (RuntimeError, EOFError, OSError, AttributeError, ModuleNotFoundError) as error:
+        raise CheckpointError(f"{file}: expected a PyTorch checkpoint, found {str(error).splitlines()[0]}") from None
+    for key in ("model_state_dict", "state_dict", "model", "net"):
+        if isinstance(held, dict) and isinstance(held.get(key), dict):
+            held = held[key]
+    if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
+        raise CheckpointError(f"{file}: expected a state dict of tensors, found {type(held).__name__}")
+    prefix = next((k.removesuffix("conv1.weight") for k in held if k.endswith("conv1.weight") and "layer" not in k), "")
+    tensors = {k.removeprefix(prefix): v for k, v in held.items()}
+    net = build(net_spec, seed=0)
+    want, got = net.state_dict(), tensors
+    wrong = [k for k in want if k in got and want[k].shape != got[k].shape]
+    if set(want) != set(got) or wrong:
+        raise CheckpointError(
+            f"{file}: does not fit {net_spec.arch}: missing {sorted(set(want) - set(got))[:5]}, unexpected "
+            f"{sorted(set(got) - set(want))[:5]}, other shape {wrong[:5]}; check arch, classes, width and stem"
+        )
+    net.load_state_dict(tensors)
+    if not all(v.isfinite().all() for v in net.state_dict().values()):
+        raise CheckpointError(f"{file}: expected finite weights, found NaN or infinity")
+    card = {
+        "kind": "model",
+        "net": asdict(net_spec),
+        "encoder": {"name": encode.name, "knobs": encode.knobs},
+        "data": {"name": data_name},
+        "imported": {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "validation": None,
+    }
+    save_weights(out / "model.safetensors", net.state_dict(), json.loads(json.dumps(card)))
+    return load_model(out)
+
+
+def net_spec_from(card: dict[str, Any]) -> NetSpec:
+    """The NetSpec that `asdict` wrote."""
+    neuron = dict(card["neuron"])
+    neuron["surrogate"] = Surrogate(**neuron["surrogate"])
+    return NetSpec(**(card | {"neuron": NeuronSpec(**neuron)}))
