@@ -128,6 +128,8 @@ def _mean_trace(traces: list[Tensor]) -> tuple[float, ...]:
 
 
 def _refuse(victim: Victim, threat: Linf, x: Tensor, y: Tensor, batch: int) -> None:
+    if victim.module is not None and victim.mode == "eval" and victim.module.training:
+        raise ValueError(f"{victim.name}: expected a network in eval mode, found train mode; call net.eval() first")
     if x.ndim != 4 or len(x) == 0 or len(x) != len(y):
         raise ValueError(f"expected images [n c h w] and labels [n], n > 0, got {tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype not in (torch.float32, torch.float64):

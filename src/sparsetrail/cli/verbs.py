@@ -299,6 +299,8 @@ def _test_set(model: Trained, name: str | None, n: int | None, root: Path | None
             f"{found.name}: expected {want[0]} channels and {want[1]} classes as in the model, found {got[0]} and "
             f"{got[1]}; name another set with --data"
         )
+    if n is not None and n > len(found.labels):
+        print(f"note     {found.name} has {len(found.labels)} test images; --n {n} takes all", file=sys.stderr)
     return found if n is None or n >= len(found.labels) else data.take(found, n, seed=0)
 
 
@@ -318,8 +320,8 @@ def attack(
     encoder_gradient: Annotated[str | None, Parameter(help="identity, weighted, secant or none")] = None,
     data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
     n: int | None = 1000,
-    batch: int = 64,
-    seed: int = 0,
+    batch: int | None = None,
+    seed: int | None = None,
     root: Path | None = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -334,10 +336,11 @@ def attack(
     given = {"steps": steps, "step": step, "restarts": restarts, "draws": draws}
     knobs = {k: v for k, v in given.items() if v is not None}
     threat = _threat(name, eps, space, knobs) if compat is None else None
-    if compat is not None and (eps is not None or space is not None or knobs or encoder_gradient is not None):
+    asked = (eps, space, encoder_gradient, batch, seed)
+    if compat is not None and (knobs or any(a is not None for a in asked)):
         raise ValueError(
-            "--compat authors: threat and settings are fixed (encoded space, 6/255, 7 steps of 0.01); leave --eps, "
-            "--space and the attack's settings out"
+            "--compat authors: threat and settings are fixed (encoded space, 6/255, 7 steps of 0.01, batches of "
+            "16, seed 3407); leave --eps, --space, --batch, --seed and the attack's settings out"
         )
     model, folder = _target(target)
     test_set = _test_set(model, data_name, n, root)
@@ -346,8 +349,8 @@ def attack(
         bench = measure.Bench(
             out=_folder(folder / "attacks", False),
             device=where,
-            seed=seed,
-            batch=batch,
+            seed=seed or 0,
+            batch=batch or 64,
             tick=screen.tick,
             stop=screen.stop,
         )
@@ -485,6 +488,7 @@ def report(
     """Draw the report in PATH (a folder or result.json) again; `table`, `latex` print, `svg`, `pdf` draw the trail."""
     from sparsetrail.report import figure as draw
     from sparsetrail.report import table
+    from sparsetrail.report.tables import facts
 
     found = load_report(path)
     place = out or (path if path.is_dir() else path.parent)
@@ -492,6 +496,8 @@ def report(
         print(table(found, tablefmt="github"))
     elif format == "latex":
         print(table(found, tablefmt="latex_booktabs"))
+        for fact in facts(found.runs):
+            print(f"% {fact}")
     elif format in ("svg", "pdf"):
         print(f"figure   {draw(found, place / f'trail.{format}')}")
     else:

@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -99,7 +101,7 @@ def strike(
     knobs = settings(ATTACKS[attack_name]) | knobs
     calls = math.prod(v for k, v in knobs.items() if k in ("steps", "restarts", "draws"))
     v = as_victim(model, name, backward=backward, device=bench.device, passes=len(data.labels) * calls)
-    spec = _spec(model, v.path(threat.space), v.mode, data, bench.seed) | {
+    spec = _spec(bench, model, v.path(threat.space), v.mode, data, bench.seed) | {
         "attack": attack_name,
         "knobs": knobs,
         "threat": asdict(threat),
@@ -133,7 +135,7 @@ def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, 
     """The paper's own evaluation (encoded space, crafted in train mode) as a pair of cells."""
     route = describe(model.net)
     known = {k: v for k, v in settings(authors).items() if k in ("eps", "step", "steps", "batch", "seed")} | knobs
-    spec = _spec(model, route, "train", data, known["seed"]) | {"attack": "authors", "knobs": known}
+    spec = _spec(bench, model, route, "train", data, known["seed"]) | {"attack": "authors", "knobs": known}
     task, n = f"authors' evaluation: {name}", len(data.labels)
     done = _read(bench, spec)
     if done is not None:
@@ -161,7 +163,7 @@ def follow(
 ) -> Trail:
     """The sparsity trail of one model as a cell."""
     v = as_victim(model, name, device=bench.device)
-    spec = _spec(model, v.route, mode, data, 0) | {"trail": True, "per_step": per_step}
+    spec = _spec(bench, model, v.route, mode, data, 0) | {"trail": True, "per_step": per_step}
     task, n = f"trail ({mode} mode): {name}", len(data.labels)
     done = _read(bench, spec)
     if done is not None:
@@ -183,7 +185,7 @@ def follow(
 
 def clean(bench: Bench, model: Trained, name: str, data: Dataset) -> Rate:
     """Clean accuracy on a whole set as a cell."""
-    spec = _spec(model, "", "eval", data, 0) | {"clean": True}
+    spec = _spec(bench, model, "", "eval", data, 0) | {"clean": True}
     done = _read(bench, spec)
     if done is None:
         rate = accuracy(model.net.to(bench.device), _afresh(model.encode), data, device=bench.device)
@@ -235,7 +237,7 @@ def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
     """Versions, machine and time of a report."""
     return {
         "command": command,
-        "sparsetrail": __version__,
+        "sparsetrail": __version__ + _revision(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "device": bench.device,
@@ -246,6 +248,16 @@ def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
     }
 
 
+def _revision() -> str:
+    """The commit this code runs from, where it runs from a clone with git at hand; '+changes' if it was altered."""
+    here = Path(__file__).resolve().parents[3]
+    if not (here / ".git").exists() or shutil.which("git") is None:
+        return ""
+    look = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--exclude=*"]
+    found = subprocess.run(look, capture_output=True, text=True)
+    return f" at {found.stdout.strip()}" if found.returncode == 0 else ""
+
+
 def identity(data: Dataset) -> str:
     """A data set in one phrase for results."""
     tag = "official" if data.official else "subset or unofficial"
@@ -254,7 +266,7 @@ def identity(data: Dataset) -> str:
 
 def adversarial(bench: Bench, run: Run, model: Trained, data: Dataset) -> Tensor | None:
     """The kept adversarial images of a pixel-space run, if they are on disk."""
-    spec = _spec(model, run.route, run.mode, data, run.seed) | {
+    spec = _spec(bench, model, run.route, run.mode, data, run.seed) | {
         "attack": run.attack,
         "knobs": run.knobs,
         "threat": asdict(run.threat),
@@ -263,9 +275,17 @@ def adversarial(bench: Bench, run: Run, model: Trained, data: Dataset) -> Tensor
     return load_weights(path)[0]["adversarial"] if path.exists() else None
 
 
-def _spec(model: Trained, route: str, mode: str, data: Dataset, seed: int) -> dict[str, Any]:
-    return {"weights": model.sha256, "data": data.sha256, "route": route, "mode": mode, "seed": seed, "format": 1,
-            "version": __version__}  # fmt: skip
+def _spec(bench: Bench, model: Trained, route: str, mode: str, data: Dataset, seed: int) -> dict[str, Any]:
+    spec = {
+        "weights": model.sha256,
+        "data": data.sha256,
+        "route": route,
+        "mode": mode,
+        "seed": seed,
+        "format": 1,
+        "version": __version__,
+    }
+    return spec | {"batch": bench.batch} if model.encode.random else spec  # fresh draws a batch: it decides the result
 
 
 def _path(bench: Bench, spec: dict[str, Any]) -> Path:

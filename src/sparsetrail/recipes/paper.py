@@ -162,11 +162,13 @@ def reproduce(
         shown += [c for c in found if _same(c, row) and c not in shown]
     return Report(
         title=f"{figure.replace('fig', 'Figure ').replace('table', 'Table ')} at {scale} scale",
-        summary=_summary(runs, trails, figure),
+        summary=(*_published(shown), *_summary(runs, trails)),
         models=tuple(cards),
         runs=tuple(runs),
         trails=tuple(trails),
-        claims=tuple(shown) if figure.startswith("table") else found,
+        claims=tuple(shown) + tuple(c for c in found if c.figure == figure and not c.conditions.get("available"))
+        if figure.startswith("table")
+        else found,
         provenance=provenance(bench, started, command or f"sparsetrail reproduce {figure} --scale {scale}"),
         notes=_notes(figure, found, size),
     )
@@ -191,7 +193,18 @@ def _same(claim: Claim, row: Row) -> bool:
     )
 
 
-def _summary(runs: list[Run], trails: list[Trail], figure: str) -> tuple[str, ...]:
+def _published(shown: list[Claim]) -> tuple[str, ...]:
+    """One line a published row: its figures and the two threats they may belong to."""
+    rows: dict[str, list[str]] = {}
+    for c in shown:
+        attack = str(c.conditions.get("attack")).replace("none", "clean")
+        row = f"Published ({c.source}): {c.row}, {c.conditions.get('pool')} pool, {c.dataset}"
+        rows.setdefault(row, []).append(f"{attack} {c.value:g} %")
+    threat = "Threat in the text: pixel 8/255; in the code: encoded 6/255, crafted in train mode."
+    return tuple(f"{row}: {', '.join(values)}. {threat}" for row, values in rows.items())
+
+
+def _summary(runs: list[Run], trails: list[Trail]) -> tuple[str, ...]:
     lines = [
         f"{r.victim}: PGD leaves {r.accuracy} ({r.threat}, crafted in {r.mode} mode)."
         for r in runs
@@ -208,7 +221,7 @@ def _summary(runs: list[Run], trails: list[Trail], figure: str) -> tuple[str, ..
 
 
 def _notes(figure: str, found: Sequence[Claim], size: Scale) -> tuple[str, ...]:
-    later = sorted({c.row for c in found if not c.conditions.get("available")})
+    later = sorted({c.row for c in found if c.figure == figure and not c.conditions.get("available")})
     notes = [
         "The paper's text perturbs the image by 8/255; its code perturbs the encoded spikes by 6/255, crafting in "
         "train mode on the test batches. Each is a threat of its own here; the published figure belongs to the code's.",

@@ -68,8 +68,8 @@ def quick(
         claims=tuple(c for f in ("fig1", "fig3") for c in claims(f)),
         provenance=provenance(bench, started, command),
         notes=(
-            "A demonstration at a small scale: narrow networks, few epochs, few images. Compare the columns with each "
-            "other, not with published CIFAR figures.",
+            "A demonstration at a small scale: narrow networks, few epochs, few images. Compare the rows with each "
+            "other; levels of published CIFAR figures are another matter.",
             "Pixel and encoded radii are different budgets. A pixel step of 8/255 can flip whole spikes; an encoded "
             "step of 6/255 changes no spike by more than 0.024.",
             "FGSM and PGD with a straight-through encoder gradient are weak attacks on a phase code: read the pixel "
