@@ -413,7 +413,7 @@ def trail(
 ) -> None:
     """The sparsity trail of TARGET: exact zeros in, and L2 norm of, the gradient at the input of every operation.
 
-    Writes a page into --out (default: trail/ beside the model). --mode train uses batch statistics, as the paper's
+    Writes a page into --out (default: trail/ or trail-train-mode/ beside the model). --mode train uses batch statistics, as the paper's
     code does; the model is left as it was.
     """
     where = _device(device, threads)
@@ -421,7 +421,7 @@ def trail(
     test_set = _test_set(model, data_name, n, root)
     label, started = folder.resolve().name, time.monotonic()
     with Screen(quiet=as_json) as screen:
-        place = _folder(out or folder / "trail", False)
+        place = _folder(out or folder / ("trail" if mode == "eval" else "trail-train-mode"), False)
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         found = measure.follow(bench, model, label, test_set, per_step=per_step, mode=mode)
     report = Report(
@@ -446,7 +446,7 @@ def _trail_sentence(t: Trail) -> str:
     most = max(t.rows, key=lambda r: r.zero)
     return (
         f"{t.victim}, {t.mode} mode, n={t.n}: most zeros at {most.op} ({most.zero:.1%}, of which geometry forces "
-        f"{most.forced:.1%}); clean accuracy {t.clean_accuracy:.1%}."
+        f"{most.forced:.1%}); accuracy in {t.mode} mode {t.clean_accuracy:.1%}."
     )
 
 
