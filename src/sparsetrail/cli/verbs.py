@@ -413,8 +413,8 @@ def trail(
 ) -> None:
     """The sparsity trail of TARGET: exact zeros in, and L2 norm of, the gradient at the input of every operation.
 
-    Writes a page into --out (default: trail/ or trail-train-mode/ beside the model). --mode train uses batch statistics, as the paper's
-    code does; the model is left as it was.
+    Writes a page into --out (default: trail/ or trail-train-mode/ beside the model). --mode train uses batch
+    statistics, as the paper's code does; the model is left as it was.
     """
     where = _device(device, threads)
     model, folder = _target(target)
