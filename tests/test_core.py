@@ -42,7 +42,7 @@ def test_projection_stays_in_ball_and_box_and_is_idempotent(eps, seed):
     p = ball.project(u, u0)
     assert ball.contains(p, u0, 0).all()
     assert torch.equal(ball.project(p, u0), p)
-    near = u0 + torch.rand(4, 1, 2, 2, generator=g) * 0  # a point inside stays where it is
+    near = (u0 + 0.99 * eps * (2 * torch.rand(4, 1, 2, 2, generator=g) - 1)).clamp(0, 1)  # inside: it stays
     assert torch.equal(ball.project(near, u0), near)
 
 

@@ -89,6 +89,8 @@ def unpickle(blob: bytes) -> dict[str, Any]:
 
 
 def cifar_pickles(label_key: str) -> Callable[[Sequence[bytes]], Arrays]:
+    """A reader of official CIFAR python batches: their bytes to images [n 3 32 32] and the labels under `label_key`."""
+
     def read(blobs: Sequence[bytes]) -> Arrays:
         images, labels = [], []
         for blob in blobs:
