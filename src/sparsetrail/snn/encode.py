@@ -27,7 +27,11 @@ BACKWARD_RULES = ("true", "identity", "weighted", "secant", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """An encoder ready to call. `knobs` rebuild it through `ENCODERS[name](**knobs)`; `random` draws at each call."""
+    """An encoder ready to call. `knobs` rebuild it through `ENCODERS[name](**knobs)`; `random` draws at each call.
+
+    `frames` tells which distinct frame each step shows (phase code: t mod bits; direct code: always frame 0), `slope` is
+    the backward rule, [t] or by grey level [256 t], None if severed.
+    """
 
     name: str
     knobs: dict[str, Any]
@@ -36,6 +40,20 @@ class Encoder:
     apply: Callable[[Tensor], Tensor] = field(repr=False, compare=False)
     codebook: Tensor | None = field(default=None, repr=False, compare=False)
     random: bool = False
+    frames: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
+    slope: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def distinct(self, x: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "f n c h w"], Tensor | None]:
+        """The distinct frames of the code of `x`, and the slope of each: [f], or [f n c h w] by pixel."""
+        assert self.frames is not None
+        first = [self.frames.index(f) for f in range(max(self.frames) + 1)]
+        slope = None if self.slope is None else self.slope[..., first]
+        if self.codebook is None:
+            return x.expand(len(first), *x.shape), slope
+        level = grey_levels(x)
+        if slope is not None and slope.ndim == 2:
+            slope = _look_up(slope, level)
+        return _look_up(self.codebook[:, first], level).to(x.dtype), slope
 
     def __call__(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "t n c h w"]:
         if not x.is_floating_point():
@@ -102,7 +120,18 @@ def _coded(name: str, knobs: dict[str, Any], code: Tensor, weights: Tensor | Non
             return _look_up(code, grey_levels(x)).to(x.dtype)
         return _Coded.apply(x, code, slope)
 
-    return Encoder(name=name, knobs=knobs, steps=steps, backward=backward, apply=apply, codebook=code)
+    columns = [tuple(column) for column in code.t().tolist()]
+    seen = list(dict.fromkeys(columns))
+    return Encoder(
+        name=name,
+        knobs=knobs,
+        steps=steps,
+        backward=backward,
+        apply=apply,
+        codebook=code,
+        frames=tuple(seen.index(c) for c in columns),
+        slope=None if backward == "none" else slope,
+    )
 
 
 def phase(*, steps: int = 10, bits: int = 8, weighting: str = "none", backward: str = "identity") -> Encoder:
@@ -164,7 +193,15 @@ def direct(*, steps: int = 10) -> Encoder:
     def apply(x: Tensor) -> Tensor:
         return x.unsqueeze(0).expand(steps, *x.shape)
 
-    return Encoder(name="direct", knobs={"steps": steps}, steps=steps, backward="true", apply=apply)
+    return Encoder(
+        name="direct",
+        knobs={"steps": steps},
+        steps=steps,
+        backward="true",
+        apply=apply,
+        frames=(0,) * steps,
+        slope=torch.ones(steps),
+    )
 
 
 class _Bernoulli(torch.autograd.Function):

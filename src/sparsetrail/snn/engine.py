@@ -1,97 +1,613 @@
-"""Exact fast paths: the same numbers as the plain operation, by an algorithm that suits small maps.
+"""The engine: the same networks by faster algorithms, behind the same modules, chosen by themselves.
 
-On a map of at most 2x2 a padded convolution is one dense product: every output cell sees a fixed subset of the taps.
+On a CPU with a C compiler (`kernels`), for float32 and float64:
+
+- a convolution of spikes adds the weights of active inputs only, and so does the gradient of its weights; the gradient
+  of its input is dense, without the taps that fall off the map;
+- BatchNorm and the neuron behind it (`fire`) are one pass over all steps, forward and back, that keeps one tensor;
+- a frame that a code shows at several steps goes through the first layer once (`Coded`);
+- constant weights (`freeze`) keep and compute nothing for their gradients, and intermediate maps come from a
+  `Workspace` that is used again instead of fresh memory.
+
+Sums run in another order than PyTorch's, so in float32 a potential within rounding of the threshold can flip a spike;
+in float64 nothing differs beyond 1e-12. Modules that somebody watches by hooks, functorch, forward-mode derivatives and
+`NetSpec(exact=True)` take the plain operations. Second derivatives are there; they run plain operations too.
 """
 
 import copy
 import functools
+import math
+import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float
+from sparsetrail.snn import kernels
+from sparsetrail.snn.encode import Encoder
+from sparsetrail.snn.kernels import pointer
+from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, through_time
 
-TINY = 4  # cells of the input map up to which the dense product is taken: 1x1 and 2x2
-
-
-@functools.lru_cache(maxsize=256)
-def _taps(size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """For output cell o and input cell i the index of the kernel tap that joins them, or kernel area for none."""
-    (h, w), (kh, kw) = size, kernel
-    ho, wo = (h + 2 * padding[0] - kh) // stride[0] + 1, (w + 2 * padding[1] - kw) // stride[1] + 1
-    with torch.inference_mode(False):  # cached: must serve autograd later, whoever asks first
-        index = torch.full((ho, wo, h, w), kh * kw, device="cpu")
-    for a in range(ho):
-        for b in range(wo):
-            for i in range(h):
-                for j in range(w):
-                    p, q = i - a * stride[0] + padding[0], j - b * stride[1] + padding[1]
-                    if 0 <= p < kh and 0 <= q < kw:
-                        index[a, b, i, j] = p * kw + q
-    return index
+FEW = 4  # channels up to which a first layer runs the kernels for images
 
 
-def dense_weight(weight: Tensor, taps: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The matrix [(d p q) (c used)] of a convolution over a whole tiny map, and the input cells it uses (None: all)."""
-    ho, wo = taps.shape[:2]
-    w = weight.flatten(2)
-    if ho == wo == 1:  # each input cell meets at most one tap: a slice
-        seen = taps.flatten()
-        used = seen < w.shape[2]
-        if bool(used.all()):
-            return w[:, :, seen].flatten(1), None
-        return w[:, :, seen[used]].flatten(1), used
-    w = torch.cat([w, w.new_zeros(*w.shape[:2], 1)], 2)[:, :, taps.flatten()]  # [d c (p q h w)]
-    return w.unflatten(2, (ho * wo, -1)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1), None
+class Workspace:
+    """Memory for intermediate maps that is used again as soon as no tensor refers to it; freed with its owner.
+
+    Fresh memory costs a page fault every 4 KiB: on the machine measured, ten times the time of writing it.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.held = threading.Lock(), {}
+
+    def __deepcopy__(self, _memo: dict) -> "Workspace":
+        return Workspace()
+
+    def __reduce__(self):
+        return Workspace, ()
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor on the CPU."""
+        count = -(-math.prod(shape) // 16384) * 16384  # rounded up, so that a batch a little smaller fits again
+        with self.lock:
+            blocks = self.held.setdefault((count, dtype), [])
+            for block in blocks:
+                if _users(block._cdata) == 1:
+                    break
+            else:
+                block = torch.empty(count, dtype=dtype).untyped_storage()
+                if _users is not _nobody:
+                    blocks.append(block)
+            return torch.empty(0, dtype=dtype).set_(block, 0, shape, _strides(shape))
+
+    def clear(self) -> None:
+        """Let go of all blocks that no tensor uses."""
+        with self.lock:
+            self.held.clear()
 
 
-def dense_taps(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The tap table of `conv` on maps of the size of `x`."""
-    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
-    assert not isinstance(padding, str) and len(kernel) == len(stride) == len(padding) == 2
-    return _taps((x.shape[2], x.shape[3]), kernel, stride, padding).to(x.device)  # type: ignore[arg-type]
+def _nobody(_: int) -> int:
+    return 0
 
 
-def dense_product(x: Tensor, w: Tensor, used: Tensor | None, bias: Tensor | None, out: tuple[int, ...]) -> Tensor:
-    """The matrix of `dense_weight` applied to maps [m c h w]; `out` is the size of the output map."""
-    cells = x.flatten(2) if used is None else x.flatten(2)[:, :, used]
-    if bias is not None:
-        bias = bias.repeat_interleave(out[0] * out[1])
-    return F.linear(cells.flatten(1), w, bias).reshape(len(x), -1, *out)
+_users = getattr(torch._C, "_storage_Use_Count", _nobody)  # not public: without it memory is simply not used again
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    out, step = [], 1
+    for n in reversed(shape):
+        out.append(step)
+        step *= n
+    return tuple(reversed(out))
+
+
+def _maps(space: Workspace | None, m: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
+    """An uninitialised map tensor [m c h w], channels last in memory."""
+    whole = torch.empty((m, h, w, c), dtype=like.dtype) if space is None else space.take((m, h, w, c), like.dtype)
+    return whole.permute(0, 3, 1, 2)
+
+
+def watched(*modules: nn.Module | None) -> bool:
+    """Does a hook wait for one of these modules to be called?"""
+    return any(
+        m is not None and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        for m in modules
+    )
+
+
+def _serve(*tensors: Tensor | None) -> bool:
+    """Do the kernels serve these tensors: plain ones on the CPU, of one type, outside every transformation?"""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    there = [t for t in tensors if t is not None]
+    first = there[0]
+    return kernels.available(first.dtype) and all(
+        t.device.type == "cpu" and t.dtype == first.dtype and t.layout == torch.strided for t in there
+    )
+
+
+# ---- convolution ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """What a convolution's kernels need to know beside its tensors."""
+
+    kernel: int
+    stride: int
+    padding: int
+    half: bool
+    space: Workspace | None
+    turned: Tensor | None
+    pairs: Tensor | None
+
+    def shape(self, m: int, cin: int, h: int, w: int, cout: int):
+        return kernels.shape(
+            m, h, w, cin, cout, self.kernel, self.stride, self.padding, torch.get_num_threads()
+        )
+
+    def out(self, size: int) -> int:
+        return (size + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+class _SpikeConv(torch.autograd.Function):
+    """Convolution of maps that are mostly zero; the input is kept only if the weight wants a gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
+        x, weight = _last(x), _last(weight)
+        m, cin, h, w = x.shape
+        cout, lib = len(weight), kernels.library(x.dtype)
+        z = g.shape(m, cin, h, w, cout)
+        turned = g.turned
+        if turned is None:
+            turned = _turned(weight, z, g.space)
+        y = _maps(g.space, m, cout, g.out(h), g.out(w), x)
+        lib.spike_conv(z, pointer(x), pointer(turned), pointer(y))
+        ctx.geometry, ctx.size = g, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        g, (m, cin, h, w) = ctx.geometry, ctx.size
+        if torch.is_grad_enabled():
+            return _conv_backward(ctx, grad, x, weight, g, ctx.size)
+        grad, lib = _last(grad), kernels.library(weight.dtype)
+        z = g.shape(m, cin, h, w, len(weight))
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _maps(g.space, m, cin, h, w, weight)
+            if g.half:
+                pairs = g.pairs if g.pairs is not None else _pairs(weight, z)
+                lib.input_grad_bf16(z, pointer(grad), pointer(pairs), pointer(dx))
+            else:
+                lib.input_grad(z, pointer(grad), pointer(weight), pointer(dx))
+        if ctx.needs_input_grad[1]:
+            turned = _turned(weight, z, g.space, fill=False)
+            lib.spike_weight_grad(z, pointer(x), pointer(grad), pointer(turned))
+            dw = torch.empty_like(weight)
+            lib.turn_weights(z, pointer(dw), pointer(turned), 1)
+        return dx, dw, None
+
+
+class _StemConv(torch.autograd.Function):
+    """Convolution of images of few channels [m c h w]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
+        x = x.contiguous()
+        ctx.geometry, ctx.size = g, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _stem(x, weight, g)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _conv_backward(ctx, grad, x, weight, ctx.geometry, ctx.size)
+        grad = _last(grad)
+        dx = _stem_input(grad, weight, ctx.geometry, ctx.size) if ctx.needs_input_grad[0] else None
+        dw = _weight_grad(grad, x, weight, ctx.geometry) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+
+def _stem(x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
+    m, cin, h, w = x.shape
+    y = _maps(g.space, m, len(weight), g.out(h), g.out(w), x)
+    turned = weight.permute(2, 3, 1, 0).contiguous()
+    z = g.shape(m, cin, h, w, len(weight))
+    kernels.library(x.dtype).stem_conv(z, pointer(x), pointer(turned), pointer(y))
+    return y
+
+
+def _stem_input(grad: Tensor, weight: Tensor, g: _Geometry, size: tuple[int, ...]) -> Tensor:
+    dx, (m, cin, h, w) = grad.new_empty(size), size
+    z, weight = g.shape(m, cin, h, w, len(weight)), weight.contiguous()
+    kernels.library(grad.dtype).stem_input_grad(z, pointer(grad), pointer(weight), pointer(dx))
+    return dx
+
+
+def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
+    side = [g.stride] * 2, [g.padding] * 2
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *side, [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1]
+
+
+def _conv_backward(ctx, grad: Tensor, x: Tensor | None, weight: Tensor, g: _Geometry, size: tuple[int, ...]):
+    """By differentiable operations, for second derivatives."""
+    knobs = {"stride": g.stride, "padding": g.padding}
+    dx = torch.nn.grad.conv2d_input(size, weight, grad, **knobs) if ctx.needs_input_grad[0] else None
+    dw = torch.nn.grad.conv2d_weight(x, weight.shape, grad, **knobs) if ctx.needs_input_grad[1] else None
+    return dx, dw, None
+
+
+def _last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _turned(weight: Tensor, z: Any, space: Workspace | None, *, fill: bool = True) -> Tensor:
+    """The weight as [taps in out], the order in which active inputs pick their rows."""
+    size = (weight.shape[2] * weight.shape[3], weight.shape[1], weight.shape[0])
+    out = torch.empty(size, dtype=weight.dtype) if space is None else space.take(size, weight.dtype)
+    if fill:
+        kernels.library(weight.dtype).turn_weights(z, pointer(weight), pointer(out), 0)
+    return out
+
+
+def _pairs(weight: Tensor, z: Any) -> Tensor:
+    out = torch.empty(weight.numel(), dtype=torch.bfloat16)
+    kernels.library(weight.dtype).pair_weights(z, pointer(weight), pointer(out))
+    return out
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d that takes the dense product on tiny maps; same parameters, same numbers up to summation order.
+    """nn.Conv2d by the kernels for spikes or images where they serve; same parameters, same numbers up to rounding.
 
-    `exact` keeps PyTorch's own convolution everywhere. The matrices of a frozen weight are made once a map size.
+    `exact` keeps PyTorch's own convolution. `half` takes the products of the input gradient in bf16. What is made from
+    a frozen weight is made once.
     """
 
     exact = False
+    half = False
+    space: Workspace | None = None
 
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d p q"]:
-        small = not self.exact and x.shape[2] * x.shape[3] <= TINY and self.kernel_size != (1, 1)
-        if not small or self.groups != 1 or self.dilation != (1, 1) or self.padding_mode != "zeros":
+        if not self.served(x):
             return super().forward(x)
-        taps = dense_taps(x, self)
-        out = tuple(taps.shape[:2])
-        if self.weight.requires_grad:
-            return dense_product(x, *dense_weight(self.weight, taps), self.bias, out)
-        held: dict[Any, tuple[Tensor, Tensor | None]] = self.__dict__.setdefault("dense", {})
-        key = (x.shape[2:], self.weight.data_ptr(), self.weight._version)
-        if key not in held:
-            if len(held) >= 4:
-                held.clear()
-            held[key] = dense_weight(self.weight, taps)
-        w, used = held[key]
-        return dense_product(x, w, used, self.bias, out)
+        run = _StemConv if self.in_channels <= FEW else _SpikeConv
+        y = run.apply(x, self.weight, self.geometry(x))
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+    def served(self, x: Tensor) -> bool:
+        """Do the kernels serve this layer and input?"""
+        if self.exact or x.ndim != 4 or len(x) == 0 or not _serve(x, self.weight):
+            return False
+        lanes = kernels.library(x.dtype).lanes()
+        few = self.in_channels <= FEW
+        kernel, stride, padding = self.kernel_size, self.stride, self.padding
+        return (
+            self.out_channels % lanes == 0
+            and (few or self.in_channels % lanes == 0)
+            and self.groups == 1
+            and self.dilation == (1, 1)
+            and self.padding_mode == "zeros"
+            and not isinstance(padding, str)
+            and kernel[0] == kernel[1]
+            and stride[0] == stride[1]
+            and padding[0] == padding[1] < kernel[0]
+            and min(x.shape[2:]) + 2 * padding[0] >= kernel[0]
+            and (not few or stride[0] in (1, 2))
+        )
+
+    def geometry(self, x: Tensor) -> _Geometry:
+        """Sizes, memory and, of a frozen weight, what was made of it before."""
+        turned = pairs = None
+        half = self.half and self.in_channels > FEW and bool(kernels.library(x.dtype).has_bf16())
+        sizes = self.kernel_size[0], self.stride[0], int(self.padding[0])
+        if not self.weight.requires_grad and self.in_channels > FEW:
+            held: dict[Any, tuple[Tensor, Tensor | None]] = self.__dict__.setdefault("made", {})
+            key = (x.shape[2:], self.weight.data_ptr(), self.weight._version, half)
+            if key not in held:
+                if len(held) >= 4:
+                    held.clear()
+                weight = _last(self.weight.detach())
+                z = kernels.shape(
+                    1, x.shape[2], x.shape[3], self.in_channels, self.out_channels, *sizes, torch.get_num_threads()
+                )
+                held[key] = _turned(weight, z, None), _pairs(weight, z) if half else None
+            turned, pairs = held[key]
+        return _Geometry(*sizes, half, self.space, turned, pairs)
 
 
-def freeze(net: nn.Module) -> nn.Module:
+class _CodedConv(torch.autograd.Function):
+    """Convolution of the distinct frames [f n c h w] of an encoded image; the gradient goes back to the pixels.
+
+    `slope` [f], or [f n c h w] where the rule looks at the pixel, is the encoder's backward rule. Both steps are
+    linear, so where the slope is one number a frame the frames are summed before they are convolved back: once an image
+    instead of once a step.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, planes: Tensor, slope: Tensor, g: _Geometry) -> Tensor:
+        planes = planes.contiguous()
+        ctx.geometry = g
+        ctx.save_for_backward(planes, weight, slope)
+        return _stem(planes.flatten(0, 1), weight, g)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        planes, weight, slope = ctx.saved_tensors
+        g, (f, n, *rest) = ctx.geometry, planes.shape
+        if torch.is_grad_enabled():
+            d_planes, dw, _ = _conv_backward(ctx, grad, planes.flatten(0, 1), weight, g, (f * n, *rest))
+            dx = None if d_planes is None else _through_code(d_planes.unflatten(0, (f, n)), slope)
+            return dx, dw, None, None, None
+        dx = dw = None
+        if ctx.needs_input_grad[0] and slope.ndim == 1:
+            summed = torch.einsum("f...,f->...", grad.unflatten(0, (f, n)), slope.to(grad.dtype))
+            dx = _stem_input(_last(summed), weight, g, (n, *rest))
+        elif ctx.needs_input_grad[0]:
+            dx = _through_code(_stem_input(_last(grad), weight, g, (f * n, *rest)).unflatten(0, (f, n)), slope)
+        if ctx.needs_input_grad[1]:
+            dw = _weight_grad(_last(grad), planes.flatten(0, 1), weight, g)
+        return dx, dw, None, None, None
+
+
+def _through_code(grad: Tensor, slope: Tensor) -> Tensor:
+    slope = slope.to(grad.dtype)
+    return (grad * (slope.view(-1, *[1] * (grad.ndim - 1)) if slope.ndim == 1 else slope)).sum(0)
+
+
+def coded(x: Float[Tensor, "n c h w"], encode: Encoder, conv: nn.Module) -> Tensor | None:
+    """Currents [f*n d p q] of the distinct frames of `encode(x)`, or None where frames cannot be shared."""
+    if encode.frames is None or not isinstance(conv, Conv2d) or conv.bias is not None or conv.in_channels > FEW:
+        return None
+    if watched(conv) or not conv.served(x):
+        return None
+    planes, slope = encode.distinct(x.detach())
+    if slope is None and x.requires_grad:
+        return None
+    return _CodedConv.apply(x, conv.weight, planes, slope, conv.geometry(x))
+
+
+# ---- BatchNorm and neuron ------------------------------------------------------------------------------------------
+
+
+class _Fire(torch.autograd.Function):
+    """Frames of currents -> BatchNorm -> neuron over all steps (-> plus another map): spikes and charged potentials.
+
+    The potentials are an output so that a second derivative sees them depend on the input. The input is kept only where
+    BatchNorm wants it: batch statistics, or gradients of its weight and bias.
+    """
+
+    @staticmethod
+    def forward(ctx, y, plus, gamma, beta, norm: nn.BatchNorm2d, spec: NeuronSpec, order: tuple[int, ...], space):
+        y = _last(y)
+        _, c, p, q = y.shape
+        n = len(y) // (max(order) + 1)
+        rows, steps, threads = n * p * q, len(order), torch.get_num_threads()
+        batch = norm.training or norm.running_mean is None
+        mean, var = _batch(norm, y, order, rows) if batch else (norm.running_mean, norm.running_var)
+        inv = torch.rsqrt(var + norm.eps)
+        scale = inv if gamma is None else inv * gamma
+        shift = -mean.double() * scale.double() + (0.0 if beta is None else beta.double())  # one rounding, as PyTorch
+        shift = shift.to(y.dtype)
+        keep = any(ctx.needs_input_grad)
+        s = _maps(space, steps * n, c, p, q, y)
+        h = _maps(space, steps * n, c, p, q, y) if keep else None
+        frame, _ = kernels.frames(order)
+        plus = None if plus is None else _last(plus)
+        at = map(pointer, (y, frame, scale, shift, plus, s, h))
+        kernel(spec, y).fire(*at, steps, rows, c, threads)
+        ctx.set_materialize_grads(False)
+        ctx.facts = norm, spec, order, space, batch
+        with_input = keep and (batch or ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
+        if h is None:
+            h = s.new_empty(0)
+        ctx.save_for_backward(h, y if with_input else None, gamma, beta, mean, inv, scale)
+        return s, h
+
+    @staticmethod
+    def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
+        h, y, gamma, beta, mean, inv, scale = ctx.saved_tensors
+        norm, spec, order, space, batch = ctx.facts
+        wants = ctx.needs_input_grad
+        if torch.is_grad_enabled() or grad_h is not None or grad_s is None:
+            return (*_fire_backward(ctx, grad_s, grad_h), None, None, None, None)
+        grad_s = _last(grad_s)
+        grad_plus = grad_s if wants[1] else None
+        if not (wants[0] or wants[2] or wants[3]):
+            return None, grad_plus, *[None] * 6
+        _, c, p, q = h.shape
+        steps, frames = len(order), max(order) + 1
+        n = len(h) // steps
+        rows, threads = n * p * q, torch.get_num_threads()
+        dy = _maps(space, frames * n, c, p, q, h)
+        frame, last = kernels.frames(order)
+        sums = torch.zeros(threads, 2, c, dtype=torch.float64) if y is not None else None
+        by = None if batch else scale
+        at = map(pointer, (grad_s, h, frame, last, by, y, mean if y is not None else None, inv, dy, sums))
+        kernel(spec, h).back(*at, steps, rows, c, threads)
+        d_gamma = d_beta = None
+        if sums is not None:
+            sum_g, sum_gx = sums.sum(0).to(h.dtype)
+            d_gamma = sum_gx if wants[2] else None
+            d_beta = sum_g if wants[3] else None
+            if batch:
+                weight, total = _weights(order), float(steps * rows)
+                at = map(pointer, (dy, y, weight))
+                more = map(pointer, (mean, inv, scale, sum_g, sum_gx))
+                kernels.library(h.dtype).norm_grad(*at, frames, rows, c, *more, total, threads)
+        return dy, grad_plus, d_gamma, d_beta, None, None, None, None
+
+
+def _batch(norm: nn.BatchNorm2d, y: Tensor, order: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor]:
+    """Batch statistics over all steps, and the running ones moved as nn.BatchNorm2d moves them."""
+    c, frames = y.shape[1], max(order) + 1
+    found = torch.empty(2, c, dtype=torch.float64)
+    at = map(pointer, (y, _weights(order)))
+    out = map(pointer, found)
+    kernels.library(y.dtype).batch_stats(*at, frames, rows, c, *out, torch.get_num_threads())
+    mean, var = found.to(y.dtype)
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        count = len(order) * rows
+        norm.num_batches_tracked.add_(1)
+        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.mul_(1 - share).add_(mean * share)
+        norm.running_var.mul_(1 - share).add_(var * (count / max(count - 1, 1)) * share)
+    return mean, var
+
+
+@functools.cache
+def _weights(order: tuple[int, ...]) -> Tensor:
+    """How often each frame is shown, int32; kept, since a kernel is given its address only."""
+    with torch.inference_mode(False):
+        return torch.bincount(torch.tensor(order, device="cpu")).to(torch.int32)
+
+
+def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
+    """By differentiable operations, for second derivatives."""
+    h, y, gamma, beta, mean, inv, _ = ctx.saved_tensors
+    norm, spec, order, _, batch = ctx.facts
+    wants, steps, frames = ctx.needs_input_grad, len(order), max(order) + 1
+    if grad_s is None and grad_h is None:
+        return None, None, None, None
+    sequence = (None if g is None else g.unflatten(0, (steps, -1)) for g in (grad_s, grad_h))
+    g, _ = through_time(*sequence, h.unflatten(0, (steps, -1)), None, None, spec)
+    dy = d_gamma = d_beta = None
+    if batch:
+        shown = y.unflatten(0, (frames, -1))[list(order)].flatten(0, 1)
+        out = F.batch_norm(shown, None, None, gamma, beta, True, 0.0, norm.eps)
+        inputs = [t for t, want in ((y, wants[0]), (gamma, wants[2]), (beta, wants[3])) if want]
+        found = iter(torch.autograd.grad(out, inputs, g.flatten(0, 1), create_graph=True))
+        dy, d_gamma, d_beta = (next(found) if want else None for want in (wants[0], wants[2], wants[3]))
+    else:
+        g = torch.stack([sum(g[t] for t in range(steps) if order[t] == f) for f in range(frames)]).flatten(0, 1)
+        view = (1, -1, 1, 1)
+        dy = g * (inv if gamma is None else inv * gamma).view(view)
+        if wants[2]:
+            d_gamma = (g * (y - mean.view(view)) * inv.view(view)).sum((0, 2, 3))
+        if wants[3]:
+            d_beta = g.sum((0, 2, 3))
+    return dy, grad_s if wants[1] else None, d_gamma, d_beta
+
+
+def fire(
+    y: Float[Tensor, "m c h w"],
+    norm: nn.Module,
+    neuron: Neuron,
+    steps: int,
+    *,
+    plus: Tensor | None = None,
+    order: tuple[int, ...] | None = None,
+) -> Float[Tensor, "k c h w"]:
+    """`neuron(norm(y))` in one pass, plus another map where one is given.
+
+    y holds the currents of all steps, or only those of the distinct frames that `order` shows at each step.
+    """
+    order = order or tuple(range(steps))
+    if not _can_fire(y, norm, neuron, plus):
+        if order != tuple(range(steps)):
+            y = torch.cat([y.unflatten(0, (max(order) + 1, -1))[f] for f in order])
+        s = neuron(norm(y))
+        return s if plus is None else plus + s
+    return _Fire.apply(y, plus, norm.weight, norm.bias, norm, neuron.spec, order, neuron.space)[0]
+
+
+def _can_fire(y: Tensor, norm: nn.Module, neuron: Neuron, plus: Tensor | None) -> bool:
+    return (
+        type(norm) is nn.BatchNorm2d
+        and neuron.run is fused
+        and not watched(norm, neuron)
+        and _serve(y, plus, norm.weight, norm.bias, norm.running_mean)
+        and (norm.training or norm.running_mean is not None)
+        and not (norm.training and not norm.track_running_stats)
+        and kernel(neuron.spec, y) is not None
+    )
+
+
+# ---- pooling -------------------------------------------------------------------------------------------------------
+
+
+class _Pool(torch.autograd.Function):
+    """Max or average pooling of channels-last maps; a max pool keeps one byte an output cell."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: int, stride: int, padding: int, most: bool, space):
+        x = _last(x)
+        m, c, h, w = x.shape
+        z = kernels.shape(m, h, w, c, c, kernel, stride, padding, torch.get_num_threads())
+        p, q = ((size + 2 * padding - kernel) // stride + 1 for size in (h, w))
+        y, lib, at = _maps(space, m, c, p, q, x), kernels.library(x.dtype), None
+        if most:
+            at = torch.empty((m, p, q, c), dtype=torch.uint8)
+            lib.max_pool(z, pointer(x), pointer(y), pointer(at))
+        else:
+            lib.avg_pool(z, pointer(x), pointer(y))
+        ctx.save_for_backward(at)
+        ctx.facts = z, x.shape, kernel, stride, padding, space
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (at,) = ctx.saved_tensors
+        z, size, kernel, stride, padding, space = ctx.facts
+        if torch.is_grad_enabled():
+            return _pool_backward(grad, at, size, kernel, stride, padding), *[None] * 5
+        grad = _last(grad)
+        dx = _maps(space, size[0], size[1], size[2], size[3], grad)
+        kernels.library(grad.dtype).pool_grad(z, pointer(grad), pointer(at), pointer(dx))
+        return dx, *[None] * 5
+
+
+def _pool_backward(grad: Tensor, at: Tensor | None, size, kernel: int, stride: int, padding: int) -> Tensor:
+    """By differentiable operations, for second derivatives."""
+    if at is None:
+        x = torch.zeros(size, dtype=grad.dtype, requires_grad=True)
+        y = F.avg_pool2d(x, kernel, stride, padding)
+        return torch.autograd.grad(y, x, grad, create_graph=True)[0]
+    tap = at.permute(0, 3, 1, 2).long()
+    row = torch.arange(tap.shape[2]).view(-1, 1) * stride - padding + tap.div(kernel, rounding_mode="floor")
+    col = torch.arange(tap.shape[3]) * stride - padding + tap.remainder(kernel)
+    flat = (row * size[3] + col).flatten(2)
+    return torch.zeros(*size[:2], size[2] * size[3], dtype=grad.dtype).scatter_add(2, flat, grad.flatten(2)).view(size)
+
+
+def pool(x: Float[Tensor, "m c h w"], module: nn.Module) -> Float[Tensor, "m c p q"]:
+    """`module(x)`, a max or average pool by the kernels where they serve."""
+    kind = type(module)
+    if kind not in (nn.MaxPool2d, nn.AvgPool2d) or watched(module) or x.ndim != 4 or len(x) == 0 or not _serve(x):
+        return module(x)
+    kernel, stride, padding = module.kernel_size, module.stride, module.padding
+    whole = all(isinstance(v, int) for v in (kernel, stride, padding))
+    if kind is nn.MaxPool2d:
+        odd = module.dilation != 1 or module.return_indices
+    else:
+        odd = not module.count_include_pad or module.divisor_override is not None
+    if not whole or odd or module.ceil_mode or kernel > 15 or min(x.shape[2:]) + 2 * padding < kernel:
+        return module(x)
+    return _Pool.apply(x, kernel, stride, padding, kind is nn.MaxPool2d, getattr(module, "space", None))
+
+
+# ---- whole networks ------------------------------------------------------------------------------------------------
+
+
+def share_memory(net: nn.Module) -> nn.Module:
+    """Let the layers of `net` take their intermediate maps from one workspace of their own."""
+    space = Workspace()
+    for m in net.modules():
+        if isinstance(m, Conv2d | Neuron | nn.MaxPool2d | nn.AvgPool2d):
+            m.space = space  # type: ignore[assignment]
+    return net
+
+
+def freeze(net: nn.Module, *, half: bool = False) -> nn.Module:
     """A copy of `net` for attacks: eval mode and constant weights, nothing is kept or computed for their gradients.
 
-    The same numbers to the bit. BatchNorm stays an operation of its own: folded into the convolution it rounds
-    differently, a potential near the threshold then flips its spike, and the scores of a spiking net jump.
+    The same numbers to the bit. `half` takes the products of input gradients in bf16; scores stay the same to the bit.
     """
-    return copy.deepcopy(net).eval().requires_grad_(False)
+    net = share_memory(copy.deepcopy(net).eval().requires_grad_(False))
+    return halve(net) if half else net
+
+
+def halve(net: nn.Module) -> nn.Module:
+    """Let the convolutions of `net` take the products of their input gradients in bf16."""
+    for m in net.modules():
+        if isinstance(m, Conv2d):
+            m.half = True
+    return net
+
+
+def has_bf16() -> bool:
+    """Does this CPU multiply bf16, and is there a kernel for it?"""
+    return kernels.available() and bool(kernels.library(torch.float32).has_bf16())

@@ -8,14 +8,13 @@ Per step, with v the potential left by the last step (v_reset at the start, 0 fo
     s = 1[h >= threshold];   hard reset v = s r + (1 - s) h,   soft reset v = h - s threshold
 
 with r the reset potential (0 for a soft reset). `reference` is that, step by step, with autograd; `fused` is one
-forward and one backward over all steps that keeps a single tensor, the charged potential h.
+forward and one backward over all steps that keeps a single tensor, the charged potential h. On a CPU with a C compiler
+both are kernels generated from the same `charge`, `discharge` and surrogate; on a GPU `compiled` does that.
 """
 
 import functools
 import importlib.util
 import math
-import os
-import shutil
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from sparsetrail._shapes import Float
+from sparsetrail.snn import kernels
 from sparsetrail.snn.surrogate import Surrogate, heaviside
 
 
@@ -102,7 +102,15 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, leak: Tensor | None, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
-        return _sequence(x, leak, spec)
+        k = kernel(spec, x) if leak is None else None
+        if k is None:
+            return _sequence(x, leak, spec)
+        x = x.contiguous()
+        s, h, size = torch.empty_like(x), torch.empty_like(x), x.numel() // len(x)
+        frame, _ = kernels.frames(tuple(range(len(x))))
+        at = map(kernels.pointer, (x, frame, None, None, None, s, h))
+        k.fire(*at, len(x), size, 1, torch.get_num_threads())
+        return s, h
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -117,12 +125,52 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
         charged, leak, x = ctx.saved_tensors
-        return (*_through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
+        plain = grad_s is not None and grad_h is None and leak is None and not torch.is_grad_enabled()
+        k = kernel(ctx.spec, charged, grad_s) if plain else None
+        if k is None:
+            return (*through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
+        grad_s, out, size = grad_s.contiguous(), torch.empty_like(charged), charged.numel() // len(charged)
+        frame, last = kernels.frames(tuple(range(len(charged))))
+        at = map(kernels.pointer, (grad_s, charged, frame, last, None, None, None, None, out, None))
+        k.back(*at, len(charged), size, 1, torch.get_num_threads())
+        return out, None, None
 
     @staticmethod
     def jvp(ctx, tangent_x: Tensor | None, tangent_leak: Tensor | None, _):
         charged, leak, x = ctx.saved_tensors
         return _along_time(tangent_x, tangent_leak, charged, x, leak, ctx.spec)
+
+
+def kernel(spec: NeuronSpec, *tensors: Tensor) -> Any:
+    """The kernels of a neuron if they serve these tensors: plain ones on the CPU, float32 or float64; else None."""
+    if spec.kind == "plif" or not kernels.available(tensors[0].dtype) or torch.compiler.is_compiling():
+        return None
+    for t in tensors:
+        if t.device.type != "cpu" or t.dtype != tensors[0].dtype or torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return None
+    return _compile(spec, tensors[0].dtype)
+
+
+@functools.cache
+def _compile(spec: NeuronSpec, dtype: torch.dtype) -> Any:
+    return kernels.neuron(steps_in_c(spec), dtype)
+
+
+def steps_in_c(spec: NeuronSpec) -> dict[str, Any]:
+    """One step of the neuron forward and back, as the functions below write it with symbols for tensors."""
+    x, v, h, s, slope = map(kernels.Symbol, ("x", "v", "h_", "s_", "slope"))
+    keep, gain = _gains(None, spec)
+    spike = h >= spec.threshold
+    return {
+        "REST": spec.rest,
+        "CHARGE": charge(x, v, spec, None),  # type: ignore[arg-type]
+        "SPIKE": spike,
+        "DISCHARGE": discharge(h, s, spec),  # type: ignore[arg-type]
+        "SLOPE": spec.surrogate(h - spec.threshold),  # type: ignore[arg-type]
+        "KEPT": _kept(h, slope, (h - spec.threshold) >= 0, spec),  # type: ignore[arg-type]
+        "KEEP": keep,
+        "GAIN": gain,
+    }
 
 
 def _sequence(x: Tensor, leak: Tensor | None, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
@@ -146,9 +194,9 @@ def _gate(h: Tensor, spec: NeuronSpec) -> Tensor:
     return (x >= 0).to(h.dtype)  # a Function costs 30 us a step (torch 2.13, CPU): nothing to buy in a plain backward
 
 
-def _kept(h: Tensor, slope: Tensor, spec: NeuronSpec) -> Tensor:
-    """dv/dh: how far the potential after the spike follows the one before it."""
-    path = torch.ones_like(h) if spec.reset is None else 1 - _gate(h, spec)
+def _kept(h: Tensor, slope: Tensor, s: Tensor, spec: NeuronSpec) -> Tensor:
+    """dv/dh: how far the potential after the spike follows the one before it, s the spike as the reset sees it."""
+    path = torch.ones_like(h) if spec.reset is None else 1 - s
     if spec.detach_reset:
         return path
     return path + slope * (-spec.threshold if spec.reset is None else spec.reset - h)
@@ -171,7 +219,8 @@ def _lever(t: int, charged: Tensor, x: Tensor | None, spec: NeuronSpec) -> Tenso
     return spec.rest - v if x is None else x[t] - (v - spec.rest)
 
 
-def _through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec) -> tuple[Tensor, Tensor | None]:
+def through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a sequence's input and of the leak from those of its spikes and charged potentials; plain steps."""
     keep, gain = _gains(leak, spec)
     carry: Any = None
     out: list[Tensor] = []
@@ -181,7 +230,7 @@ def _through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec) -> tuple[T
         slope = spec.surrogate(h - spec.threshold)
         g = None if grad_s is None else grad_s[t] * slope
         if carry is not None:
-            path = _kept(h, slope, spec)
+            path = _kept(h, slope, _gate(h, spec), spec)
             g = carry * path if g is None else g + carry * path
         if grad_h is not None:
             g = grad_h[t] if g is None else g + grad_h[t]
@@ -207,7 +256,7 @@ def _along_time(tangent_x, tangent_leak, charged, x, leak, spec: NeuronSpec) -> 
             d = d + tangent_leak * _lever(t, charged, x, spec)
         spikes.append(slope * d)
         potentials.append(d)
-        carry = d * _kept(charged[t], slope, spec)
+        carry = d * _kept(charged[t], slope, _gate(charged[t], spec), spec)
     return torch.stack(spikes), torch.stack(potentials)
 
 
@@ -217,32 +266,32 @@ def fused(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = Non
 
 
 class _Compiled(_Fused):
-    """As _Fused, forward and plain backward each one generated kernel over [t m]; PLIF's leak stays with _Fused."""
+    """As _Fused on a GPU: forward and plain backward each one kernel that torch.compile makes over [t m]."""
 
     @staticmethod
     def forward(x: Tensor, leak: Tensor | None, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
-        spikes, charged = _kernel("forward", spec, len(x), x.dtype)(x.reshape(len(x), -1))
+        spikes, charged = _gpu_kernel("forward", spec, len(x), x.dtype)(x.reshape(len(x), -1))
         return spikes.view(x.shape), charged.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
         charged, leak, x = ctx.saved_tensors
         if grad_s is None or grad_h is not None or torch.is_grad_enabled():
-            return (*_through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
+            return (*through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
         steps = len(charged)
-        kernel = _kernel("backward", ctx.spec, steps, charged.dtype)
+        kernel = _gpu_kernel("backward", ctx.spec, steps, charged.dtype)
         return kernel(grad_s.reshape(steps, -1), charged.reshape(steps, -1)).view(charged.shape), None, None
 
 
 @functools.cache
-def _kernel(which: str, spec: NeuronSpec, steps: int, dtype: torch.dtype) -> Callable[..., Any]:
+def _gpu_kernel(which: str, spec: NeuronSpec, steps: int, dtype: torch.dtype) -> Callable[..., Any]:
     """The per-step definition over all steps as one compiled function of [t m]: one compilation for every m."""
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         return _sequence(x, None, spec)
 
     def backward(grad: Tensor, charged: Tensor) -> Tensor:
-        return _through_time(grad, None, charged, None, None, spec)[0]
+        return through_time(grad, None, charged, None, None, spec)[0]
 
     fn = forward if which == "forward" else backward
     own = fn.__code__.replace(co_name=f"{which}_{len(_NAMES)}")  # its own entry in the compiler's per-code cache
@@ -260,15 +309,13 @@ def compiled(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = 
     return _Compiled.apply(x.to(state_dtype(x)), leak, spec)[0].to(x.dtype)
 
 
-def can_compile(device: torch.device | str = "cpu") -> bool:
-    """Is there a compiler for generated kernels: a C++ one for the CPU, Triton for a GPU?"""
-    if torch.device(device).type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(c) for c in (os.environ.get("CXX") or "g++", "g++", "clang++"))
+def can_compile(device: torch.device | str) -> bool:
+    """Does a GPU with Triton serve, for which neurons can be compiled?"""
+    return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def compile_neurons(net: nn.Module) -> nn.Module:
-    """Let the fused neurons of `net` run as generated kernels; the first call of each kind compiles for seconds."""
+    """Let the fused neurons of `net` run as generated GPU kernels; the first call of each kind compiles for seconds."""
     for m in net.modules():
         if isinstance(m, Neuron) and m.run is fused:
             m.run = compiled
@@ -277,6 +324,8 @@ def compile_neurons(net: nn.Module) -> nn.Module:
 
 class Neuron(nn.Module):
     """A layer of neurons: spikes [t ...] from input currents [t ...]. PLIF keeps one learnt scalar `w`."""
+
+    space: Any = None  # the engine's memory for maps, shared by the layers of a network
 
     def __init__(self, spec: NeuronSpec, *, exact: bool = False) -> None:
         super().__init__()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn.engine import Conv2d
+from sparsetrail.snn.encode import Encoder
+from sparsetrail.snn.engine import Conv2d, coded, fire, pool, watched
 from sparsetrail.snn.neuron import Neuron, NeuronSpec
 
 Connect = Literal["add", "and", "iand"]
@@ -88,19 +89,22 @@ class Block(nn.Module):
         self.join = Join(connect if sew else "add")
 
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d p q"]:
+        steps = self.sn1.steps
         identity = x
-        if self.downsample is not None:
+        if self.downsample is not None and self.sew:
+            conv, norm = self.downsample  # type: ignore[misc]
+            identity = fire(conv(x), norm, self.downsample_sn, steps)
+        elif self.downsample is not None:
             identity = self.downsample(x)
-            if self.sew:
-                identity = self.downsample_sn(identity)
-        out = self.bn2(self.conv2(self.sn1(self.bn1(self.conv1(x)))))
-        last = self.sn2
+        out = fire(self.conv1(x), self.bn1, self.sn1, steps)
+        out, norm, last = self.conv2(out), self.bn2, self.sn2
         if self.bottleneck:
-            out = self.bn3(self.conv3(self.sn2(out)))
-            last = self.sn3
+            out, norm, last = self.conv3(fire(out, norm, last, steps)), self.bn3, self.sn3
         if not self.sew:
-            return last(self.join(out, identity))
-        out = last(out)
+            return last(self.join(norm(out), identity))
+        if self.join.connect == "add" and not watched(self.join):
+            return fire(out, norm, last, steps, plus=identity)
+        out = fire(out, norm, last, steps)
         return self.join(out, identity) if self.bottleneck else self.join(identity, out)
 
 
@@ -164,10 +168,20 @@ class SpikingResNet(nn.Module):
         """Scores of every step."""
         if u.ndim != 5 or u.shape[0] != self.steps:
             raise ValueError(f"expected an encoded input [{self.steps} n c h w], got shape {tuple(u.shape)}")
-        x = self.pool(self.sn1(self.bn1(self.conv1(u.flatten(0, 1)))))
+        return self._body(fire(self.conv1(u.flatten(0, 1)), self.bn1, self.sn1, self.steps))
+
+    def _body(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "t n k"]:
+        x = pool(x, self.pool)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)  # type: ignore[operator]
         return self.fc(self.avgpool(x).flatten(1)).unflatten(0, (self.steps, -1))
 
     def forward(self, u: Float[Tensor, "t n c h w"]) -> Float[Tensor, "n k"]:
         return self.per_step(u).mean(0)
+
+    def scores(self, x: Float[Tensor, "n c h w"], encode: Encoder) -> Float[Tensor, "n k"]:
+        """`self(encode(x))`; frames that the code shows again go through the first layer once."""
+        currents = coded(x, encode, self.conv1) if encode.steps == self.steps else None
+        if currents is None:
+            return self(encode(x))
+        return self._body(fire(currents, self.bn1, self.sn1, self.steps, order=encode.frames)).mean(0)

@@ -1,0 +1,621 @@
+/* CPU kernels of the engine. Maps are channels last: [frames][height][width][channels], one frame an image at a step.
+
+   Spikes are mostly zero: a convolution of spikes, and the gradient of its weights, visit active inputs only. The
+   gradient with respect to the input is dense; its taps outside the map are not computed. Every sum runs in a fixed
+   order (taps row by row, then channels), whatever the batch and the number of threads.
+
+   Compiled at first use with -DREAL=float or double; channel counts are multiples of VL where a kernel says so. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+typedef REAL real;
+typedef real vec __attribute__((vector_size(64), aligned(sizeof(real)), may_alias));
+#define VL ((int)(64 / sizeof(real)))
+#define NARROW static inline __attribute__((always_inline))
+#define SAY(text) _Pragma(#text)
+#define PARALLEL(n) SAY(omp parallel for num_threads(n) schedule(static))
+
+static inline vec load(const real *p) { return *(const vec *)p; }
+static inline void store(real *p, vec v) { *(vec *)p = v; }
+
+typedef struct {
+    int frames, height, width, in, kernel, stride, padding, out_height, out_width, out, threads;
+} shape;
+
+int lanes(void) { return VL; }
+
+/* Channels of x [n] that are not zero; idx has room for n + 16. */
+static int active(const real *x, int n, uint16_t *idx) {
+    int k = 0, c = 0;
+#ifdef __AVX512F__
+    if (sizeof(real) == 4) {
+        const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (; c + 16 <= n; c += 16) {
+            __mmask16 m = _mm512_cmp_ps_mask(_mm512_loadu_ps((const float *)x + c), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+            __m512i v = _mm512_maskz_compress_epi32(m, _mm512_add_epi32(ramp, _mm512_set1_epi32(c)));
+            _mm256_storeu_si256((__m256i *)(idx + k), _mm512_cvtepi32_epi16(v));
+            k += __builtin_popcount(m);
+        }
+    }
+#endif
+    for (; c < n; c++) {
+        idx[k] = (uint16_t)c;
+        k += x[c] != 0;
+    }
+    return k;
+}
+
+/* Output cell that input cell i meets through tap p along one side, or -1. */
+static inline int meets(int i, int p, int stride, int padding, int out) {
+    int a = i + padding - p;
+    return a < 0 || a % stride || a / stride >= out ? -1 : a / stride;
+}
+
+/* ---- gradient of its weights: x, dy -> dw [taps in out] (overwritten; taps outside every map are zero) ---- */
+
+/* Cells are taken 64 at a time, one bit each: one image of 8x8, four of 4x4, a part of a larger one. */
+
+NARROW void outer(const real *x, uint64_t bits, const int *to, long in, const real *dy, long out, real *dw,
+                  const int nb) {
+    vec acc[8];
+    for (int i = 0; i < nb; i++) acc[i] = load(dw + i * VL);
+    while (bits) {
+        const int c = __builtin_ctzll(bits);
+        bits &= bits - 1;
+        const real s = x[c * in];
+        const real *g = dy + to[c] * out;
+        for (int i = 0; i < nb; i++) acc[i] += s * load(g + i * VL);
+    }
+    for (int i = 0; i < nb; i++) store(dw + i * VL, acc[i]);
+}
+
+void spike_weight_grad(const shape *z, const real *x, const real *dy, real *dw) {
+    const int taps = z->kernel * z->kernel, cells = z->height * z->width, outs = z->out_height * z->out_width;
+    const int images = cells < 64 ? 64 / cells : 1, size = cells < 64 ? images * cells : 64;
+    const int parts = (images * cells + 63) / 64; /* groups of 64 cells a frame, where it has more */
+    int *to = malloc(sizeof(int) * (size_t)taps * parts * 64); /* per tap: the output cell an input cell meets */
+    uint64_t *valid = calloc((size_t)taps * parts, sizeof(uint64_t));
+    for (int tap = 0; tap < taps; tap++)
+        for (int i = 0; i < images * cells; i++) {
+            const int c = i % cells, at = (tap * parts + i / 64) * 64 + i % 64;
+            const int a = meets(c / z->width, tap / z->kernel, z->stride, z->padding, z->out_height);
+            const int b = meets(c % z->width, tap % z->kernel, z->stride, z->padding, z->out_width);
+            if (a < 0 || b < 0) continue;
+            to[at] = i / cells * outs + a * z->out_width + b;
+            valid[at / 64] |= (uint64_t)1 << i % 64;
+        }
+    memset(dw, 0, sizeof(real) * (size_t)taps * z->in * z->out);
+    PARALLEL(z->threads)
+    for (int part = 0; part < z->threads; part++) { /* each thread owns some input channels */
+        const int first = (int)((long)z->in * part / z->threads), last = (int)((long)z->in * (part + 1) / z->threads);
+        uint64_t *on = malloc(sizeof(uint64_t) * (size_t)(last - first + 1));
+        for (int m = 0; m < z->frames; m += images)
+            for (int k = 0; k < parts; k++) {
+                const long left = (long)(z->frames - m) * cells - (long)k * 64;
+                const int here = (int)(left < size ? left : size) < cells * images - k * 64 ? (int)(left < size ? left : size)
+                                                                                          : cells * images - k * 64;
+                const real *xm = x + ((long)m * cells + (long)k * 64) * z->in, *gm = dy + (long)m * outs * z->out;
+                for (int c = first; c < last; c++) on[c - first] = 0;
+                for (int i = 0; i < here; i++)
+                    for (int c = first; c < last; c++) on[c - first] |= (uint64_t)(xm[(long)i * z->in + c] != 0) << i;
+                for (int c = first; c < last; c++)
+                    for (int tap = 0; tap < taps; tap++) {
+                        const uint64_t bits = on[c - first] & valid[tap * parts + k];
+                        if (!bits) continue;
+                        real *row = dw + ((long)tap * z->in + c) * z->out;
+                        const int *t = to + (tap * parts + k) * 64;
+                        int block = 0;
+                        for (; block + 8 * VL <= z->out; block += 8 * VL)
+                            outer(xm + c, bits, t, z->in, gm + block, z->out, row + block, 8);
+                        for (; block + 4 * VL <= z->out; block += 4 * VL)
+                            outer(xm + c, bits, t, z->in, gm + block, z->out, row + block, 4);
+                        for (; block < z->out; block += VL)
+                            outer(xm + c, bits, t, z->in, gm + block, z->out, row + block, 1);
+                    }
+            }
+        free(on);
+    }
+    free(to);
+    free(valid);
+}
+
+/* ---- dense tiles: the gradient of the input, and the forward pass where most inputs are active ----
+   dy, w [out taps in] (as PyTorch keeps a channels-last weight) -> dx; in a multiple of VL.
+   The forward tile adds the same products in the same order as `gather`: a zero changes no sum. */
+
+#define FRAMES 6 /* frames a tile shares its weights over: 6 x 4 sums, 4 weights and a broadcast fill 32 registers */
+
+NARROW void dense_tile(const shape *z, const real *from, const real *w, real *to, int i, int j, const int forward,
+                       const int nf, const int nb) {
+    const int K = z->kernel, deep = forward ? z->in : z->out, wide = forward ? z->width : z->out_width;
+    const long frame = (long)(forward ? z->height : z->out_height) * wide * deep;
+    const long row = forward ? z->out : (long)K * K * z->in, tap = forward ? (long)z->in * z->out : z->in;
+    vec acc[FRAMES][4];
+    for (int f = 0; f < nf; f++)
+        for (int k = 0; k < nb; k++) acc[f][k] = (vec){0};
+    for (int p = 0; p < K; p++) {
+        const int a = forward ? i * z->stride + p - z->padding : meets(i, p, z->stride, z->padding, z->out_height);
+        if (a < 0 || (forward && a >= z->height)) continue;
+        for (int q = 0; q < K; q++) {
+            const int b = forward ? j * z->stride + q - z->padding : meets(j, q, z->stride, z->padding, z->out_width);
+            if (b < 0 || (forward && b >= z->width)) continue;
+            const real *g = from + ((long)a * wide + b) * deep;
+            const real *r = w + (long)(p * K + q) * tap;
+            for (int c = 0; c < deep; c++) {
+                vec u[4];
+                for (int k = 0; k < nb; k++) u[k] = load(r + c * row + k * VL);
+                for (int f = 0; f < nf; f++) {
+                    const real s = g[f * frame + c];
+                    for (int k = 0; k < nb; k++) acc[f][k] += s * u[k];
+                }
+            }
+        }
+    }
+    const long image = forward ? (long)z->out_height * z->out_width * z->out : (long)z->height * z->width * z->in;
+    for (int f = 0; f < nf; f++)
+        for (int k = 0; k < nb; k++) store(to + f * image + k * VL, acc[f][k]);
+}
+
+NARROW void dense(const shape *z, const real *from, const real *w, real *to, const int nf, const int forward) {
+    const int rows = forward ? z->out_height : z->height, cols = forward ? z->out_width : z->width;
+    const int channels = forward ? z->out : z->in;
+    for (int block = 0; block < channels;) {
+        const int nb = channels - block >= 4 * VL ? 4 : channels - block >= 2 * VL ? 2 : 1;
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < cols; j++) {
+                real *d = to + ((long)i * cols + j) * channels + block;
+                if (nb == 4) dense_tile(z, from, w + block, d, i, j, forward, nf, 4);
+                else if (nb == 2) dense_tile(z, from, w + block, d, i, j, forward, nf, 2);
+                else dense_tile(z, from, w + block, d, i, j, forward, nf, 1);
+            }
+        block += nb * VL;
+    }
+}
+
+void input_grad(const shape *z, const real *dy, const real *w, real *dx) {
+    const long frame = (long)z->out_height * z->out_width * z->out, image = (long)z->height * z->width * z->in;
+    PARALLEL(z->threads)
+    for (int m = 0; m < z->frames; m += FRAMES) {
+        if (m + FRAMES <= z->frames) dense(z, dy + m * frame, w, dx + m * image, FRAMES, 0);
+        else
+            for (int f = m; f < z->frames; f++) dense(z, dy + f * frame, w, dx + f * image, 1, 0);
+    }
+}
+
+/* ---- convolution of spikes: x [m h w in], w [taps in out] -> y [m p q out]; out a multiple of VL ---- */
+
+NARROW void gather(const real *x, const uint16_t *idx, int n, const real *w, long row, real *y, const int nb) {
+    vec acc[4];
+    for (int i = 0; i < nb; i++) acc[i] = load(y + i * VL);
+    for (int j = 0; j < n; j++) {
+        const real *r = w + idx[j] * row;
+        const real s = x[idx[j]];
+        for (int i = 0; i < nb; i++) acc[i] += s * load(r + i * VL);
+    }
+    for (int i = 0; i < nb; i++) store(y + i * VL, acc[i]);
+}
+
+static void sparse(const shape *z, const real *x, const uint16_t *idx, const int *count, const real *w, real *y) {
+    const int K = z->kernel, room = z->in + 16;
+    memset(y, 0, sizeof(real) * (size_t)z->out_height * z->out_width * z->out);
+    for (int block = 0; block < z->out;) {
+        const int nb = z->out - block >= 4 * VL ? 4 : z->out - block >= 2 * VL ? 2 : 1;
+        for (int tap = 0; tap < K * K; tap++) { /* one tap's weights stay in the first cache for the whole map */
+            const real *wt = w + (long)tap * z->in * z->out + block;
+            for (int a = 0; a < z->out_height; a++) {
+                const int h = a * z->stride + tap / K - z->padding;
+                if (h < 0 || h >= z->height) continue;
+                for (int b = 0; b < z->out_width; b++) {
+                    const int v = b * z->stride + tap % K - z->padding;
+                    if (v < 0 || v >= z->width) continue;
+                    const int c = h * z->width + v;
+                    const real *xc = x + (long)c * z->in;
+                    const uint16_t *ix = idx + (long)c * room;
+                    real *yo = y + ((long)a * z->out_width + b) * z->out + block;
+                    if (nb == 4) gather(xc, ix, count[c], wt, z->out, yo, 4);
+                    else if (nb == 2) gather(xc, ix, count[c], wt, z->out, yo, 2);
+                    else gather(xc, ix, count[c], wt, z->out, yo, 1);
+                }
+            }
+        }
+        block += nb * VL;
+    }
+}
+
+void spike_conv(const shape *z, const real *x, const real *w, real *y) {
+    const int cells = z->height * z->width, room = z->in + 16;
+    const long image = (long)cells * z->in, out = (long)z->out_height * z->out_width * z->out;
+    PARALLEL(z->threads)
+    for (int m = 0; m < z->frames; m += FRAMES) {
+        const int nf = z->frames - m < FRAMES ? z->frames - m : FRAMES;
+        uint16_t *idx = malloc(sizeof(uint16_t) * (size_t)nf * cells * room);
+        int *count = malloc(sizeof(int) * (size_t)nf * cells);
+        long busy = 0;
+        for (int c = 0; c < nf * cells; c++) {
+            count[c] = active(x + m * image + (long)c * z->in, z->in, idx + (long)c * room);
+            busy += count[c];
+        }
+        if (nf == FRAMES && busy * 10 > nf * image * 7) dense(z, x + m * image, w, y + m * out, FRAMES, 1);
+        else
+            for (int f = 0; f < nf; f++)
+                sparse(z, x + (m + f) * image, idx + (long)f * cells * room, count + f * cells, w, y + (m + f) * out);
+        free(idx);
+        free(count);
+    }
+}
+
+/* ---- the first layer: few input channels, planes as images come [m in h w] ---- */
+
+/* x [m in h w], w [kernel kernel in out] -> y [m p q out]; out a multiple of VL. */
+NARROW void stem_tile(const real *x, long step, int rows, int span, long line, const real *w, int out, real *y,
+                      const int np, const int nb) {
+    vec acc[FRAMES][4];
+    for (int f = 0; f < np; f++)
+        for (int i = 0; i < nb; i++) acc[f][i] = (vec){0};
+    for (int p = 0; p < rows; p++)
+        for (int c = 0; c < span; c++) {
+            vec u[4];
+            for (int i = 0; i < nb; i++) u[i] = load(w + ((long)p * span + c) * out + i * VL);
+            for (int f = 0; f < np; f++) {
+                const real s = x[p * line + f * step + c];
+                for (int i = 0; i < nb; i++) acc[f][i] += s * u[i];
+            }
+        }
+    for (int f = 0; f < np; f++)
+        for (int i = 0; i < nb; i++) store(y + (long)f * out + i * VL, acc[f][i]);
+}
+
+void stem_conv(const shape *z, const real *x, const real *w, real *y) {
+    const int K = z->kernel, C = z->in, S = z->stride;
+    const long line = (long)((z->out_width - 1) * S + K) * C, lines = (long)(z->out_height - 1) * S + K;
+    PARALLEL(z->threads)
+    for (int m = 0; m < z->frames; m++) {
+        real *pad = calloc((size_t)(line * lines), sizeof(real)); /* the frame, channels last, zeros around it */
+        for (int c = 0; c < C; c++)
+            for (int h = 0; h < z->height && h + z->padding < lines; h++)
+                for (int v = 0; v < z->width && (long)(v + z->padding) * C < line; v++)
+                    pad[(h + z->padding) * line + (long)(v + z->padding) * C + c] =
+                        x[(((long)m * C + c) * z->height + h) * z->width + v];
+        for (int block = 0; block < z->out;) {
+            const int nb = z->out - block >= 4 * VL ? 4 : z->out - block >= 2 * VL ? 2 : 1;
+            for (int a = 0; a < z->out_height; a++)
+                for (int b = 0; b < z->out_width;) {
+                    const int np = z->out_width - b >= FRAMES ? FRAMES : z->out_width - b >= 4 ? 4 : 1;
+                    const real *from = pad + (long)a * S * line + (long)b * S * C;
+                    real *to = y + (((long)m * z->out_height + a) * z->out_width + b) * z->out + block;
+#define STEM(P, B) stem_tile(from, (long)S * C, K, K * C, line, w + block, z->out, to, P, B)
+                    if (np == FRAMES && nb == 4) STEM(FRAMES, 4);
+                    else if (np == 4 && nb == 4) STEM(4, 4);
+                    else if (nb == 4) STEM(1, 4);
+                    else if (np == FRAMES && nb == 2) STEM(FRAMES, 2);
+                    else if (np == 4 && nb == 2) STEM(4, 2);
+                    else if (nb == 2) STEM(1, 2);
+                    else if (np == FRAMES) STEM(FRAMES, 1);
+                    else if (np == 4) STEM(4, 1);
+                    else STEM(1, 1);
+#undef STEM
+                    b += np;
+                }
+            block += nb * VL;
+        }
+        free(pad);
+    }
+}
+
+/* dy [m p q out], w [out in kernel kernel] -> dx [m in h w].
+   The lanes of one vector are the side x side x in values of a square of pixels, so that few channels still fill it;
+   every square meets reach x reach output cells. */
+#define SQUARES 16
+NARROW void square_tile(const real *g, int wide, int reach, int out, const real *w, real *sums, const int move,
+                        const int nv) {
+    vec acc[SQUARES][2];
+    for (int f = 0; f < SQUARES; f++)
+        for (int i = 0; i < nv; i++) acc[f][i] = (vec){0};
+    for (int a = 0; a < reach; a++)
+        for (int b = 0; b < reach; b++)
+            for (int c = 0; c < out; c++) {
+                const real *s = g + ((long)a * out + c) * wide + b;
+                vec u[2];
+                for (int i = 0; i < nv; i++) u[i] = load(w + (((long)a * reach + b) * out + c) * nv * VL + i * VL);
+                for (int f = 0; f < SQUARES; f++)
+                    for (int i = 0; i < nv; i++) acc[f][i] += s[f * move] * u[i];
+            }
+    for (int f = 0; f < SQUARES; f++)
+        for (int i = 0; i < nv; i++) store(sums + (f * nv + i) * VL, acc[f][i]);
+}
+
+void stem_input_grad(const shape *z, const real *dy, const real *w, real *dx) {
+    const int K = z->kernel, C = z->in, S = z->stride, P = z->padding;
+    int side = S;
+    while ((2 * side) * (2 * side) * C <= 16) side *= 2;
+    const int nv = (side * side * C + VL - 1) / VL, width = nv * VL, move = side / S;
+    const int low = -((K - 1 - P) / S), high = (side - 1 + P) / S, reach = high - low + 1;
+    const int rows = (z->height + side - 1) / side;
+    const int cols = ((z->width + side - 1) / side + SQUARES - 1) / SQUARES * SQUARES;
+    const int wide = (cols - 1) * move + reach, lines = (rows - 1) * move + reach;
+    real *table = calloc((size_t)reach * reach * z->out * width, sizeof(real));
+    for (int a = 0; a < reach; a++)
+        for (int b = 0; b < reach; b++)
+            for (int i = 0; i < side; i++)
+                for (int j = 0; j < side; j++) {
+                    const int p = i + P - (low + a) * S, q = j + P - (low + b) * S;
+                    if (p < 0 || p >= K || q < 0 || q >= K) continue;
+                    for (int c = 0; c < z->out; c++)
+                        for (int k = 0; k < C; k++)
+                            table[(((long)a * reach + b) * z->out + c) * width + (i * side + j) * C + k] =
+                                w[(((long)c * C + k) * K + p) * K + q];
+                }
+    PARALLEL(z->threads)
+    for (int m = 0; m < z->frames; m++) {
+        real *pad = calloc((size_t)lines * z->out * wide, sizeof(real)); /* [lines out wide], zeros around the map */
+        real sums[SQUARES * 2 * VL];
+        for (int a = 0; a < z->out_height && a - low < lines; a++)
+            for (int b = 0; b < z->out_width && b - low < wide; b++)
+                for (int c = 0; c < z->out; c++)
+                    pad[((long)(a - low) * z->out + c) * wide + b - low] =
+                        dy[(((long)m * z->out_height + a) * z->out_width + b) * z->out + c];
+        for (int r = 0; r < rows; r++)
+            for (int s = 0; s < cols; s += SQUARES) {
+                const real *g = pad + (long)r * move * z->out * wide + (long)s * move;
+#define SQUARE(MOVE, NV) square_tile(g, wide, reach, z->out, table, sums, MOVE, NV)
+                if (nv == 1 && move == 1) SQUARE(1, 1);
+                else if (nv == 1 && move == 2) SQUARE(2, 1);
+                else if (nv == 1) SQUARE(move, 1);
+                else SQUARE(move, 2);
+#undef SQUARE
+                for (int f = 0; f < SQUARES; f++)
+                    for (int i = 0; i < side; i++)
+                        for (int j = 0; j < side; j++) {
+                            const int h = r * side + i, v = (s + f) * side + j;
+                            if (h >= z->height || v >= z->width) continue;
+                            for (int k = 0; k < C; k++)
+                                dx[(((long)m * C + k) * z->height + h) * z->width + v] =
+                                    sums[f * width + (i * side + j) * C + k];
+                        }
+            }
+        free(pad);
+    }
+    free(table);
+}
+
+/* ---- weights in the two orders: [out taps in] <-> [taps in out], only taps that meet a map ---- */
+
+void turn_weights(const shape *z, const real *w, real *t, int back) {
+    const int K = z->kernel, taps = K * K;
+    PARALLEL(z->threads)
+    for (int block = 0; block < z->out; block += VL)
+        for (int tap = 0; tap < taps; tap++) {
+            int any_row = 0, any_col = 0;
+            for (int h = 0; h < z->height; h++)
+                any_row |= meets(h, tap / K, z->stride, z->padding, z->out_height) >= 0;
+            for (int v = 0; v < z->width; v++) any_col |= meets(v, tap % K, z->stride, z->padding, z->out_width) >= 0;
+            if (!any_row || !any_col) {
+                if (back)
+                    for (int o = block; o < z->out && o < block + VL; o++)
+                        memset((real *)w + ((long)o * taps + tap) * z->in, 0, sizeof(real) * (size_t)z->in);
+                continue;
+            }
+            for (int c = 0; c < z->in; c++)
+                for (int o = block; o < z->out && o < block + VL; o++) {
+                    if (back) ((real *)w)[((long)o * taps + tap) * z->in + c] = t[((long)tap * z->in + c) * z->out + o];
+                    else t[((long)tap * z->in + c) * z->out + o] = w[((long)o * taps + tap) * z->in + c];
+                }
+        }
+}
+
+/* ---- pooling; the first maximum of a window in row-major order gets its gradient, as in PyTorch ---- */
+
+void max_pool(const shape *z, const real *x, real *y, uint8_t *at) {
+    const int C = z->in, K = z->kernel;
+    PARALLEL(z->threads)
+    for (int m = 0; m < z->frames; m++)
+        for (int a = 0; a < z->out_height; a++)
+            for (int b = 0; b < z->out_width; b++) {
+                const long o = (((long)m * z->out_height + a) * z->out_width + b) * C;
+                for (int c = 0; c < C; c++) y[o + c] = -INFINITY, at[o + c] = 0;
+                for (int tap = 0; tap < K * K; tap++) {
+                    const int h = a * z->stride + tap / K - z->padding, v = b * z->stride + tap % K - z->padding;
+                    if (h < 0 || h >= z->height || v < 0 || v >= z->width) continue;
+                    const real *xs = x + (((long)m * z->height + h) * z->width + v) * C;
+                    for (int c = 0; c < C; c++) {
+                        const int better = xs[c] > y[o + c] || xs[c] != xs[c];
+                        y[o + c] = better ? xs[c] : y[o + c];
+                        at[o + c] = better ? (uint8_t)tap : at[o + c];
+                    }
+                }
+            }
+}
+
+/* at: the winning taps of a max pool, or NULL for an average over all kernel^2 cells, padding included. */
+void pool_grad(const shape *z, const real *dy, const uint8_t *at, real *dx) {
+    const int C = z->in, K = z->kernel;
+    const real share = (real)1 / (real)(K * K);
+    PARALLEL(z->threads)
+    for (int m = 0; m < z->frames; m++)
+        for (int h = 0; h < z->height; h++)
+            for (int v = 0; v < z->width; v++) {
+                real *d = dx + (((long)m * z->height + h) * z->width + v) * C;
+                memset(d, 0, sizeof(real) * (size_t)C);
+                for (int p = K - 1; p >= 0; p--) /* output cells in ascending order */
+                    for (int q = K - 1; q >= 0; q--) {
+                        const int a = meets(h, p, z->stride, z->padding, z->out_height);
+                        const int b = meets(v, q, z->stride, z->padding, z->out_width);
+                        if (a < 0 || b < 0) continue;
+                        const long o = (((long)m * z->out_height + a) * z->out_width + b) * C;
+                        const uint8_t tap = (uint8_t)(p * K + q);
+                        if (at)
+                            for (int c = 0; c < C; c++) d[c] += at[o + c] == tap ? dy[o + c] : 0;
+                        else
+                            for (int c = 0; c < C; c++) d[c] += dy[o + c] * share;
+                    }
+            }
+}
+
+void avg_pool(const shape *z, const real *x, real *y) {
+    const int C = z->in, K = z->kernel;
+    PARALLEL(z->threads)
+    for (int m = 0; m < z->frames; m++)
+        for (int a = 0; a < z->out_height; a++)
+            for (int b = 0; b < z->out_width; b++) {
+                real *o = y + (((long)m * z->out_height + a) * z->out_width + b) * C;
+                memset(o, 0, sizeof(real) * (size_t)C);
+                for (int tap = 0; tap < K * K; tap++) {
+                    const int h = a * z->stride + tap / K - z->padding, v = b * z->stride + tap % K - z->padding;
+                    if (h < 0 || h >= z->height || v < 0 || v >= z->width) continue;
+                    const real *xs = x + (((long)m * z->height + h) * z->width + v) * C;
+                    for (int c = 0; c < C; c++) o[c] += xs[c];
+                }
+                for (int c = 0; c < C; c++) o[c] /= (real)(K * K);
+            }
+}
+
+/* ---- batch statistics of y [f rows c], frame f counted weight[f] times: mean and biased variance ---- */
+
+void batch_stats(const real *y, const int *weight, int f, long rows, int C, double *mean, double *var, int threads) {
+    double *part = malloc(sizeof(double) * (size_t)threads * C);
+    double total = 0;
+    for (int i = 0; i < f; i++) total += (double)weight[i] * (double)rows;
+    for (int pass = 0; pass < 2; pass++) {
+        memset(part, 0, sizeof(double) * (size_t)threads * C);
+        PARALLEL(threads)
+        for (int k = 0; k < threads; k++) {
+            double *sum = part + (long)k * C;
+            real *near = malloc(sizeof(real) * (size_t)C * 2), *mu = near + C;
+            for (int c = 0; c < C; c++) mu[c] = pass ? (real)mean[c] : 0;
+            const long first = (long)f * rows * k / threads, last = (long)f * rows * (k + 1) / threads;
+            for (long r = first; r < last;) {
+                const int w = weight[r / rows];
+                long end = r + 64 < last ? r + 64 : last; /* few rows in single precision, then on in double */
+                if (end > (r / rows + 1) * rows) end = (r / rows + 1) * rows;
+                memset(near, 0, sizeof(real) * (size_t)C);
+                for (; r < end; r++) {
+                    const real *x = y + r * C;
+                    if (pass)
+                        for (int c = 0; c < C; c++) near[c] += (x[c] - mu[c]) * (x[c] - mu[c]);
+                    else
+                        for (int c = 0; c < C; c++) near[c] += x[c];
+                }
+                for (int c = 0; c < C; c++) sum[c] += (double)w * (double)near[c];
+            }
+            free(near);
+        }
+        double *out = pass ? var : mean;
+        for (int c = 0; c < C; c++) {
+            out[c] = 0;
+            for (int k = 0; k < threads; k++) out[c] += part[(long)k * C + c];
+            out[c] /= total;
+        }
+        /* the second pass is taken around the mean as rounded to real: correct for it */
+        if (pass)
+            for (int c = 0; c < C; c++) {
+                const double d = mean[c] - (double)(real)mean[c];
+                var[c] -= d * d;
+            }
+    }
+    free(part);
+}
+
+/* g becomes the gradient through training BatchNorm: scale (g - count/total (sum g + xhat sum g xhat)), frame by frame. */
+void norm_grad(real *g, const real *y, const int *weight, int f, long rows, int C, const real *mean, const real *inv,
+               const real *scale, const real *sum_g, const real *sum_gx, double total, int threads) {
+    PARALLEL(threads)
+    for (long r = 0; r < (long)f * rows; r++) {
+        const real share = (real)((double)weight[r / rows] / total);
+        const real *x = y + r * C;
+        real *d = g + r * C;
+        for (int c = 0; c < C; c++)
+            d[c] = (d[c] - (sum_g[c] + (x[c] - mean[c]) * inv[c] * sum_gx[c]) * share) * scale[c];
+    }
+}
+
+/* ---- bf16 products of the input gradient: w [taps out/2 in 2], both halves rounded to nearest even ---- */
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+int has_bf16(void) { return sizeof(real) == 4; }
+
+static inline uint16_t half(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 64);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+void pair_weights(const shape *z, const float *w, uint16_t *t) {
+    const int taps = z->kernel * z->kernel;
+    PARALLEL(z->threads)
+    for (int tap = 0; tap < taps; tap++)
+        for (int o = 0; o < z->out; o++)
+            for (int c = 0; c < z->in; c++)
+                t[(((long)tap * (z->out / 2) + o / 2) * z->in + c) * 2 + o % 2] = half(w[((long)o * taps + tap) * z->in + c]);
+}
+
+NARROW void half_tile(const shape *z, const uint32_t *dy, const uint32_t *w, float *dx, int h, int v, const int nf,
+                      const int nb) {
+    const int K = z->kernel, pairs = z->out / 2;
+    const long frame = (long)z->out_height * z->out_width * pairs, image = (long)z->height * z->width * z->in;
+    __m512 acc[FRAMES][4];
+    for (int f = 0; f < nf; f++)
+        for (int i = 0; i < nb; i++) acc[f][i] = _mm512_setzero_ps();
+    for (int p = 0; p < K; p++) {
+        const int a = meets(h, p, z->stride, z->padding, z->out_height);
+        if (a < 0) continue;
+        for (int q = 0; q < K; q++) {
+            const int b = meets(v, q, z->stride, z->padding, z->out_width);
+            if (b < 0) continue;
+            const uint32_t *g = dy + ((long)a * z->out_width + b) * pairs;
+            const uint32_t *r = w + (long)(p * K + q) * pairs * z->in;
+            for (int c = 0; c < pairs; c++) {
+                __m512bh u[4];
+                for (int i = 0; i < nb; i++) u[i] = (__m512bh)_mm512_loadu_si512(r + (long)c * z->in + i * 16);
+                for (int f = 0; f < nf; f++) {
+                    const __m512bh s = (__m512bh)_mm512_set1_epi32((int)g[f * frame + c]);
+                    for (int i = 0; i < nb; i++) acc[f][i] = _mm512_dpbf16_ps(acc[f][i], u[i], s);
+                }
+            }
+        }
+    }
+    for (int f = 0; f < nf; f++)
+        for (int i = 0; i < nb; i++) _mm512_storeu_ps(dx + f * image + i * 16, acc[f][i]);
+}
+
+void input_grad_bf16(const shape *z, const float *dy, const uint16_t *w, float *dx) {
+    const long cells = (long)z->out_height * z->out_width * z->out, image = (long)z->height * z->width * z->in;
+    PARALLEL(z->threads)
+    for (int m = 0; m < z->frames; m += FRAMES) {
+        const int nf = z->frames - m < FRAMES ? z->frames - m : FRAMES;
+        uint16_t *g = malloc(sizeof(uint16_t) * (size_t)(cells * nf + 16));
+        for (long i = 0; i < cells * nf; i += 16)
+            _mm256_storeu_si256((__m256i *)(g + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(dy + m * cells + i)));
+        for (int block = 0; block < z->in;) {
+            const int nb = z->in - block >= 64 ? 4 : z->in - block >= 32 ? 2 : 1;
+            for (int c = 0; c < z->height * z->width; c++) {
+                float *d = dx + m * image + (long)c * z->in + block;
+                const uint32_t *u = (const uint32_t *)w + block, *gp = (const uint32_t *)g;
+                const int h = c / z->width, v = c % z->width;
+                if (nf == FRAMES && nb == 4) half_tile(z, gp, u, d, h, v, FRAMES, 4);
+                else if (nf == FRAMES && nb == 2) half_tile(z, gp, u, d, h, v, FRAMES, 2);
+                else if (nf == FRAMES) half_tile(z, gp, u, d, h, v, FRAMES, 1);
+                else
+                    for (int f = 0; f < nf; f++) {
+                        const uint32_t *gf = gp + f * cells / 2;
+                        if (nb == 4) half_tile(z, gf, u, d + f * image, h, v, 1, 4);
+                        else if (nb == 2) half_tile(z, gf, u, d + f * image, h, v, 1, 2);
+                        else half_tile(z, gf, u, d + f * image, h, v, 1, 1);
+                    }
+            }
+            block += nb * 16;
+        }
+        free(g);
+    }
+}
+#else
+int has_bf16(void) { return 0; }
+void pair_weights(const shape *z, const float *w, uint16_t *t) {}
+void input_grad_bf16(const shape *z, const float *dy, const uint16_t *w, float *dx) {}
+#endif
