@@ -1,5 +1,6 @@
 """Numerical equality with SpikingJelly 2.0.0: neurons, surrogates, encoders and whole networks."""
 
+import contextlib
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsetrail.snn import kernels
 from sparsetrail.snn.encode import latency, phase, poisson
 from sparsetrail.snn.engine import Conv2d
 from sparsetrail.snn.net import NetSpec, build
@@ -187,8 +189,15 @@ def tolerance(spec):
 
 
 def check(sj, spec, mode, *, dtype=torch.float32, contiguous=True, tol=None):
-    """Scores, spikes of every layer, gradients and running statistics of one net in both libraries."""
-    tol = tol or tolerance(spec)
+    """Scores, spikes of every layer, gradients and running statistics of one net in both libraries.
+
+    In contiguous memory by PyTorch's own operations, so that not even rounding differs; else as the engine runs it.
+    """
+    with kernels.plain() if contiguous else contextlib.nullcontext():
+        compare(sj, spec, mode, dtype=dtype, contiguous=contiguous, tol=tol or tolerance(spec))
+
+
+def compare(sj, spec, mode, *, dtype, contiguous, tol):
     g = torch.Generator().manual_seed(0)
     u = torch.randint(2, (spec.steps, 2, 3, 32, 32), generator=g).to(dtype)
     weight = torch.randn(spec.steps, 2, spec.classes, generator=g).to(dtype)

@@ -28,7 +28,9 @@ class Victim:
     `encode` maps pixels [n c h w] in 0..1 to the encoded input [t n c h w]; `logits` maps that to class scores [n k].
     `route` says in words how a gradient flows through the network, `encoding` how it flows through the encoder;
     `mode` is that of BatchNorm while crafting. `random` victims draw fresh noise in `encode`. `module` is the network
-    behind `logits`, where there is one: the trail needs it, attacks never see it.
+    behind `logits`, where there is one: the trail needs it, attacks never see it. `shortcut` gives the scores of pixels
+    by fewer operations than `logits(encode(x))`; `exact` are the logits in float32 where `logits` computes in less: the
+    final point of every attack is judged by them.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -41,10 +43,23 @@ class Victim:
     mode: Mode = "eval"
     random: bool = False
     module: nn.Module | None = None
+    shortcut: Callable[[Tensor], Tensor] | None = None
+    exact: Callable[[Tensor], Tensor] | None = None
 
     def scores(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Class scores of images."""
-        return self.logits(self.encode(x))
+        return self.logits(self.encode(x)) if self.shortcut is None else self.shortcut(x)
+
+    def of(self, space: Space) -> Callable[[Tensor], Tensor]:
+        """The function from the attacked tensor to scores, as an attack sees it."""
+        return self.scores if space == "pixel" else self.logits
+
+    def judge(self, space: Space) -> Callable[[Tensor], Tensor]:
+        """The same function as it is judged: in float32."""
+        exact = self.exact
+        if exact is None:
+            return self.of(space)
+        return (lambda x: exact(self.encode(x))) if space == "pixel" else exact
 
     def path(self, space: Space) -> str:
         """The gradient route from the scores back to the attacked tensor, in words."""

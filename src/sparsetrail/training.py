@@ -26,6 +26,7 @@ from sparsetrail.data import Dataset, flip, pixels, split_validation
 from sparsetrail.data import crop as random_crop
 from sparsetrail.models import Trained, load_model
 from sparsetrail.snn.encode import Encoder, build_encoder
+from sparsetrail.snn.engine import halve, has_bf16, share_memory
 from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.neuron import can_compile, compile_neurons
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
@@ -106,7 +107,7 @@ class _Progress:
 
 Say = Callable[[dict[str, Any]], None]
 
-# Image steps (images x time steps x passes) from which compiled neurons repay about half a minute of compilation.
+# Image steps (images x time steps x passes) from which neurons compiled for a GPU repay the compilation.
 WORTH_COMPILING = 200_000
 
 
@@ -128,9 +129,9 @@ def train(
 
     `out` gets `model.safetensors` (best validation accuracy), `last.safetensors`, `state.safetensors` and its
     predecessor, `events.jsonl`. Every `checkpoint_seconds` and at every epoch's end the state is written. `say`
-    receives the events as they happen, `stop` is asked after every step. `compile` runs the neurons as generated
-    kernels; None does so where a compiler is found and the run is long enough to repay the compilation. A folder that
-    holds another experiment is refused. Raises TrainingStopped and TrainingFailed.
+    receives the events as they happen, `stop` is asked after every step. `compile` lets a
+    GPU run the neurons as generated kernels; None does so where Triton is found and the run is long enough to repay the
+    compilation. A folder that holds another experiment is refused. Raises TrainingStopped and TrainingFailed.
     """
     identity = _identity(net_spec, encode, data, spec)
     _check_fit(net_spec, encode, data)
@@ -144,7 +145,7 @@ def train(
         images, labels = held_in.images.to(device), held_in.labels.to(device)
 
         net = build(net_spec, seed=spec.seed).to(device)
-        optimizer = _optimizer(net, spec)
+        optimizer = Optimizer(net, spec)
         done = _Progress()
         resumed = _restore(out, identity, net, optimizer, done)
         steps_per_epoch = len(labels) // spec.batch
@@ -153,6 +154,9 @@ def train(
             compile = total * spec.batch * net_spec.steps >= WORTH_COMPILING and can_compile(device)
         if compile:
             compile_neurons(net)
+        share_memory(net)
+        if spec.precision == "bf16" and device.type == "cpu" and has_bf16():
+            halve(net)
         if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
             return load_model(out)
         log = _Log(out / "events.jsonl", say)
@@ -172,12 +176,12 @@ def train(
                     rows = order[i * spec.batch : (i + 1) * spec.batch]
                     generator = _keyed(spec.seed, epoch, i)
                     x, y = _augment(images[rows], spec, generator), labels[rows]
-                    _set_rate(optimizer, spec, now, total)
-                    loss = _step(
+                    optimizer.set_rate(now, total)
+                    loss = update(
                         net, _drawn(encode, spec.seed, epoch, i), optimizer, spec, seams or Seams(), x, y, generator
                     )
                     if not math.isfinite(loss):
-                        raise _failure(out, log, net, encode, x, epoch, i, optimizer.param_groups[0]["lr"], loss)
+                        raise _failure(out, log, net, encode, x, epoch, i, optimizer.rate, loss)
                     done.step, done.loss = i + 1, loss
                     log("step", epoch=epoch, step=now + 1, of=total, loss=loss, keep=(now + 1) % 20 == 0)
                     if stop is not None and stop():
@@ -216,10 +220,76 @@ def train(
         return load_model(out)
 
 
-def _step(
+class Optimizer:
+    """The optimiser of a TrainSpec on views of the parameters in their order in memory.
+
+    PyTorch's fused Adam copies channels-last parameters, gradients and moments there and back at every step, a quarter
+    of a training step on a CPU; an update is element by element, so the order of the elements is free.
+    """
+
+    def __init__(self, net: nn.Module, spec: TrainSpec) -> None:
+        self.spec, self.parameters = spec, list(net.parameters())
+        self.views = [_in_memory_order(p.detach()) for p in self.parameters]
+        if spec.optimizer == "adam":
+            knobs = {"betas": spec.betas, "weight_decay": spec.weight_decay, "fused": True}
+            self.inner: torch.optim.Optimizer = torch.optim.Adam(self.views, spec.lr, **knobs)
+        else:
+            self.inner = torch.optim.SGD(self.views, spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate now."""
+        return self.inner.param_groups[0]["lr"]
+
+    def set_rate(self, step: int, total: int) -> None:
+        """The learning rate of step `step` of `total`."""
+        spec = self.spec
+        rate = spec.lr if spec.schedule == "none" else spec.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+
+    def step(self) -> None:
+        """Update the parameters by their gradients."""
+        for p, view in zip(self.parameters, self.views, strict=True):
+            view.grad = None if p.grad is None else _in_memory_order(p.grad, like=p)
+        self.inner.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and counters by parameter number, shaped as the parameter."""
+        found = {}
+        for i, held in self.inner.state_dict()["state"].items():
+            for k, v in held.items():
+                if v is not None:
+                    v = torch.as_tensor(v)
+                    found[f"{i}.{k}"] = v.permute(0, 3, 1, 2) if _turns(self.parameters[i], v) else v
+        return found
+
+    def restore(self, found: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in found.items():
+            i, k = key.split(".", 1)
+            p = self.parameters[int(i)]
+            state.setdefault(int(i), {})[k] = (
+                _in_memory_order(torch.empty_like(p).copy_(value)).contiguous() if value.shape == p.shape else value
+            )
+        self.inner.load_state_dict({"state": state, "param_groups": self.inner.state_dict()["param_groups"]})
+
+
+def _in_memory_order(t: Tensor, like: Tensor | None = None) -> Tensor:
+    """A channels-last tensor seen as contiguous; others as they are. `like` decides for a gradient."""
+    return t.permute(0, 2, 3, 1) if _turns(t if like is None else like, t) else t
+
+
+def _turns(parameter: Tensor, t: Tensor) -> bool:
+    last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    return last and t.ndim == 4 and not parameter.is_contiguous()
+
+
+def update(
     net: nn.Module,
     encode: Encoder,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     spec: TrainSpec,
     seams: Seams,
     x: Float[Tensor, "n c h w"],
@@ -230,10 +300,10 @@ def _step(
     if seams.inputs is not None:
         x = seams.inputs(net, encode, x, y, generator)
     net.train()
-    optimizer.zero_grad(set_to_none=True)
-    autocast = torch.autocast(x.device.type, torch.bfloat16) if spec.precision == "bf16" else contextlib.nullcontext()
-    with autocast:
-        loss = F.cross_entropy(net(encode(x)).float(), y)
+    net.zero_grad(set_to_none=True)
+    half = spec.precision == "bf16" and not (x.device.type == "cpu" and has_bf16())  # else the engine sees to it
+    with torch.autocast(x.device.type, torch.bfloat16) if half else contextlib.nullcontext():
+        loss = F.cross_entropy(scores(net, encode, x).float(), y)
     if seams.penalty is not None:
         loss = loss + seams.penalty(net, encode, x, y)
     value = float(loss.detach())
@@ -254,6 +324,12 @@ def _step(
     return value
 
 
+def scores(net: nn.Module, encode: Encoder, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+    """Scores of pixels by the network's own shorter way, where it has one: frames shown again are not computed again."""
+    way = getattr(net, "scores", None)
+    return net(encode(x)) if way is None else way(x, encode)
+
+
 def accuracy(
     net: nn.Module, encode: Encoder, data: Dataset, *, batch: int = 128, device: str | torch.device = "cpu"
 ) -> Rate:
@@ -264,7 +340,7 @@ def accuracy(
     try:
         with torch.no_grad():
             for i in range(0, len(data.labels), batch):
-                z = net(encode(pixels(data.images[i : i + batch].to(device))))
+                z = scores(net, encode, pixels(data.images[i : i + batch].to(device)))
                 right += int((z.argmax(1) == data.labels[i : i + batch].to(device)).sum())
     finally:
         net.train(was)
@@ -330,18 +406,6 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _optimizer(net: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-    if spec.optimizer == "adam":
-        return torch.optim.Adam(net.parameters(), spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
-    return torch.optim.SGD(net.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, spec: TrainSpec, step: int, total: int) -> None:
-    rate = spec.lr if spec.schedule == "none" else spec.lr * 0.5 * (1 + math.cos(math.pi * step / total))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def _keyed(*key: int) -> torch.Generator:
     """A generator that depends on the key only."""
     seed = 0
@@ -366,10 +430,9 @@ def _augment(images: Tensor, spec: TrainSpec, generator: torch.Generator) -> Flo
     return pixels(images)
 
 
-def _save_state(out: Path, identity, net: nn.Module, optimizer: torch.optim.Optimizer, done: _Progress) -> None:
+def _save_state(out: Path, identity, net: nn.Module, optimizer: Optimizer, done: _Progress) -> None:
     tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
-    for i, held in optimizer.state_dict()["state"].items():
-        tensors |= {f"opt.{i}.{k}": torch.as_tensor(v) for k, v in held.items() if v is not None}
+    tensors |= {f"opt.{k}": v for k, v in optimizer.state().items()}
     progress = asdict(done) | {"best": done.best if math.isfinite(done.best) else None}
     path = out / "state.safetensors"
     if path.exists():
@@ -377,7 +440,7 @@ def _save_state(out: Path, identity, net: nn.Module, optimizer: torch.optim.Opti
     save_weights(path, tensors, identity | {"kind": "training state", "progress": progress})
 
 
-def _restore(out: Path, identity, net: nn.Module, optimizer: torch.optim.Optimizer, done: _Progress) -> bool:
+def _restore(out: Path, identity, net: nn.Module, optimizer: Optimizer, done: _Progress) -> bool:
     problems = []
     for name in ("state.safetensors", "state.previous.safetensors"):
         if not (out / name).exists():
@@ -388,16 +451,7 @@ def _restore(out: Path, identity, net: nn.Module, optimizer: torch.optim.Optimiz
             problems.append(str(error))
             continue
         net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
-        state: dict[int, dict[str, Tensor]] = {}
-        parameters = list(net.parameters())
-        for key, value in tensors.items():
-            if key.startswith("opt."):
-                _, i, k = key.split(".", 2)
-                like = parameters[int(i)]  # fused Adam needs the moments in the parameter's own memory layout
-                state.setdefault(int(i), {})[k] = (
-                    torch.empty_like(like).copy_(value) if value.shape == like.shape else value
-                )
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.restore({k[4:]: v for k, v in tensors.items() if k.startswith("opt.")})
         for k, v in card["progress"].items():
             setattr(done, k, -math.inf if k == "best" and v is None else v)
         return True

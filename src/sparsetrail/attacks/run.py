@@ -44,7 +44,7 @@ def attack(
         raise ValueError(f"{_name(fn)}: {error}; expected settings {', '.join(settings(fn)) or 'none'}") from None
     drop = drop and not victim.random and victim.mode == "eval"  # exact only if one call decides, each image alone
     axis = image_axis(threat.space)
-    f = victim.scores if threat.space == "pixel" else victim.logits
+    f, judge = victim.of(threat.space), victim.judge(threat.space)
     started = time.perf_counter()
     clean, robust, points = [], [], []
     ties = forwards = backwards = dead = nonfinite = 0
@@ -56,7 +56,7 @@ def attack(
         xs, ys = x[i : i + batch], y[i : i + batch]
         with torch.no_grad():
             u0 = xs if threat.space == "pixel" else victim.encode(xs).contiguous()
-            right = correct(f(u0).float(), ys)
+            right = correct(judge(u0).float(), ys)
         forwards += len(ys)
         rows = right.nonzero().squeeze(1)
         best, held = u0, right.clone()
@@ -66,7 +66,7 @@ def attack(
             if bool(p.left):
                 raise ValueError(f"{_name(fn)} left the perturbation set ({threat}); project before asking for a loss")
             with torch.no_grad():
-                m = margin(f(p.best).float(), ys[rows])
+                m = margin(judge(p.best).float(), ys[rows])
             held[rows] = ~(m > 0)
             best = u0.index_copy(axis, rows, p.best)
             ties += int((m == 0).sum())

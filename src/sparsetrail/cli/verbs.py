@@ -318,6 +318,9 @@ def attack(
     restarts: int | None = None,
     draws: int | None = None,
     encoder_gradient: Annotated[str | None, Parameter(help="identity, weighted, secant or none")] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"], Parameter(help="bf16 crafts with faster input gradients; judged in fp32 either way")
+    ] = "fp32",
     data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
     n: int | None = 1000,
     batch: int | None = None,
@@ -337,10 +340,10 @@ def attack(
     knobs = {k: v for k, v in given.items() if v is not None}
     threat = _threat(name, eps, space, knobs) if compat is None else None
     asked = (eps, space, encoder_gradient, batch, seed)
-    if compat is not None and (knobs or any(a is not None for a in asked)):
+    if compat is not None and (knobs or precision != "fp32" or any(a is not None for a in asked)):
         raise ValueError(
             "--compat authors: threat and settings are fixed (encoded space, 6/255, 7 steps of 0.01, batches of "
-            "16, seed 3407); leave --eps, --space, --batch, --seed and the attack's settings out"
+            "16, seed 3407, fp32); leave --eps, --space, --batch, --seed, --precision and the attack's settings out"
         )
     model, folder = _target(target)
     test_set = _test_set(model, data_name, n, root)
@@ -357,7 +360,8 @@ def attack(
         if threat is None:
             runs = list(measure.strike_as_published(bench, model, label, test_set))
         else:
-            runs = [measure.strike(bench, model, label, name, threat, test_set, backward=encoder_gradient, **knobs)]
+            how = {"backward": encoder_gradient, "precision": precision}
+            runs = [measure.strike(bench, model, label, name, threat, test_set, **how, **knobs)]
     for run in runs:
         if as_json:
             _emit(_run_line(run))

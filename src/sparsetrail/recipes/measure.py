@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from sparsetrail.snn.weights import load_weights, save_weights
 from sparsetrail.trails import trail
 from sparsetrail.training import WORTH_COMPILING, TrainSpec, accuracy, train
 
+Precision = Literal["fp32", "bf16"]
 Tick = Callable[[str, int, int, str], None]  # task, done, total, note
 
 
@@ -69,16 +70,22 @@ def fit(bench: Bench, name: str, net: NetSpec, encode: Encoder, data: Dataset, s
 
 
 def as_victim(
-    model: Trained, name: str, *, backward: str | None = None, device: str = "cpu", passes: int = 0
+    model: Trained,
+    name: str,
+    *,
+    backward: str | None = None,
+    device: str = "cpu",
+    passes: int = 0,
+    precision: Precision = "fp32",
 ) -> Victim:
     """The adversary's view of a trained model; `backward` swaps the encoder's backward rule.
 
-    `passes` is how many images will go through it, about: from a certain work on its neurons are compiled.
+    `passes` is how many images will go through it, about: from a certain work on a GPU compiles its neurons.
     """
     encode = model.encode if backward is None else model.encode.route(backward)
     encode = _afresh(encode)
     worth = passes * encode.steps >= WORTH_COMPILING and can_compile(device)
-    return victim(model.net.to(device), encode, name=name, compile=worth)
+    return victim(model.net.to(device), encode, name=name, compile=worth, precision=precision)
 
 
 def _afresh(encode: Encoder) -> Encoder:
@@ -95,12 +102,14 @@ def strike(
     data: Dataset,
     *,
     backward: str | None = None,
+    precision: Precision = "fp32",
     **knobs: Any,
 ) -> Run:
     """One attack on one model as a cell; pixel-space points are kept beside it."""
     knobs = settings(ATTACKS[attack_name]) | knobs
     calls = math.prod(v for k, v in knobs.items() if k in ("steps", "restarts", "draws"))
-    v = as_victim(model, name, backward=backward, device=bench.device, passes=len(data.labels) * calls)
+    passes = len(data.labels) * calls
+    v = as_victim(model, name, backward=backward, device=bench.device, passes=passes, precision=precision)
     spec = _spec(bench, model, v.path(threat.space), v.mode, data, bench.seed) | {
         "attack": attack_name,
         "knobs": knobs,

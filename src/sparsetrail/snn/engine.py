@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn import kernels
+from sparsetrail.snn import dense, kernels
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, through_time
@@ -251,10 +251,10 @@ def _pairs(weight: Tensor, z: Any) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d by the kernels for spikes or images where they serve; same parameters, same numbers up to rounding.
+    """nn.Conv2d by the kernels for spikes or images where they serve, else tiny maps as one product.
 
-    `exact` keeps PyTorch's own convolution. `half` takes the products of the input gradient in bf16. What is made from
-    a frozen weight is made once.
+    The same parameters, the same numbers up to the order of sums. `exact` keeps PyTorch's own convolution, `half` takes
+    the products of the input gradient in bf16. What is made from a frozen weight is made once.
     """
 
     exact = False
@@ -262,11 +262,18 @@ class Conv2d(nn.Conv2d):
     space: Workspace | None = None
 
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d p q"]:
-        if not self.served(x):
-            return super().forward(x)
-        run = _StemConv if self.in_channels <= FEW else _SpikeConv
-        y = run.apply(x, self.weight, self.geometry(x))
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        if self.served(x):
+            run = _StemConv if self.in_channels <= FEW else _SpikeConv
+            y = run.apply(x, self.weight, self.geometry(x))
+            return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        if not self.exact and dense.suits(x, self):
+            return dense.convolve(x, self, self.made)
+        return super().forward(x)
+
+    @functools.cached_property
+    def made(self) -> dict[Any, Any]:
+        """What was made from the frozen weight, by map size and version of the weight."""
+        return {}
 
     def served(self, x: Tensor) -> bool:
         """Do the kernels serve this layer and input?"""
@@ -295,8 +302,7 @@ class Conv2d(nn.Conv2d):
         half = self.half and self.in_channels > FEW and bool(kernels.library(x.dtype).has_bf16())
         sizes = self.kernel_size[0], self.stride[0], int(self.padding[0])
         if not self.weight.requires_grad and self.in_channels > FEW:
-            held: dict[Any, tuple[Tensor, Tensor | None]] = self.__dict__.setdefault("made", {})
-            key = (x.shape[2:], self.weight.data_ptr(), self.weight._version, half)
+            held, key = self.made, (x.shape[2:], self.weight.data_ptr(), self.weight._version, half)
             if key not in held:
                 if len(held) >= 4:
                     held.clear()

@@ -177,6 +177,9 @@ def _say_once(text: str) -> None:
 # ---- neurons: per-step functions to C ------------------------------------------------------------------------------
 
 
+Value = Any  # in a per-step function: a tensor, or a Symbol that stands in for one
+
+
 class Symbol:
     """A value in a generated kernel; arithmetic on it writes C. Stands in for a tensor in the per-step functions."""
 

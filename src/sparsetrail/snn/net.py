@@ -1,13 +1,15 @@
 """Networks by specification: build one, and hand it to the adversary as a `Victim`."""
 
+import contextlib
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparsetrail.core import Victim
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import freeze
+from sparsetrail.snn.engine import freeze, has_bf16, watched
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons
 from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
 
@@ -76,38 +78,70 @@ def build(spec: NetSpec, *, seed: int = 3407) -> SpikingResNet:
 
 
 def victim(
-    net: nn.Module, encode: Encoder, *, name: str = "victim", classes: int | None = None, compile: bool = False
+    net: nn.Module,
+    encode: Encoder,
+    *,
+    name: str = "victim",
+    classes: int | None = None,
+    compile: bool = False,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Victim:
     """A network and its encoder as a `Victim` in eval mode; a net in train mode is refused at every call.
 
     Scores come from a frozen copy that is made anew when a weight of `net` changes: the same numbers, no weight
-    gradients. `compile` runs its neurons as generated kernels, worth their seconds of compilation in long attacks.
-    """
-    k = classes if classes is not None else net.fc.out_features  # type: ignore[union-attr]
-    held: dict[tuple, nn.Module] = {}
+    gradients. Of the copy only first derivatives with respect to the input are kept in mind. `compile` lets a GPU run
+    the neurons as generated kernels, worth their seconds of compilation in long attacks.
 
-    def logits(u: Tensor) -> Tensor:
+    `precision="bf16"` crafts faster and judges in fp32 all the same: on a CPU only the products of the input gradient
+    are bf16, the scores stay those of fp32 to the bit; on a GPU convolutions and the last layer run in bf16. ValueError
+    where the device has no bf16.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
+    k = classes if classes is not None else net.fc.out_features  # type: ignore[union-attr]
+    half, held = precision == "bf16", {}
+    if half:
+        _check_bf16(next(net.parameters()).device)
+
+    def copy() -> nn.Module | None:
         if net.training:
             raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
-        if any(m._forward_pre_hooks or m._forward_hooks for m in net.modules()):
-            return net(u)  # somebody watches this very network
+        if watched(*net.modules()):
+            return None  # somebody watches this very network
         state = tuple((t.data_ptr(), t._version) for t in (*net.parameters(), *net.buffers()))
         if state not in held:
             held.clear()
-            held[state] = compile_neurons(freeze(net)) if compile else freeze(net)
-        return held[state](u)
+            fresh = freeze(net, half=half)
+            held[state] = compile_neurons(fresh) if compile else fresh
+        return held[state]
+
+    def run(x: Tensor, way: str, half: bool) -> Tensor:
+        now = copy() or net
+        with torch.autocast("cuda", torch.bfloat16) if half and x.is_cuda else contextlib.nullcontext():
+            return now(x) if way == "logits" else now.scores(x, encode)  # type: ignore[operator]
 
     return Victim(
         encode=encode,
-        logits=logits,
+        logits=lambda u: run(u, "logits", half),
+        shortcut=(lambda x: run(x, "scores", half)) if hasattr(net, "scores") and not encode.random else None,
+        exact=(lambda u: run(u, "logits", False)) if half else None,
         steps=encode.steps,
         classes=k,
         name=name,
-        route=describe(net),
+        route=describe(net) + (", input gradients in bf16" if half else ""),
         encoding=f"{encode.name} encoder: {encode.backward}",
         random=encode.random,
         module=net,
     )
+
+
+def _check_bf16(device: torch.device) -> None:
+    fits = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_bf16()
+    if not fits:
+        raise ValueError(
+            f"precision: expected a device that multiplies bf16, found {device.type} without (a CPU needs AVX-512 BF16 and "
+            "a C compiler); leave precision at fp32"
+        )
 
 
 def describe(net: nn.Module) -> str:

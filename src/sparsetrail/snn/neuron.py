@@ -26,6 +26,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from sparsetrail._shapes import Float
 from sparsetrail.snn import kernels
+from sparsetrail.snn.kernels import Value
 from sparsetrail.snn.surrogate import Surrogate, heaviside
 
 
@@ -60,7 +61,7 @@ class NeuronSpec:
         return 0.0 if self.reset is None else self.reset
 
 
-def charge(x: Tensor, v: Tensor, spec: NeuronSpec, leak: Tensor | None) -> Tensor:
+def charge(x: Value, v: Value, spec: NeuronSpec, leak: Tensor | None) -> Value:
     """Potential before the spike. The order of operations is fixed: rounding decides which ties spike."""
     if spec.kind == "if":
         return v + x
@@ -71,7 +72,7 @@ def charge(x: Tensor, v: Tensor, spec: NeuronSpec, leak: Tensor | None) -> Tenso
     return v + (x - away) * leak if spec.decay_input else v - away * leak + x
 
 
-def discharge(h: Tensor, s: Tensor, spec: NeuronSpec) -> Tensor:
+def discharge(h: Value, s: Value, spec: NeuronSpec) -> Value:
     """Potential after the spike."""
     if spec.reset is None:
         return h - s * spec.threshold
@@ -163,11 +164,11 @@ def steps_in_c(spec: NeuronSpec) -> dict[str, Any]:
     spike = h >= spec.threshold
     return {
         "REST": spec.rest,
-        "CHARGE": charge(x, v, spec, None),  # type: ignore[arg-type]
+        "CHARGE": charge(x, v, spec, None),
         "SPIKE": spike,
-        "DISCHARGE": discharge(h, s, spec),  # type: ignore[arg-type]
-        "SLOPE": spec.surrogate(h - spec.threshold),  # type: ignore[arg-type]
-        "KEPT": _kept(h, slope, (h - spec.threshold) >= 0, spec),  # type: ignore[arg-type]
+        "DISCHARGE": discharge(h, s, spec),
+        "SLOPE": spec.surrogate(h - spec.threshold),
+        "KEPT": _kept(h, slope, (h - spec.threshold) >= 0, spec),
         "KEEP": keep,
         "GAIN": gain,
     }
@@ -194,7 +195,7 @@ def _gate(h: Tensor, spec: NeuronSpec) -> Tensor:
     return (x >= 0).to(h.dtype)  # a Function costs 30 us a step (torch 2.13, CPU): nothing to buy in a plain backward
 
 
-def _kept(h: Tensor, slope: Tensor, s: Tensor, spec: NeuronSpec) -> Tensor:
+def _kept(h: Value, slope: Value, s: Value, spec: NeuronSpec) -> Value:
     """dv/dh: how far the potential after the spike follows the one before it, s the spike as the reset sees it."""
     path = torch.ones_like(h) if spec.reset is None else 1 - s
     if spec.detach_reset:
