@@ -1,45 +1,122 @@
-"""The fast paths against the plain ones: dense products, frozen copies, compiled neurons."""
+"""The engine against the plain operations: kernels, whole networks, second derivatives, bf16, and doing without."""
 
+import contextlib
+import copy
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lively import lively
 from torch import nn
 from torch.nn import functional as F
 
-from sparsetrail.snn.encode import phase
-from sparsetrail.snn.engine import Conv2d, freeze
+import sparsetrail
+from sparsetrail.attacks import attack, pgd
+from sparsetrail.core import Linf
+from sparsetrail.snn import dense, engine, kernels
+from sparsetrail.snn.encode import BACKWARD_RULES, bit_plane, direct, latency, phase, poisson
+from sparsetrail.snn.engine import Conv2d, Workspace, fire, freeze, has_bf16, pool, share_memory
 from sparsetrail.snn.net import NetSpec, victim
-from sparsetrail.snn.neuron import NeuronSpec, can_compile, compile_neurons, compiled
+from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons, compiled, fused, kernel
+from sparsetrail.snn.resnet import FoldedNeuron
+from sparsetrail.snn.surrogate import SURROGATES, Surrogate
+from sparsetrail.training import TrainSpec, train
+
+REASON = "no C compiler on this machine: the plain path serves"
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason=REASON)
+needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this CPU has no AVX-512 BF16, or no C compiler was found")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
 
+def spikes(*size, share=0.3, seed=0, most=3, dtype=torch.float64):
+    """Small whole numbers, mostly zero, as the sums of spikes in a residual network."""
+    g = torch.Generator().manual_seed(seed)
+    return ((torch.rand(size, generator=g) < share) * torch.randint(1, most, size, generator=g)).to(dtype)
+
+
+def close(a, b, tol=1e-12):
+    assert a.shape == b.shape and (a - b).abs().max() <= tol * max(1.0, b.abs().max().item())
+
+
+# ---- kernels one by one, in float64 where a fault is no rounding -----------------------------------------------------
+
+
+@needs_kernels
+@settings(max_examples=150)
 @given(
-    size=st.tuples(st.integers(1, 4), st.integers(1, 4)), kernel=st.integers(1, 5), stride=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)), frames=st.integers(1, 8), cin=st.sampled_from([8, 16, 40]),
+    cout=st.sampled_from([8, 24, 72]), kernel=st.integers(1, 5), stride=st.integers(1, 3), padding=st.integers(0, 4),
+    share=st.sampled_from([0.0, 0.1, 0.5, 0.95]), bias=st.booleans(), frozen=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_convolution_of_spikes(size, frames, cin, cout, kernel, stride, padding, share, bias, frozen, seed):
+    if min(size) + 2 * padding < kernel or padding >= kernel:
+        return
+    conv = Conv2d(cin, cout, kernel, stride, padding, bias=bias).double().requires_grad_(not frozen)
+    x = spikes(frames, cin, *size, share=share, seed=seed).requires_grad_()
+    assert conv.served(x)
+    against_torch(conv, x, seed)
+
+
+@needs_kernels
+@settings(max_examples=100)
+@given(
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)), frames=st.integers(1, 3), cin=st.integers(1, 4),
+    cout=st.sampled_from([8, 24]), kernel=st.integers(1, 7), stride=st.integers(1, 2), padding=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_convolution_of_images(size, frames, cin, cout, kernel, stride, padding, seed):
+    if min(size) + 2 * padding < kernel or padding >= kernel:
+        return
+    conv = Conv2d(cin, cout, kernel, stride, padding, bias=False).double()
+    x = torch.rand(frames, cin, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert conv.served(x)
+    against_torch(conv, x.requires_grad_(), seed)
+
+
+def against_torch(conv, x, seed):
+    for _ in range(2):  # the second call of a frozen weight takes what the first made
+        found, want = conv(x), F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        close(found, want)
+        inputs = [x, *(p for p in conv.parameters() if p.requires_grad)]
+        push = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+        for a, b in zip(torch.autograd.grad(found, inputs, push), torch.autograd.grad(want, inputs, push), strict=True):
+            close(a, b)
+
+
+@needs_kernels
+def test_a_sum_does_not_depend_on_the_batch_or_on_how_many_inputs_are_active():
+    """Frames that are mostly active go through the dense tile together, alone each through the sparse sum."""
+    conv = Conv2d(32, 80, 3, padding=1, bias=False)
+    with torch.no_grad():
+        for share in (0.2, 0.69, 0.71, 1.0):
+            x = spikes(13, 32, 5, 5, share=share, dtype=torch.float32)
+            together = conv(x)
+            for i in range(13):
+                assert torch.equal(together[i : i + 1], conv(x[i : i + 1]))
+
+
+@needs_kernels
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(1, 3)), kernel=st.integers(1, 5), stride=st.integers(1, 3),
     padding=st.integers(0, 2), bias=st.booleans(), frozen=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_tiny_maps_as_one_product(size, kernel, stride, padding, bias, frozen, seed):
     if min(size) + 2 * padding < kernel:
         return
-    g = torch.Generator().manual_seed(seed)
     conv = Conv2d(3, 5, kernel, stride, padding, bias=bias).double().requires_grad_(not frozen)
-    x = torch.randn(2, 3, *size, generator=g, dtype=torch.float64).requires_grad_()
-    for _ in range(2):  # the second call of a frozen weight takes the kept matrix
-        found, want = conv(x), F.conv2d(x, conv.weight, conv.bias, stride, padding)
-        assert torch.allclose(found, want, atol=1e-12)
-        inputs = [x] if frozen else [x, *conv.parameters()]
-        push = torch.randn(found.shape, generator=g, dtype=torch.float64)
-        for a, b in zip(torch.autograd.grad(found, inputs, push), torch.autograd.grad(want, inputs, push), strict=True):
-            assert torch.allclose(a, b, atol=1e-12)
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+    assert not conv.served(x) and dense.suits(x, conv) == (size[0] * size[1] <= dense.TINY and kernel != 1)
+    against_torch(conv, x, seed)
 
 
-def test_a_kept_matrix_follows_its_weight():
-    conv = Conv2d(2, 2, 3, padding=1, bias=False).requires_grad_(False)
-    x = torch.randn(1, 2, 2, 2)
+@pytest.mark.parametrize("channels", [2, 16])
+def test_what_was_made_of_a_weight_follows_it(channels):
+    conv = Conv2d(channels, channels, 3, padding=1, bias=False).requires_grad_(False)
+    x = torch.randn(1, channels, 2, 2)
     before = conv(x)
     conv.weight.mul_(2)
     assert torch.allclose(conv(x), 2 * before)
@@ -47,53 +124,473 @@ def test_a_kept_matrix_follows_its_weight():
     assert not conv(x).any()
 
 
-def network(**knobs):
-    x = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255
+@needs_kernels
+@pytest.mark.parametrize("most", [True, False], ids=["max", "average"])
+def test_pools(most):
+    for kernel_size, stride, padding in ((3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)):
+        module = (nn.MaxPool2d if most else nn.AvgPool2d)(kernel_size, stride, padding)
+        for x in (spikes(3, 5, 9, 12), torch.randn(2, 3, 7, 7, dtype=torch.float64)):  # ties everywhere, and none
+            x = x.requires_grad_()
+            found, want = pool(x, module), module(x)
+            close(found, want)
+            push = torch.randn_like(want)
+            a, b = (torch.autograd.grad(y, x, push)[0] for y in (found, want))
+            close(a, b)
+            assert torch.equal(a == 0, b == 0)
+    if most:
+        x = torch.zeros(1, 1, 4, 4)
+        x[0, 0, 1, 1] = float("nan")
+        assert pool(x, nn.MaxPool2d(2)).isnan().sum() == 1
+
+
+FIRES = [
+    ("eval", {}, (0, 1, 2, 3, 4), True),
+    ("eval", {}, (0, 1, 2, 0, 1), False),
+    ("train", {}, (0, 1, 2, 3, 4), True),
+    ("train", {"momentum": None}, (0, 1, 2, 0, 1), False),
+    ("train", {"affine": False}, (0, 0, 0, 0, 0), False),
+    ("eval", {"affine": False}, (0, 1, 1, 2, 3), True),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("mode", "knobs", "order", "plus"), FIRES)
+@pytest.mark.parametrize("channels", [8, 3])
+def test_batchnorm_and_neuron_in_one_pass(mode, knobs, order, plus, channels):
+    g = torch.Generator().manual_seed(0)
+    norm = nn.BatchNorm2d(channels, **knobs).double().train(mode == "train")
+    for name, value in norm.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=g) + 0.5 * (name != "running_mean"))
+    frames, steps = max(order) + 1, len(order)
+    y = torch.randn(frames * 2, channels, 5, 4, generator=g, dtype=torch.float64).mul_(1.5)
+    y = y.contiguous(memory_format=torch.channels_last)
+    more = spikes(steps * 2, channels, 5, 4) if plus else None
+    neuron = FoldedNeuron(NeuronSpec(detach_reset=False), steps)
+    found = []
+    for plain in (True, False):
+        bn, a = copy.deepcopy(norm), y.clone().requires_grad_()
+        b = None if more is None else more.clone().requires_grad_()
+        assert plain or engine._can_fire(a, bn, neuron, b)
+        with kernels.plain() if plain else contextlib.nullcontext():
+            s = fire(a, bn, neuron, steps, plus=b, order=order)
+            inputs = [t for t in (a, b, *bn.parameters()) if t is not None]
+            grads = torch.autograd.grad((s * torch.linspace(-1, 1, s.numel()).view(s.shape)).sum(), inputs)
+        found.append((s.detach(), grads, bn.state_dict()))
+    (s, grads, state), (fast, fast_grads, fast_state) = found
+    assert torch.equal(s, fast) and 0 < s.mean()
+    for p, q in zip(grads, fast_grads, strict=True):
+        assert p.abs().max() > 0
+        close(q, p)
+    for name, value in state.items():
+        close(fast_state[name].double(), value.double())
+
+
+@needs_kernels
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_generated_neurons_equal_the_plain_steps(surrogate):
+    """Spikes to the bit, ties included; gradients to 1e-6, exact zeros where the plain path has them."""
+    g = torch.Generator().manual_seed(0)
+    for kind, reset, detach, decay in (
+        ("if", 0.0, True, True), ("if", None, False, True), ("if", -0.3, False, True), ("lif", 0.0, False, True),
+        ("lif", None, True, False), ("lif", 0.25, False, False),
+    ):  # fmt: skip
+        spec = NeuronSpec(kind=kind, reset=reset, detach_reset=detach, decay_input=decay, tau=2.5, threshold=0.5,
+                          surrogate=Surrogate(surrogate, 1.3))  # fmt: skip
+        for dtype, shape in ((torch.float32, (7, 5, 33)), (torch.float64, (3, 40)), (torch.float32, (1, 4099))):
+            x = torch.randn(shape, generator=g, dtype=dtype) * 1.5 + 0.3
+            x = torch.where(x > 1, (x * 4).round() / 8, x)
+            found = []
+            for plain in (True, False):
+                with kernels.plain() if plain else contextlib.nullcontext():
+                    assert plain or kernel(spec, x) is not None
+                    leaf = x.clone().requires_grad_()
+                    s = fused(leaf, spec)
+                    found.append((s.detach(), torch.autograd.grad((s * x.cos()).sum(), leaf)[0]))
+            (s, grad), (fast, fast_grad) = found
+            assert torch.equal(s, fast) and 0 < s.mean() < 1
+            assert (grad - fast_grad).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-14) * grad.abs().max()
+            assert torch.equal(grad == 0, fast_grad == 0)
+
+
+@needs_kernels
+def test_a_surrogate_without_a_c_form_runs_plainly(monkeypatch, caplog):
+    monkeypatch.setitem(SURROGATES, "bell", lambda x, width: torch.cosh(x / width) ** -2)
+    spec, x = NeuronSpec(surrogate=Surrogate("bell", 1.0)), torch.randn(3, 8, requires_grad=True)
+    assert kernel(spec, x) is None and "cosh" in caplog.text
+    (grad,) = torch.autograd.grad(fused(x, spec).sum(), x)
+    assert grad.abs().max() > 0
+
+
+# ---- whole networks --------------------------------------------------------------------------------------------------
+
+
+def pictures(n=4, seed=0, channels=3):
+    return torch.randint(0, 256, (n, channels, 32, 32), generator=torch.Generator().manual_seed(seed)) / 255
+
+
+def network(dtype=torch.float64, steps=5, n=4, **knobs):
+    """A network whose every layer fires, its input, and labels."""
+    x = pictures(n)
+    spec = NetSpec(width=knobs.pop("width", 0.25), steps=steps, **knobs)
+    with kernels.plain():
+        net = lively(spec, phase(steps=steps)(x)).to(dtype)
+    return net, x.to(dtype), torch.arange(n)
+
+
+def outcome(net, u, y, parameters=True, way=None):
+    """Scores, gradients of the input and of the parameters, running statistics after the call."""
+    net, u = copy.deepcopy(net), u.clone().requires_grad_()
+    z = net(u) if way is None else net.scores(u, way)
+    inputs = [u, *(p for p in net.parameters() if p.requires_grad and parameters)]
+    grads = torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), inputs)
+    return z.detach(), grads, net.state_dict()
+
+
+NETS = [
+    ({"arch": "sew_resnet18"}, {}, "eval"),
+    ({"arch": "sew_resnet18", "pool": "avg"}, {}, "train"),
+    ({"arch": "sew_resnet18", "connect": "iand", "stem": "cifar"}, {"kind": "lif", "threshold": 0.5}, "eval"),
+    ({"arch": "sew_resnet34", "connect": "and"}, {"reset": None}, "train"),
+    ({"arch": "sew_resnet50"}, {}, "eval"),
+    ({"arch": "spiking_resnet18"}, {"detach_reset": False}, "train"),
+    ({"arch": "spiking_resnet50", "pool": "avg"}, {"kind": "plif", "threshold": 0.5}, "train"),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("knobs", "neuron", "mode"), NETS)
+def test_a_network_is_the_same_with_the_engine_and_without(knobs, neuron, mode):
+    net, x, y = network(neuron=NeuronSpec(**neuron), **knobs)
+    net.train(mode == "train")
     u = phase(steps=5)(x)
-    return lively(NetSpec(width=0.25, steps=5, **knobs), u), u, torch.arange(4)
+    with kernels.plain():
+        z, grads, state = outcome(net, u, y)
+    for n in (net, share_memory(copy.deepcopy(net))):
+        for _ in range(2):  # the second time in memory that was used before
+            fast, fast_grads, fast_state = outcome(n, u, y)
+        close(fast, z, 1e-11)
+        for a, b in zip(fast_grads, grads, strict=True):
+            assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+        assert torch.equal(fast_grads[0] == 0, grads[0] == 0)
+        for name, value in state.items():
+            close(fast_state[name].double(), value.double(), 1e-11)
 
 
-def scores_and_gradient(net, u, y):
-    u = u.clone().requires_grad_()
-    z = net(u)
-    return z.detach(), torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), u)[0]
+@needs_kernels
+def test_in_float32_too():
+    """Sums in another order: 1e-5 of the gradient as long as no potential lies within rounding of its threshold."""
+    net, x, y = network(torch.float32)
+    with kernels.plain():
+        z, grads, _ = outcome(net, phase(steps=5)(x), y)
+    fast, fast_grads, _ = outcome(net, phase(steps=5)(x), y)
+    close(fast, z, 1e-6)
+    for a, b in zip(fast_grads, grads, strict=True):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max()
 
 
-@pytest.mark.parametrize("arch", ["sew_resnet18", "spiking_resnet18"])
-def test_a_frozen_copy_gives_the_same_to_the_bit(arch):
-    net, u, y = network(arch=arch, neuron=NeuronSpec(detach_reset=arch.startswith("sew")))
-    frozen = freeze(net)
-    for a, b in zip(scores_and_gradient(net, u, y), scores_and_gradient(frozen, u, y), strict=True):
-        assert torch.equal(a, b)
-    assert not any(p.requires_grad for p in frozen.parameters()) and all(p.requires_grad for p in net.parameters())
+def rules():
+    for make in (phase, bit_plane, latency):
+        for rule in BACKWARD_RULES[1:]:
+            with contextlib.suppress(ValueError):
+                yield make(**({"bits": 5} if make is bit_plane else {"steps": 5}), backward=rule)
+    yield phase(steps=5, bits=3, weighting="input")
+    yield direct(steps=5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("encode", list(rules()), ids=lambda e: f"{e.name}-{e.backward}-{e.knobs.get('bits', '')}")
+def test_frames_shown_again_go_through_the_first_layer_once(encode):
+    """Scores, pixel gradient, weight gradient and batch statistics are those of the whole sequence."""
+    net, x, y = network()
+    net.train()
+    severed = encode.backward == "none"
+    found = []
+    for way in (None, encode):
+        n = copy.deepcopy(net)
+        leaf = x.clone().requires_grad_(not severed)
+        z = n(encode(leaf)) if way is None else n.scores(leaf, encode)
+        grads = torch.autograd.grad(F.cross_entropy(z, y), [*([] if severed else [leaf]), *n.parameters()])
+        found.append((z.detach(), grads, n.state_dict()))
+    (z, grads, state), (short, short_grads, short_state) = found
+    close(short, z, 1e-11)
+    for a, b in zip(short_grads, grads, strict=True):
+        assert b.abs().max() > 0 and (a - b).abs().max() <= 1e-10 * b.abs().max()
+    for name, value in state.items():
+        close(short_state[name].double(), value.double(), 1e-11)
+
+
+def test_frames_of_the_encoders():
+    assert phase(steps=10).frames == (0, 1, 2, 3, 4, 5, 6, 7, 0, 1)
+    assert direct(steps=3).frames == (0, 0, 0) and poisson(steps=3).frames is None
+    x = pictures(2)
+    for encode in (phase(steps=10), latency(steps=6), bit_plane(), direct(steps=4)):
+        planes, _ = encode.distinct(x)
+        assert torch.equal(planes[list(encode.frames)], encode(x))
+
+
+def test_a_frozen_copy_gives_the_same_to_the_bit():
+    for knobs in ({"arch": "sew_resnet18"}, {"arch": "spiking_resnet18", "neuron": NeuronSpec(detach_reset=False)}):
+        net, x, y = network(torch.float32, **knobs)
+        u, frozen = phase(steps=5)(x), freeze(net)
+        (z, grads, _), (same, same_grads, _) = (outcome(n, u, y, parameters=False) for n in (net, frozen))
+        assert torch.equal(z, same) and torch.equal(grads[0], same_grads[0])
+        assert not any(p.requires_grad for p in frozen.parameters()) and all(p.requires_grad for p in net.parameters())
+
+
+@needs_kernels
+def test_the_number_of_threads_does_not_matter():
+    net, x, y = network(torch.float32)
+    u, before = phase(steps=5)(x), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(outcome(net, u, y))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1][0], found[1][1][0])
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * a.abs().max())
 
 
 def test_a_victim_follows_its_network():
-    net, u, _ = network()
-    v = victim(net, phase(steps=5))
+    net, x, _ = network(torch.float32)
+    v, u = victim(net, phase(steps=5)), phase(steps=5)(x)
     with torch.no_grad():
-        assert torch.equal(v.logits(u), net(u))
+        assert torch.equal(v.logits(u), net(u)) and torch.equal(v.scores(x), net(u))
         net.fc.bias.add_(1.0)
         assert torch.equal(v.logits(u), net(u))
         net.bn1.running_mean.add_(0.5)
-        assert torch.equal(v.logits(u), net(u))
+        assert torch.equal(v.logits(u), net(u)) and torch.equal(v.scores(x), net(u))
+        net.train()
+    with pytest.raises(ValueError, match="train mode"):
+        v.scores(x)
 
 
-@pytest.mark.skipif(not can_compile(), reason="no C++ compiler on this machine: eager neurons serve")
-def test_compiled_neurons_equal_fused_ones():
-    """In a process of its own: the shape checks of the tests wrap every function, a compiler sees none."""
-    script = Path(__file__).with_name("compiled_neurons.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.split() == ["kinds", "network", "ways-out"], done.stderr
+# ---- derivatives beyond the first, and transformations ---------------------------------------------------------------
 
 
-def test_exact_networks_are_not_compiled():
-    net, _, _ = network(exact=True)
-    runs = {m.run for m in compile_neurons(net).modules() if hasattr(m, "spec")}
-    assert compiled not in runs
+@needs_kernels
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("pool_kind", ["max", "avg"])
+def test_second_derivatives(mode, pool_kind):
+    """The norm of the input gradient, differentiated: what gradient regularisation needs."""
+    net, x, y = network(width=0.125, steps=3, n=3, pool=pool_kind, neuron=NeuronSpec(detach_reset=False))
+    net.train(mode == "train")
+    u, found = phase(steps=3)(x), []
+    for plain in (True, False):
+        n, leaf = copy.deepcopy(net), u.clone().requires_grad_()
+        with kernels.plain() if plain else contextlib.nullcontext():
+            loss = F.cross_entropy(n(leaf), y)
+            (g,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            found.append(torch.autograd.grad(loss + g.square().sum() * 100, [leaf, *n.parameters()]))
+    for a, b in zip(found[1], found[0], strict=True):
+        assert (a - b).abs().max() <= 1e-9 * b.abs().max()
 
 
-def test_without_a_compiler_eager_neurons_serve(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    assert not can_compile()
+def test_second_derivative_of_a_frozen_copy():
+    net, x, y = network(width=0.125, steps=3, n=3, neuron=NeuronSpec(detach_reset=False))
+    u, found = phase(steps=3)(x), []
+    for n in (net, freeze(net)):
+        leaf = u.clone().requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(n(leaf), y), leaf, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), leaf)[0])
+    assert found[0].abs().max() > 0
+    close(found[1] / found[0].abs().max(), found[0] / found[0].abs().max(), 1e-9)
+
+
+def test_functorch_takes_the_plain_operations():
+    net, x, y = network(width=0.125, steps=3, n=3)
+    u, weights = phase(steps=3)(x), dict(net.named_parameters())
+
+    def loss(point, label):
+        z = torch.func.functional_call(net, weights, (point.unsqueeze(1),))
+        return F.cross_entropy(z, label.unsqueeze(0))
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(1, 0), out_dims=1)(u, y)
+    leaf = u.clone().requires_grad_()
+    (want,) = torch.autograd.grad(F.cross_entropy(net(leaf), y, reduction="sum"), leaf)
+    close(each, want, 1e-10)
+    along = torch.func.jvp(lambda v: net(v), (u,), (torch.ones_like(u),))[1]
+    assert along.abs().max() > 0
+
+
+def test_watched_layers_are_called():
+    net, x, _ = network(torch.float32)
+    called = []
+    watch = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in net.named_modules() if not [*m.children()]]
+    with torch.no_grad():
+        z = victim(net, phase(steps=5)).scores(x)
+    for h in watch:
+        h.remove()
+    assert {"conv1", "bn1", "sn1", "pool", "layer1.0.join", "layer4.1.sn2", "fc"} <= set(called)
+    with torch.no_grad():
+        assert torch.allclose(z, net(phase(steps=5)(x)), atol=1e-5)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it():
+    space = Workspace()
+    a = space.take((4, 5), torch.float32).fill_(1.0)
+    view = a.t()
+    b = space.take((4, 5), torch.float32)
+    assert a.data_ptr() != b.data_ptr()
+    address = a.data_ptr()
+    del a
+    assert space.take((4, 5), torch.float32).data_ptr() not in (view.data_ptr(), b.data_ptr())
+    del view
+    assert address in {space.take((4, 5), torch.float32).data_ptr(), space.take((19,), torch.float32).data_ptr()}
+    assert space.take((4, 5), torch.float64).dtype == torch.float64 and copy.deepcopy(space).held == {}
+
+
+def test_gradients_survive_the_next_call():
+    net, x, y = network(torch.float32)
+    v, u = victim(net, phase(steps=5)), phase(steps=5)(x)
+    kept = []
+    for i in range(3):
+        leaf = (u * (1 - 0.1 * i)).requires_grad_()
+        kept.append((leaf, torch.autograd.grad(F.cross_entropy(v.logits(leaf), y), leaf)[0]))
+    for leaf, g in kept:
+        again = leaf.detach().requires_grad_()
+        assert torch.equal(g, torch.autograd.grad(F.cross_entropy(net(again), y), again)[0])
+
+
+# ---- bf16 ------------------------------------------------------------------------------------------------------------
+
+
+@needs_bf16
+def test_bf16_changes_input_gradients_only_and_little():
+    net, x, y = network(torch.float32, width=0.5)
+    u = phase(steps=5)(x)
+    full, half = victim(net, phase(steps=5)), victim(net, phase(steps=5), precision="bf16")
+    assert "bf16" in half.route and "bf16" not in full.route
+    found = []
+    for v in (full, half):
+        leaf = u.clone().requires_grad_()
+        z = v.logits(leaf)
+        found.append((z.detach(), torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), leaf)[0]))
+    (z, g), (same, near) = found
+    assert torch.equal(z, same) and torch.equal(half.exact(u), z)
+    assert not torch.equal(g, near)
+    assert F.cosine_similarity(g.flatten(), near.flatten(), 0) > 0.999
+    assert ((g > 0) == (near > 0))[g.abs() > 0.05 * g.abs().max()].all()
+
+
+def test_bf16_is_refused_where_there_is_none(monkeypatch):
+    net, x, y = network(torch.float32)
+    monkeypatch.setattr("sparsetrail.snn.net.has_bf16", lambda: False)
+    with pytest.raises(ValueError, match="bf16"):
+        victim(net, phase(steps=5), precision="bf16")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small network trained for seconds on real images, and real test images."""
+    data = sparsetrail.data.take(sparsetrail.load("fashion-mnist-slice", "train"), 2000, seed=0)
+    net = NetSpec(channels=1, width=0.25, steps=4)
+    model = train(net, phase(steps=4), data, TrainSpec(epochs=2, batch=32), tmp_path_factory.mktemp("trained"))
+    test = sparsetrail.data.take(sparsetrail.load("fashion-mnist-slice", "test"), 300, seed=0)
+    return model, sparsetrail.pixels(test.images), test.labels
+
+
+@needs_bf16
+@pytest.mark.parametrize(("space", "eps"), [("pixel", 8 / 255), ("encoded", 6 / 255)])
+def test_an_attack_in_bf16_is_no_weaker_on_real_images(trained, space, eps):
+    """Robust under bf16 but not under fp32, against the other way round: no more than chance gives (two sigma)."""
+    model, x, y = trained
+    runs = [
+        attack(pgd, victim(model.net, model.encode, precision=p), Linf(eps, space=space), x, y) for p in ("fp32", "bf16")
+    ]
+    assert runs[0].clean == runs[1].clean and runs[0].clean_accuracy.value > 0.5
+    only = [sum(a and not b for a, b in zip(p.robust, q.robust, strict=True)) for p, q in (runs, runs[::-1])]
+    assert only[1] - only[0] <= 2 * (sum(only) ** 0.5) + 1
+    assert runs[1].accuracy.value < runs[1].clean_accuracy.value
+
+
+@needs_bf16
+def test_training_in_bf16_learns(tmp_path):
+    data = sparsetrail.data.take(sparsetrail.load("fashion-mnist-slice", "train"), 1200, seed=0)
+    spec = TrainSpec(epochs=2, batch=32, precision="bf16")
+    model = train(NetSpec(channels=1, width=0.25, steps=4), phase(steps=4), data, spec, tmp_path)
+    held = model.card["validation"]
+    assert held["k"] / held["n"] > 0.35
+
+
+# ---- doing without -----------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys, torch
+from sparsetrail.snn.encode import phase
+from sparsetrail.snn.net import NetSpec, build
+for steps, n in ((2, 1), (3, 2), (2, 5)):
+    net = build(NetSpec(width=0.25, steps=steps))
+    u = phase(steps=steps)(torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    net(u).sum().backward()
+print(float(u.grad.abs().sum()))
+"""
+
+
+def program(tmp_path, **environment):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout), done.stderr.splitlines()
+
+
+@needs_kernels
+def test_compiled_once_and_for_every_size(tmp_path):
+    """Two libraries, whatever the steps and the batch; the second process compiles nothing; the plain path agrees."""
+    fast, said = program(tmp_path)
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "sparsetrail").iterdir()}
+    assert len(files) == 2 and said == []
+    assert program(tmp_path)[0] == fast
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "sparsetrail").iterdir()} == files
+    off, said = program(tmp_path / "off", SPARSETRAIL_KERNELS="0")
+    assert abs(off - fast) <= 1e-4 * abs(fast) and said == [] and not (tmp_path / "off").exists()
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path):
+    value, said = program(tmp_path, PATH="/nowhere", CC="")
+    assert value > 0 and len(said) == 1 and "no C compiler" in said[0]
+
+
+def test_a_compiler_that_fails_is_named(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    value, said = program(tmp_path, CC=str(broken))
+    assert value > 0 and any("it is broken" in line for line in said)
+
+
+@needs_kernels
+def test_an_unwritable_cache_falls_back_to_another_folder(tmp_path):
+    taken = tmp_path / "file"
+    taken.write_text("not a folder")
+    value, said = program(taken)
+    assert value > 0 and said == []
+
+
+def test_exact_networks_run_plainly():
+    net, x, _ = network(torch.float32, exact=True)
+    assert not net.conv1.served(x) and compiled not in {m.run for m in compile_neurons(net).modules() if isinstance(m, Neuron)}
+    assert not engine._can_fire(torch.rand(5, 16, 4, 4), net.bn1, net.sn1, None)
+
+
+# ---- GPU ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_same_on_a_gpu(mode):
+    net, x, y = network()
+    net.train(mode == "train")
+    u = phase(steps=5)(x)
+    z, grads, _ = outcome(net, u, y)
+    there, there_grads, _ = outcome(compile_neurons(copy.deepcopy(net).cuda()), u.cuda(), y.cuda())
+    close(there.cpu(), z, 1e-9)
+    for a, b in zip(there_grads, grads, strict=True):
+        assert (a.cpu() - b).abs().max() <= 1e-8 * b.abs().max()

@@ -324,7 +324,7 @@ class _CodedConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, planes: Tensor, slope: Tensor, g: _Geometry) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, planes: Tensor, slope: Tensor | None, g: _Geometry) -> Tensor:
         planes = planes.contiguous()
         ctx.geometry = g
         ctx.save_for_backward(planes, weight, slope)
@@ -462,7 +462,7 @@ def _weights(order: tuple[int, ...]) -> Tensor:
 
 
 def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
-    """By differentiable operations, for second derivatives."""
+    """By differentiable operations: for second derivatives, and where the potentials themselves have a gradient."""
     h, y, gamma, beta, mean, inv, _ = ctx.saved_tensors
     norm, spec, order, _, batch = ctx.facts
     wants, steps, frames = ctx.needs_input_grad, len(order), max(order) + 1
@@ -472,10 +472,12 @@ def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
     g, _ = through_time(*sequence, h.unflatten(0, (steps, -1)), None, None, spec)
     dy = d_gamma = d_beta = None
     if batch:
-        shown = y.unflatten(0, (frames, -1))[list(order)].flatten(0, 1)
-        out = F.batch_norm(shown, None, None, gamma, beta, True, 0.0, norm.eps)
         inputs = [t for t, want in ((y, wants[0]), (gamma, wants[2]), (beta, wants[3])) if want]
-        found = iter(torch.autograd.grad(out, inputs, g.flatten(0, 1), create_graph=True))
+        again = torch.is_grad_enabled()  # not in the last backward of several
+        with torch.enable_grad():
+            shown = y.unflatten(0, (frames, -1))[list(order)].flatten(0, 1)
+            out = F.batch_norm(shown, None, None, gamma, beta, True, 0.0, norm.eps)
+        found = iter(torch.autograd.grad(out, inputs, g.flatten(0, 1), create_graph=again))
         dy, d_gamma, d_beta = (next(found) if want else None for want in (wants[0], wants[2], wants[3]))
     else:
         g = torch.stack([sum(g[t] for t in range(steps) if order[t] == f) for f in range(frames)]).flatten(0, 1)

@@ -108,7 +108,7 @@ def _build(source: str, *, contract: bool) -> ctypes.CDLL | None:
     """Compile C to a shared library in the cache and load it. `contract` allows fused multiply-adds."""
     cc = compiler()
     if cc is None:
-        _say_once("no C compiler found: the plain path serves, slower and with the same results")
+        say_once("no C compiler found: the plain path serves, slower and the same")
         return None
     flags = ["-O3", "-march=native", f"-ffp-contract={'fast' if contract else 'off'}", "-fPIC", "-std=gnu11", "-w"]
     key = hashlib.sha256("\n".join((source, *flags, _machine(cc), torch.__version__)).encode()).hexdigest()[:24]
@@ -122,11 +122,11 @@ def _build(source: str, *, contract: bool) -> ctypes.CDLL | None:
                 write_atomic(path, _compile(cc, flags, source))
             return ctypes.CDLL(str(path))
         except _CannotCompile as error:
-            _say_once(f"{cc} failed: the plain path serves, slower and with the same results ({error})")
+            say_once(f"{cc} failed: the plain path serves, slower and the same ({error})")
             return None
         except OSError:
             continue  # not writable, or its files may not be executed: the next folder
-    _say_once("no folder for compiled kernels: the plain path serves, slower and with the same results")
+    say_once("no folder for compiled kernels: the plain path serves, slower and the same")
     return None
 
 
@@ -170,7 +170,8 @@ def _folders() -> list[Path]:
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
+    """One line for the reader of the log, once a process."""
     logging.getLogger("sparsetrail").warning("sparsetrail: %s", text)
 
 

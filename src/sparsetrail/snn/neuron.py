@@ -154,7 +154,12 @@ def kernel(spec: NeuronSpec, *tensors: Tensor) -> Any:
 
 @functools.cache
 def _compile(spec: NeuronSpec, dtype: torch.dtype) -> Any:
-    return kernels.neuron(steps_in_c(spec), dtype)
+    try:
+        steps = steps_in_c(spec)
+    except (TypeError, AttributeError) as error:
+        kernels.say_once(f"{spec.kind}, {spec.surrogate.name}: the plain path serves, slower and the same ({error})")
+        return None
+    return kernels.neuron(steps, dtype)
 
 
 def steps_in_c(spec: NeuronSpec) -> dict[str, Any]:
