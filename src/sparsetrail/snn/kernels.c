@@ -30,15 +30,17 @@ typedef struct {
 
 int lanes(void) { return VL; }
 
-/* Channels of x [n] that are not zero; idx has room for n + 16. */
-static int active(const real *x, int n, uint16_t *idx) {
-    int k = 0, c = 0;
+/* Channels of x [n] that are not zero; idx has room for n + 16. *ones stays set if all of them are 1. */
+static int active(const real *x, int n, uint16_t *idx, int *ones) {
+    int k = 0, c = 0, odd = 0;
 #ifdef __AVX512F__
     if (sizeof(real) == 4) {
         const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (; c + 16 <= n; c += 16) {
-            __mmask16 m = _mm512_cmp_ps_mask(_mm512_loadu_ps((const float *)x + c), _mm512_setzero_ps(), _CMP_NEQ_UQ);
-            __m512i v = _mm512_maskz_compress_epi32(m, _mm512_add_epi32(ramp, _mm512_set1_epi32(c)));
+            const __m512 here = _mm512_loadu_ps((const float *)x + c);
+            const __mmask16 m = _mm512_cmp_ps_mask(here, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+            odd |= m & _mm512_cmp_ps_mask(here, _mm512_set1_ps(1), _CMP_NEQ_UQ);
+            const __m512i v = _mm512_maskz_compress_epi32(m, _mm512_add_epi32(ramp, _mm512_set1_epi32(c)));
             _mm256_storeu_si256((__m256i *)(idx + k), _mm512_cvtepi32_epi16(v));
             k += __builtin_popcount(m);
         }
@@ -47,7 +49,9 @@ static int active(const real *x, int n, uint16_t *idx) {
     for (; c < n; c++) {
         idx[k] = (uint16_t)c;
         k += x[c] != 0;
+        odd |= x[c] != 0 && x[c] != 1;
     }
+    if (odd) *ones = 0;
     return k;
 }
 
@@ -57,20 +61,24 @@ static inline int meets(int i, int p, int stride, int padding, int out) {
     return a < 0 || a % stride || a / stride >= out ? -1 : a / stride;
 }
 
-/* ---- gradient of its weights: x, dy -> dw [taps in out] (overwritten; taps outside every map are zero) ---- */
+/* ---- gradient of the weights: x, dy -> dw [taps in out] (overwritten; taps outside every map are zero) ---- */
 
 /* Cells are taken 64 at a time, one bit each: one image of 8x8, four of 4x4, a part of a larger one. */
 
 NARROW void outer(const real *x, uint64_t bits, const int *to, long in, const real *dy, long out, real *dw,
-                  const int nb) {
+                  const int nb, const int ones) {
     vec acc[8];
     for (int i = 0; i < nb; i++) acc[i] = load(dw + i * VL);
     while (bits) {
         const int c = __builtin_ctzll(bits);
         bits &= bits - 1;
-        const real s = x[c * in];
         const real *g = dy + to[c] * out;
-        for (int i = 0; i < nb; i++) acc[i] += s * load(g + i * VL);
+        if (ones)
+            for (int i = 0; i < nb; i++) acc[i] += load(g + i * VL);
+        else {
+            const real s = x[c * in];
+            for (int i = 0; i < nb; i++) acc[i] += s * load(g + i * VL);
+        }
     }
     for (int i = 0; i < nb; i++) store(dw + i * VL, acc[i]);
 }
@@ -102,21 +110,31 @@ void spike_weight_grad(const shape *z, const real *x, const real *dy, real *dw) 
                                                                                           : cells * images - k * 64;
                 const real *xm = x + ((long)m * cells + (long)k * 64) * z->in, *gm = dy + (long)m * outs * z->out;
                 for (int c = first; c < last; c++) on[c - first] = 0;
+                int odd = 0;
                 for (int i = 0; i < here; i++)
-                    for (int c = first; c < last; c++) on[c - first] |= (uint64_t)(xm[(long)i * z->in + c] != 0) << i;
+                    for (int c = first; c < last; c++) {
+                        const real s = xm[(long)i * z->in + c];
+                        on[c - first] |= (uint64_t)(s != 0) << i;
+                        odd |= (s != 0) & (s != 1);
+                    }
                 for (int c = first; c < last; c++)
                     for (int tap = 0; tap < taps; tap++) {
                         const uint64_t bits = on[c - first] & valid[tap * parts + k];
                         if (!bits) continue;
                         real *row = dw + ((long)tap * z->in + c) * z->out;
                         const int *t = to + (tap * parts + k) * 64;
+#define OUTER(NB, ONES) outer(xm + c, bits, t, z->in, gm + block, z->out, row + block, NB, ONES)
                         int block = 0;
-                        for (; block + 8 * VL <= z->out; block += 8 * VL)
-                            outer(xm + c, bits, t, z->in, gm + block, z->out, row + block, 8);
-                        for (; block + 4 * VL <= z->out; block += 4 * VL)
-                            outer(xm + c, bits, t, z->in, gm + block, z->out, row + block, 4);
-                        for (; block < z->out; block += VL)
-                            outer(xm + c, bits, t, z->in, gm + block, z->out, row + block, 1);
+                        for (; block + 8 * VL <= z->out; block += 8 * VL) {
+                            if (odd) OUTER(8, 0);
+                            else OUTER(8, 1);
+                        }
+                        for (; block + 4 * VL <= z->out; block += 4 * VL) {
+                            if (odd) OUTER(4, 0);
+                            else OUTER(4, 1);
+                        }
+                        for (; block < z->out; block += VL) OUTER(1, 0);
+#undef OUTER
                     }
             }
         free(on);
@@ -125,102 +143,117 @@ void spike_weight_grad(const shape *z, const real *x, const real *dy, real *dw) 
     free(valid);
 }
 
-/* ---- dense tiles: the gradient of the input, and the forward pass where most inputs are active ----
-   dy, w [out taps in] (as PyTorch keeps a channels-last weight) -> dx; in a multiple of VL.
-   The forward tile adds the same products in the same order as `gather`: a zero changes no sum. */
+/* ---- convolution, forward and back ----
+   forward: x [m h w in], w [taps in out] -> y [m p q out]; back: dy, w [out taps in] (as PyTorch keeps a channels-last
+   weight) -> dx. Channels of the result are a multiple of VL. Six frames of which most entries are active go through the
+   dense tile together, others one by one through the sparse sum: the same products in the same order, since a zero
+   changes no sum. Forward most spikes are zero; back most gradients are where the surrogate has a bounded support. */
 
 #define FRAMES 6 /* frames a tile shares its weights over: 6 x 4 sums, 4 weights and a broadcast fill 32 registers */
 
-NARROW void dense_tile(const shape *z, const real *from, const real *w, real *to, int i, int j, const int forward,
-                       const int nf, const int nb) {
-    const int K = z->kernel, deep = forward ? z->in : z->out, wide = forward ? z->width : z->out_width;
-    const long frame = (long)(forward ? z->height : z->out_height) * wide * deep;
-    const long row = forward ? z->out : (long)K * K * z->in, tap = forward ? (long)z->in * z->out : z->in;
+typedef struct {
+    int rows, cols, deep, to_rows, to_cols, wide; /* maps read and written, their channels */
+    long frame, image, row, tap;                  /* steps in memory: read, written, between rows and taps of w */
+} way;
+
+static way way_of(const shape *z, int forward) {
+    const long taps = (long)z->kernel * z->kernel;
+    way r = {z->height, z->width, z->in, z->out_height, z->out_width, z->out, 0, 0, z->out, (long)z->in * z->out};
+    if (!forward) r = (way){z->out_height, z->out_width, z->out, z->height, z->width, z->in, 0, 0, taps * z->in, z->in};
+    r.frame = (long)r.rows * r.cols * r.deep;
+    r.image = (long)r.to_rows * r.to_cols * r.wide;
+    return r;
+}
+
+/* Cell read for cell i written through tap p along one side, or -1. */
+static inline int source(const shape *z, int i, int p, int limit, int forward) {
+    if (!forward) return meets(i, p, z->stride, z->padding, limit);
+    const int h = i * z->stride + p - z->padding;
+    return h >= limit ? -1 : h;
+}
+
+NARROW void dense_tile(const shape *z, const way *r, const real *from, const real *w, real *to, int i, int j,
+                       const int forward, const int nf, const int nb) {
+    const int K = z->kernel;
     vec acc[FRAMES][4];
     for (int f = 0; f < nf; f++)
         for (int k = 0; k < nb; k++) acc[f][k] = (vec){0};
     for (int p = 0; p < K; p++) {
-        const int a = forward ? i * z->stride + p - z->padding : meets(i, p, z->stride, z->padding, z->out_height);
-        if (a < 0 || (forward && a >= z->height)) continue;
+        const int a = source(z, i, p, r->rows, forward);
+        if (a < 0) continue;
         for (int q = 0; q < K; q++) {
-            const int b = forward ? j * z->stride + q - z->padding : meets(j, q, z->stride, z->padding, z->out_width);
-            if (b < 0 || (forward && b >= z->width)) continue;
-            const real *g = from + ((long)a * wide + b) * deep;
-            const real *r = w + (long)(p * K + q) * tap;
-            for (int c = 0; c < deep; c++) {
-                vec u[4];
-                for (int k = 0; k < nb; k++) u[k] = load(r + c * row + k * VL);
+            const int b = source(z, j, q, r->cols, forward);
+            if (b < 0) continue;
+            const real *g = from + ((long)a * r->cols + b) * r->deep;
+            const real *u = w + (long)(p * K + q) * r->tap;
+            const long row = r->row, frame = r->frame;
+            for (int c = 0; c < r->deep; c++) {
+                vec v[4];
+                for (int k = 0; k < nb; k++) v[k] = load(u + c * row + k * VL);
                 for (int f = 0; f < nf; f++) {
                     const real s = g[f * frame + c];
-                    for (int k = 0; k < nb; k++) acc[f][k] += s * u[k];
+                    for (int k = 0; k < nb; k++) acc[f][k] += s * v[k];
                 }
             }
         }
     }
-    const long image = forward ? (long)z->out_height * z->out_width * z->out : (long)z->height * z->width * z->in;
     for (int f = 0; f < nf; f++)
-        for (int k = 0; k < nb; k++) store(to + f * image + k * VL, acc[f][k]);
+        for (int k = 0; k < nb; k++) store(to + f * r->image + k * VL, acc[f][k]);
 }
 
-NARROW void dense(const shape *z, const real *from, const real *w, real *to, const int nf, const int forward) {
-    const int rows = forward ? z->out_height : z->height, cols = forward ? z->out_width : z->width;
-    const int channels = forward ? z->out : z->in;
-    for (int block = 0; block < channels;) {
-        const int nb = channels - block >= 4 * VL ? 4 : channels - block >= 2 * VL ? 2 : 1;
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < cols; j++) {
-                real *d = to + ((long)i * cols + j) * channels + block;
-                if (nb == 4) dense_tile(z, from, w + block, d, i, j, forward, nf, 4);
-                else if (nb == 2) dense_tile(z, from, w + block, d, i, j, forward, nf, 2);
-                else dense_tile(z, from, w + block, d, i, j, forward, nf, 1);
+NARROW void dense(const shape *z, const way *r, const real *from, const real *w, real *to, const int forward) {
+    for (int block = 0; block < r->wide;) {
+        const int nb = r->wide - block >= 4 * VL ? 4 : r->wide - block >= 2 * VL ? 2 : 1;
+        for (int i = 0; i < r->to_rows; i++)
+            for (int j = 0; j < r->to_cols; j++) {
+                real *d = to + ((long)i * r->to_cols + j) * r->wide + block;
+                if (nb == 4) dense_tile(z, r, from, w + block, d, i, j, forward, FRAMES, 4);
+                else if (nb == 2) dense_tile(z, r, from, w + block, d, i, j, forward, FRAMES, 2);
+                else dense_tile(z, r, from, w + block, d, i, j, forward, FRAMES, 1);
             }
         block += nb * VL;
     }
 }
 
-void input_grad(const shape *z, const real *dy, const real *w, real *dx) {
-    const long frame = (long)z->out_height * z->out_width * z->out, image = (long)z->height * z->width * z->in;
-    PARALLEL(z->threads)
-    for (int m = 0; m < z->frames; m += FRAMES) {
-        if (m + FRAMES <= z->frames) dense(z, dy + m * frame, w, dx + m * image, FRAMES, 0);
-        else
-            for (int f = m; f < z->frames; f++) dense(z, dy + f * frame, w, dx + f * image, 1, 0);
-    }
-}
-
-/* ---- convolution of spikes: x [m h w in], w [taps in out] -> y [m p q out]; out a multiple of VL ---- */
-
-NARROW void gather(const real *x, const uint16_t *idx, int n, const real *w, long row, real *y, const int nb) {
+NARROW void gather(const real *x, const uint16_t *idx, int n, const real *w, long row, real *y, const int nb,
+                   const int ones) {
     vec acc[4];
     for (int i = 0; i < nb; i++) acc[i] = load(y + i * VL);
     for (int j = 0; j < n; j++) {
         const real *r = w + idx[j] * row;
-        const real s = x[idx[j]];
-        for (int i = 0; i < nb; i++) acc[i] += s * load(r + i * VL);
+        if (ones)
+            for (int i = 0; i < nb; i++) acc[i] += load(r + i * VL);
+        else {
+            const real s = x[idx[j]];
+            for (int i = 0; i < nb; i++) acc[i] += s * load(r + i * VL);
+        }
     }
     for (int i = 0; i < nb; i++) store(y + i * VL, acc[i]);
 }
 
-static void sparse(const shape *z, const real *x, const uint16_t *idx, const int *count, const real *w, real *y) {
-    const int K = z->kernel, room = z->in + 16;
-    memset(y, 0, sizeof(real) * (size_t)z->out_height * z->out_width * z->out);
-    for (int block = 0; block < z->out;) {
-        const int nb = z->out - block >= 4 * VL ? 4 : z->out - block >= 2 * VL ? 2 : 1;
+NARROW void sparse(const shape *z, const way *r, const real *x, const uint16_t *idx, const int *count, int ones,
+                   const real *w, real *y, const int forward) {
+    const int K = z->kernel, room = r->deep + 16;
+    memset(y, 0, sizeof(real) * (size_t)r->image);
+    for (int block = 0; block < r->wide;) {
+        const int nb = r->wide - block >= 4 * VL ? 4 : r->wide - block >= 2 * VL ? 2 : 1;
         for (int tap = 0; tap < K * K; tap++) { /* one tap's weights stay in the first cache for the whole map */
-            const real *wt = w + (long)tap * z->in * z->out + block;
-            for (int a = 0; a < z->out_height; a++) {
-                const int h = a * z->stride + tap / K - z->padding;
-                if (h < 0 || h >= z->height) continue;
-                for (int b = 0; b < z->out_width; b++) {
-                    const int v = b * z->stride + tap % K - z->padding;
-                    if (v < 0 || v >= z->width) continue;
-                    const int c = h * z->width + v;
-                    const real *xc = x + (long)c * z->in;
+            const real *u = w + tap * r->tap + block;
+            for (int i = 0; i < r->to_rows; i++) {
+                const int a = source(z, i, tap / K, r->rows, forward);
+                if (a < 0) continue;
+                for (int j = 0; j < r->to_cols; j++) {
+                    const int b = source(z, j, tap % K, r->cols, forward);
+                    if (b < 0) continue;
+                    const int c = a * r->cols + b;
                     const uint16_t *ix = idx + (long)c * room;
-                    real *yo = y + ((long)a * z->out_width + b) * z->out + block;
-                    if (nb == 4) gather(xc, ix, count[c], wt, z->out, yo, 4);
-                    else if (nb == 2) gather(xc, ix, count[c], wt, z->out, yo, 2);
-                    else gather(xc, ix, count[c], wt, z->out, yo, 1);
+#define GATHER(NB, ONES) \
+    gather(x + (long)c * r->deep, ix, count[c], u, r->row, y + ((long)i * r->to_cols + j) * r->wide + block, NB, ONES)
+                    if (nb == 4 && ones) GATHER(4, 1);
+                    else if (nb == 4) GATHER(4, 0);
+                    else if (nb == 2) GATHER(2, 0);
+                    else GATHER(1, 0);
+#undef GATHER
                 }
             }
         }
@@ -228,27 +261,32 @@ static void sparse(const shape *z, const real *x, const uint16_t *idx, const int
     }
 }
 
-void spike_conv(const shape *z, const real *x, const real *w, real *y) {
-    const int cells = z->height * z->width, room = z->in + 16;
-    const long image = (long)cells * z->in, out = (long)z->out_height * z->out_width * z->out;
+NARROW void convolve(const shape *z, const real *from, const real *w, real *to, const int forward) {
+    const way r = way_of(z, forward);
+    const int cells = r.rows * r.cols, room = r.deep + 16;
     PARALLEL(z->threads)
     for (int m = 0; m < z->frames; m += FRAMES) {
         const int nf = z->frames - m < FRAMES ? z->frames - m : FRAMES;
+        const real *x = from + m * r.frame;
         uint16_t *idx = malloc(sizeof(uint16_t) * (size_t)nf * cells * room);
-        int *count = malloc(sizeof(int) * (size_t)nf * cells);
+        int *count = malloc(sizeof(int) * (size_t)nf * cells), ones = 1;
         long busy = 0;
         for (int c = 0; c < nf * cells; c++) {
-            count[c] = active(x + m * image + (long)c * z->in, z->in, idx + (long)c * room);
+            count[c] = active(x + (long)c * r.deep, r.deep, idx + (long)c * room, &ones);
             busy += count[c];
         }
-        if (nf == FRAMES && busy * 10 > nf * image * 7) dense(z, x + m * image, w, y + m * out, FRAMES, 1);
+        if (nf == FRAMES && busy * 10 > nf * r.frame * 7) dense(z, &r, x, w, to + m * r.image, forward);
         else
             for (int f = 0; f < nf; f++)
-                sparse(z, x + (m + f) * image, idx + (long)f * cells * room, count + f * cells, w, y + (m + f) * out);
+                sparse(z, &r, x + f * r.frame, idx + (long)f * cells * room, count + f * cells, ones, w,
+                       to + (m + f) * r.image, forward);
         free(idx);
         free(count);
     }
 }
+
+void spike_conv(const shape *z, const real *x, const real *w, real *y) { convolve(z, x, w, y, 1); }
+void input_grad(const shape *z, const real *dy, const real *w, real *dx) { convolve(z, dy, w, dx, 0); }
 
 /* ---- the first layer: few input channels, planes as images come [m in h w] ---- */
 
