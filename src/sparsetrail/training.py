@@ -27,6 +27,7 @@ from sparsetrail.data import crop as random_crop
 from sparsetrail.models import Trained, load_model
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.engine import halve, has_bf16, share_memory
+from sparsetrail.snn.graphs import Update
 from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.neuron import can_compile, compile_neurons
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
@@ -157,6 +158,7 @@ def train(
         share_memory(net)
         if spec.precision == "bf16" and device.type == "cpu" and has_bf16():
             halve(net)
+        recorded = _recorded(net, encode, spec, seams) if device.type == "cuda" else None
         if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
             return load_model(out)
         log = _Log(out / "events.jsonl", say)
@@ -177,9 +179,8 @@ def train(
                     generator = _keyed(spec.seed, epoch, i)
                     x, y = _augment(images[rows], spec, generator), labels[rows]
                     optimizer.set_rate(now, total)
-                    loss = update(
-                        net, _drawn(encode, spec.seed, epoch, i), optimizer, spec, seams or Seams(), x, y, generator
-                    )
+                    now_encode = _drawn(encode, spec.seed, epoch, i)
+                    loss = update(net, now_encode, optimizer, spec, seams or Seams(), x, y, generator, recorded)
                     if not math.isfinite(loss):
                         raise _failure(out, log, net, encode, x, epoch, i, optimizer.rate, loss)
                     done.step, done.loss = i + 1, loss
@@ -295,11 +296,16 @@ def update(
     x: Float[Tensor, "n c h w"],
     y: Int[Tensor, " n"],
     generator: torch.Generator,
+    recorded: Update | None = None,
 ) -> float:
-    """One update on one batch; returns the loss."""
+    """One update on one batch; returns the loss. `recorded` gives loss and gradients from a CUDA graph."""
     if seams.inputs is not None:
         x = seams.inputs(net, encode, x, y, generator)
     net.train()
+    found = None if recorded is None else recorded(x, y)
+    if found is not None:
+        value, norm = torch.stack(found).tolist()
+        return _finish(net, optimizer, spec, seams, generator, value, norm)
     net.zero_grad(set_to_none=True)
     half = spec.precision == "bf16" and not (x.device.type == "cpu" and has_bf16())  # else the engine sees to it
     with torch.autocast(x.device.type, torch.bfloat16) if half else contextlib.nullcontext():
@@ -310,18 +316,41 @@ def update(
     if not math.isfinite(value):
         return value
     loss.backward()
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(
-        grads
-    )  # a NaN weight only silences its neurons: the loss stays finite, this does not
-    if not math.isfinite(norm):
-        return float(norm)
+    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+    return _finish(net, optimizer, spec, seams, generator, value, float(norm))
+
+
+def _finish(
+    net: nn.Module,
+    optimizer: Optimizer,
+    spec: TrainSpec,
+    seams: Seams,
+    generator: torch.Generator,
+    value: float,
+    norm: float,
+) -> float:
+    """Move the weights along their gradients unless loss or norm are not finite; the loss, or what was not finite."""
+    if not math.isfinite(value) or not math.isfinite(norm):
+        return value if not math.isfinite(value) else norm  # a NaN weight silences its neurons: only the norm tells
     if spec.clip:
-        nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, norm)
+        nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, torch.tensor(norm))
     optimizer.step()
     if seams.after_step is not None:
         seams.after_step(net, generator)
     return value
+
+
+def _recorded(net: nn.Module, encode: Encoder, spec: TrainSpec, seams: Seams | None) -> Update | None:
+    """The training step as a CUDA graph, where nothing in it changes from step to step but the batch."""
+    if encode.random or (seams is not None and seams.penalty is not None):
+        return None
+
+    def way(x: Tensor) -> Tensor:
+        half = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if spec.precision == "bf16" else None
+        with half or contextlib.nullcontext():
+            return scores(net, encode, x)
+
+    return Update(net, way)
 
 
 def scores(net: nn.Module, encode: Encoder, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:

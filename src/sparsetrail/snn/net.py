@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsetrail.core import Victim
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.engine import freeze, has_bf16, watched
+from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons
 from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
 
@@ -89,8 +90,8 @@ def victim(
     """A network and its encoder as a `Victim` in eval mode; a net in train mode is refused at every call.
 
     Scores come from a frozen copy that is made anew when a weight of `net` changes: the same numbers, no weight
-    gradients. Of the copy only first derivatives with respect to the input are kept in mind. `compile` lets a GPU run
-    the neurons as generated kernels, worth their seconds of compilation in long attacks.
+    gradients. On a GPU its steps are replayed as CUDA graphs, which give first derivatives only. `compile` lets a GPU
+    run the neurons as generated kernels, worth their seconds of compilation in long attacks.
 
     `precision="bf16"` crafts faster and judges in fp32 all the same: on a CPU only the products of the input gradient
     are bf16, the scores stay those of fp32 to the bit; on a GPU convolutions and the last layer run in bf16. ValueError
@@ -115,10 +116,25 @@ def victim(
             held[state] = compile_neurons(fresh) if compile else fresh
         return held[state]
 
+    recorded: dict[tuple, Scores] = {}
+
     def run(x: Tensor, way: str, half: bool) -> Tensor:
-        now = copy() or net
-        with torch.autocast("cuda", torch.bfloat16) if half and x.is_cuda else contextlib.nullcontext():
-            return now(x) if way == "logits" else now.scores(x, encode)  # type: ignore[operator]
+        now = copy()
+        watched_net, now = now is None, now or net
+
+        def plain(x: Tensor) -> Tensor:
+            amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if half and x.is_cuda else None
+            with amp or contextlib.nullcontext():
+                return now(x) if way == "logits" else now.scores(x, encode)  # type: ignore[operator]
+
+        if not x.is_cuda or watched_net:
+            return plain(x)
+        key = (id(now), way, half)
+        if key not in recorded:
+            if all(k[0] != id(now) for k in recorded):
+                recorded.clear()  # the weights have changed
+            recorded[key] = Scores(plain, axis=1 if way == "logits" else 0)
+        return recorded[key](x)
 
     return Victim(
         encode=encode,
