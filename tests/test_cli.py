@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 
 
 def test_the_verbs_are_exactly_these(capsys):
-    assert list(VERBS) == ["quick", "train", "import", "attack", "trail", "reproduce", "report", "doctor"]
+    assert list(VERBS) == ["quick", "train", "import", "attack", "trail", "reproduce", "report", "bench", "doctor"]
     assert list(DATA_VERBS) == ["get", "add", "verify", "list"]
     code, out, _ = run("--help", capsys=capsys)
     assert code == 0 and all(verb in out for verb in [*VERBS, "data"])

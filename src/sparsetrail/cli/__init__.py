@@ -16,6 +16,7 @@ VERBS = {
     "trail": "Zeros in and norm of the gradient at every operation of a model.",
     "reproduce": "Run a table or figure of the paper again, ours beside the published.",
     "report": "Draw the report of a finished run again: HTML, Markdown, table.",
+    "bench": "Measure the engine against SpikingJelly 2.0.0, in a clone: a table and CSVs.",
     "doctor": "What this machine offers: torch, device, threads, data, optional tools.",
 }
 DATA_VERBS = {

@@ -1,9 +1,11 @@
 """The verbs: thin functions that turn flags into calls and results into lines; `--json` prints one JSON line."""
 
+import importlib.util
 import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -506,6 +508,43 @@ def report(
         print(f"figure   {draw(found, place / f'trail.{format}')}")
     else:
         print(f"report   {write(found, place)['html']}")
+
+
+def bench(
+    *,
+    only: Annotated[
+        str | None, Parameter(help="steps, robust_accuracy, memory, ideal, scaling, hotspots, separated by commas")
+    ] = None,
+    threads: Annotated[int, Parameter(help="CPU threads; one is measured in CPU time, more in wall time")] = 1,
+    runs: Annotated[int | None, Parameter(help="rounds that alternate; default by script")] = None,
+    weights: Annotated[Path | None, Parameter(help="a trained model; default an untrained one that fires")] = None,
+    smoke: Annotated[bool, Parameter(negative="", help="a tiny size that proves that it runs")] = False,
+    out: Annotated[Path | None, Parameter(help="folder of the CSVs; default bench/results")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure training step, attack step, robust accuracy, memory, scaling and profile against SpikingJelly 2.0.0.
+
+    Runs the scripts in bench/ of a clone one after the other; ours and the rival take turns in one process. Prints a
+    Markdown table of medians, ratios and goals. Takes about a quarter of an hour on one core.
+    """
+    script = Path(__file__).resolve().parents[3] / "bench" / "run.py"
+    if not script.is_file():
+        raise ValueError(f"bench: expected a clone with bench/ in it, found no {script}; clone it and pip install -e .")
+    if any(importlib.util.find_spec(m) is None for m in ("spikingjelly", "loguru", "h5py")):
+        raise ValueError(
+            "bench: SpikingJelly 2.0.0 to compare with is not installed; pip install --no-deps -r tests/references.txt"
+        )
+    if runs is not None and runs < 1:
+        raise ValueError(f"--runs: expected at least 1, got {runs}")
+    if weights is not None:
+        _target(str(weights))
+    given = {"only": only, "threads": threads, "runs": runs, "weights": weights, "device": _device(device, threads)}
+    if out is not None:
+        given["out"] = _folder(out, False)
+    command = [sys.executable, str(script), *(["--smoke"] if smoke else [])]
+    done = subprocess.run(command + [t for k, v in given.items() if v is not None for t in (f"--{k}", str(v))])
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def doctor(*, root: Path | None = None, as_json: Json = False) -> None:
