@@ -14,6 +14,7 @@ in float64 nothing differs beyond 1e-12. Modules that somebody watches by hooks,
 `NetSpec(exact=True)` take the plain operations. Second derivatives are there; they run plain operations too.
 """
 
+import bisect
 import copy
 import functools
 import math
@@ -42,7 +43,8 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self.lock, self.held = threading.Lock(), {}
+        self.lock = threading.Lock()
+        self.held: dict[torch.dtype, list[tuple[int, torch.UntypedStorage]]] = {}  # by size
 
     def __deepcopy__(self, _memo: dict) -> "Workspace":
         return Workspace()
@@ -54,15 +56,19 @@ class Workspace:
         """An uninitialised contiguous tensor on the CPU."""
         count = -(-math.prod(shape) // 16384) * 16384  # rounded up, so that a batch a little smaller fits again
         with self.lock:
-            blocks = self.held.setdefault((count, dtype), [])
-            for block in blocks:
-                if _users(block._cdata) == 1:
+            blocks = self.held.setdefault(dtype, [])
+            at = bisect.bisect_left(blocks, count, key=lambda b: b[0])
+            while at < len(blocks) and blocks[at][0] <= 4 * count:
+                if _users(blocks[at][1]._cdata) == 1:
                     break
+                at += 1
             else:
-                block = torch.empty(count, dtype=dtype).untyped_storage()
-                if _users is not _nobody:
-                    blocks.append(block)
-            return torch.empty(0, dtype=dtype).set_(block, 0, shape, _strides(shape))
+                at = bisect.bisect_left(blocks, count, key=lambda b: b[0])
+                fresh = torch.empty(count, dtype=dtype).untyped_storage()
+                if _users is _nobody:
+                    return torch.empty(0, dtype=dtype).set_(fresh, 0, shape, _strides(shape))
+                blocks.insert(at, (count, fresh))
+            return torch.empty(0, dtype=dtype).set_(blocks[at][1], 0, shape, _strides(shape))
 
     def clear(self) -> None:
         """Let go of all blocks that no tensor uses."""
@@ -129,9 +135,7 @@ class _Geometry:
     pairs: Tensor | None
 
     def shape(self, m: int, cin: int, h: int, w: int, cout: int):
-        return kernels.shape(
-            m, h, w, cin, cout, self.kernel, self.stride, self.padding, torch.get_num_threads()
-        )
+        return kernels.shape(m, h, w, cin, cout, self.kernel, self.stride, self.padding, torch.get_num_threads())
 
     def out(self, size: int) -> int:
         return (size + 2 * self.padding - self.kernel) // self.stride + 1
@@ -369,15 +373,62 @@ def coded(x: Float[Tensor, "n c h w"], encode: Encoder, conv: nn.Module) -> Tens
 # ---- BatchNorm and neuron ------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Pooling:
+    """A max (`most`) or average pool over square windows."""
+
+    kernel: int
+    stride: int
+    padding: int
+    most: bool
+
+    def shape(self, m: int, c: int, h: int, w: int):
+        return kernels.shape(m, h, w, c, c, self.kernel, self.stride, self.padding, torch.get_num_threads())
+
+    def run(self, x: Tensor, space: Workspace | None) -> tuple[Tensor, Tensor | None]:
+        """The pooled map, and of a max pool the winning tap of every cell, one byte each."""
+        m, c, h, w = x.shape
+        p, q = ((size + 2 * self.padding - self.kernel) // self.stride + 1 for size in (h, w))
+        y, lib, z = _maps(space, m, c, p, q, x), kernels.library(x.dtype), self.shape(m, c, h, w)
+        if not self.most:
+            lib.avg_pool(z, pointer(x), pointer(y))
+            return y, None
+        at = torch.empty((m, p, q, c), dtype=torch.uint8)
+        lib.max_pool(z, pointer(x), pointer(y), pointer(at))
+        return y, at
+
+    def back(self, grad: Tensor, at: Tensor | None, size: tuple[int, ...], space: Workspace | None) -> Tensor:
+        """The gradient of the map; in grad mode by differentiable operations."""
+        if torch.is_grad_enabled():
+            return _pool_backward(grad, at, size, self.kernel, self.stride, self.padding)
+        grad, (m, c, h, w) = _last(grad), size
+        dx = _maps(space, m, c, h, w, grad)
+        kernels.library(grad.dtype).pool_grad(self.shape(m, c, h, w), pointer(grad), pointer(at), pointer(dx))
+        return dx
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a pass of `_Fire` needs to know beside its tensors."""
+
+    norm: nn.BatchNorm2d
+    spec: NeuronSpec
+    order: tuple[int, ...]
+    space: Workspace | None
+    own: bool
+    pooling: _Pooling | None
+
+
 class _Fire(torch.autograd.Function):
-    """Frames of currents -> BatchNorm -> neuron over all steps (-> plus another map): spikes and charged potentials.
+    """Frames of currents -> BatchNorm -> neuron over all steps (-> plus another map) (-> pool), and the potentials.
 
     The potentials are an output so that a second derivative sees them depend on the input. The input is kept only where
     BatchNorm wants it: batch statistics, or gradients of its weight and bias.
     """
 
     @staticmethod
-    def forward(ctx, y, plus, gamma, beta, norm: nn.BatchNorm2d, spec: NeuronSpec, order: tuple[int, ...], space):
+    def forward(ctx, y, plus, gamma, beta, layer: _Layer):
+        norm, order, space = layer.norm, layer.order, layer.space
         y = _last(y)
         _, c, p, q = y.shape
         n = len(y) // (max(order) + 1)
@@ -389,41 +440,50 @@ class _Fire(torch.autograd.Function):
         shift = -mean.double() * scale.double() + (0.0 if beta is None else beta.double())  # one rounding, as PyTorch
         shift = shift.to(y.dtype)
         keep = any(ctx.needs_input_grad)
+        with_input = keep and (batch or ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
         s = _maps(space, steps * n, c, p, q, y)
-        h = _maps(space, steps * n, c, p, q, y) if keep else None
+        h = None
+        if keep:  # where nobody needs the currents any more, the potentials take their place
+            over = layer.own and not with_input and order == tuple(range(steps))
+            h = y.detach() if over else _maps(space, steps * n, c, p, q, y)
         frame, _ = kernels.frames(order)
         plus = None if plus is None else _last(plus)
         at = map(pointer, (y, frame, scale, shift, plus, s, h))
-        kernel(spec, y).fire(*at, steps, rows, c, threads)
+        kernel(layer.spec, y).fire(*at, steps, rows, c, threads)
+        winners = None
+        if layer.pooling is not None:
+            s, winners = layer.pooling.run(s, space)
         ctx.set_materialize_grads(False)
-        ctx.facts = norm, spec, order, space, batch
-        with_input = keep and (batch or ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
+        ctx.layer, ctx.batch = layer, batch
         if h is None:
             h = s.new_empty(0)
-        ctx.save_for_backward(h, y if with_input else None, gamma, beta, mean, inv, scale)
+        ctx.save_for_backward(h, y if with_input else None, gamma, beta, mean, inv, scale, winners)
         return s, h
 
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
-        h, y, gamma, beta, mean, inv, scale = ctx.saved_tensors
-        norm, spec, order, space, batch = ctx.facts
-        wants = ctx.needs_input_grad
+        h, y, gamma, beta, mean, inv, scale, winners = ctx.saved_tensors
+        layer, batch, wants = ctx.layer, ctx.batch, ctx.needs_input_grad
+        order, space, mine = layer.order, layer.space, layer.pooling is not None
+        if layer.pooling is not None and grad_s is not None:
+            grad_s = layer.pooling.back(grad_s, winners, h.shape, space)
         if torch.is_grad_enabled() or grad_h is not None or grad_s is None:
-            return (*_fire_backward(ctx, grad_s, grad_h), None, None, None, None)
+            return (*_fire_backward(ctx, grad_s, grad_h), None)
         grad_s = _last(grad_s)
         grad_plus = grad_s if wants[1] else None
         if not (wants[0] or wants[2] or wants[3]):
-            return None, grad_plus, *[None] * 6
+            return None, grad_plus, None, None, None
         _, c, p, q = h.shape
         steps, frames = len(order), max(order) + 1
         n = len(h) // steps
         rows, threads = n * p * q, torch.get_num_threads()
-        dy = _maps(space, frames * n, c, p, q, h)
+        mine = mine and grad_plus is None and frames == steps  # a gradient that is ours alone makes room for the next
+        dy = grad_s if mine else _maps(space, frames * n, c, p, q, h)
         frame, last = kernels.frames(order)
         sums = torch.zeros(threads, 2, c, dtype=torch.float64) if y is not None else None
         by = None if batch else scale
         at = map(pointer, (grad_s, h, frame, last, by, y, mean if y is not None else None, inv, dy, sums))
-        kernel(spec, h).back(*at, steps, rows, c, threads)
+        kernel(layer.spec, h).back(*at, steps, rows, c, threads)
         d_gamma = d_beta = None
         if sums is not None:
             sum_g, sum_gx = sums.sum(0).to(h.dtype)
@@ -434,7 +494,7 @@ class _Fire(torch.autograd.Function):
                 at = map(pointer, (dy, y, weight))
                 more = map(pointer, (mean, inv, scale, sum_g, sum_gx))
                 kernels.library(h.dtype).norm_grad(*at, frames, rows, c, *more, total, threads)
-        return dy, grad_plus, d_gamma, d_beta, None, None, None, None
+        return dy, grad_plus, d_gamma, d_beta, None
 
 
 def _batch(norm: nn.BatchNorm2d, y: Tensor, order: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor]:
@@ -463,8 +523,8 @@ def _weights(order: tuple[int, ...]) -> Tensor:
 
 def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
     """By differentiable operations: for second derivatives, and where the potentials themselves have a gradient."""
-    h, y, gamma, beta, mean, inv, _ = ctx.saved_tensors
-    norm, spec, order, _, batch = ctx.facts
+    h, y, gamma, beta, mean, inv, *_ = ctx.saved_tensors
+    norm, spec, order, batch = ctx.layer.norm, ctx.layer.spec, ctx.layer.order, ctx.batch
     wants, steps, frames = ctx.needs_input_grad, len(order), max(order) + 1
     if grad_s is None and grad_h is None:
         return None, None, None, None
@@ -498,18 +558,32 @@ def fire(
     *,
     plus: Tensor | None = None,
     order: tuple[int, ...] | None = None,
-) -> Float[Tensor, "k c h w"]:
-    """`neuron(norm(y))` in one pass, plus another map where one is given.
+    own: bool = False,
+    pool: nn.Module | None = None,
+) -> Float[Tensor, "k c p q"]:
+    """`neuron(norm(y))` in one pass, plus another map and pooled where these are given.
 
-    y holds the currents of all steps, or only those of the distinct frames that `order` shows at each step.
+    y holds the currents of all steps, or only those of the distinct frames that `order` shows at each step. `own` says
+    that nobody else looks at y: its memory may be written to.
     """
     order = order or tuple(range(steps))
     if not _can_fire(y, norm, neuron, plus):
         if order != tuple(range(steps)):
             y = torch.cat([y.unflatten(0, (max(order) + 1, -1))[f] for f in order])
         s = neuron(norm(y))
-        return s if plus is None else plus + s
-    return _Fire.apply(y, plus, norm.weight, norm.bias, norm, neuron.spec, order, neuron.space)[0]
+        s = s if plus is None else plus + s
+        return s if pool is None else pool(s)
+    pooling = None if pool is None else _pooling(pool, y)
+    layer = _Layer(norm, neuron.spec, order, neuron.space, own, pooling)  # type: ignore[arg-type]
+    s = _Fire.apply(y, plus, norm.weight, norm.bias, layer)[0]
+    return s if pool is None or pooling is not None else pool(s)
+
+
+def conv_fire(
+    x: Float[Tensor, "m c h w"], conv: nn.Module, norm: nn.Module, neuron: Neuron, steps: int, **more: Any
+) -> Float[Tensor, "m d p q"]:
+    """`neuron(norm(conv(x)))`; `more` as in `fire`."""
+    return fire(conv(x), norm, neuron, steps, own=isinstance(conv, Conv2d) and not watched(conv), **more)
 
 
 def _can_fire(y: Tensor, norm: nn.Module, neuron: Neuron, plus: Tensor | None) -> bool:
@@ -524,38 +598,20 @@ def _can_fire(y: Tensor, norm: nn.Module, neuron: Neuron, plus: Tensor | None) -
     )
 
 
-# ---- pooling -------------------------------------------------------------------------------------------------------
-
-
-class _Pool(torch.autograd.Function):
-    """Max or average pooling of channels-last maps; a max pool keeps one byte an output cell."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, kernel: int, stride: int, padding: int, most: bool, space):
-        x = _last(x)
-        m, c, h, w = x.shape
-        z = kernels.shape(m, h, w, c, c, kernel, stride, padding, torch.get_num_threads())
-        p, q = ((size + 2 * padding - kernel) // stride + 1 for size in (h, w))
-        y, lib, at = _maps(space, m, c, p, q, x), kernels.library(x.dtype), None
-        if most:
-            at = torch.empty((m, p, q, c), dtype=torch.uint8)
-            lib.max_pool(z, pointer(x), pointer(y), pointer(at))
-        else:
-            lib.avg_pool(z, pointer(x), pointer(y))
-        ctx.save_for_backward(at)
-        ctx.facts = z, x.shape, kernel, stride, padding, space
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (at,) = ctx.saved_tensors
-        z, size, kernel, stride, padding, space = ctx.facts
-        if torch.is_grad_enabled():
-            return _pool_backward(grad, at, size, kernel, stride, padding), *[None] * 5
-        grad = _last(grad)
-        dx = _maps(space, size[0], size[1], size[2], size[3], grad)
-        kernels.library(grad.dtype).pool_grad(z, pointer(grad), pointer(at), pointer(dx))
-        return dx, *[None] * 5
+def _pooling(module: nn.Module, x: Tensor) -> _Pooling | None:
+    """A pool module as the kernels run it on maps like `x`, or None where they do not serve."""
+    kind = type(module)
+    if kind not in (nn.MaxPool2d, nn.AvgPool2d) or watched(module):
+        return None
+    kernel, stride, padding = module.kernel_size, module.stride, module.padding
+    if not (isinstance(kernel, int) and isinstance(stride, int) and isinstance(padding, int)) or module.ceil_mode:
+        return None
+    if kind is nn.MaxPool2d and (module.dilation != 1 or module.return_indices):
+        return None
+    if kind is nn.AvgPool2d and (not module.count_include_pad or module.divisor_override is not None):
+        return None
+    fits = kernel <= 15 and padding <= kernel // 2 and min(x.shape[2:]) + 2 * padding >= kernel
+    return _Pooling(kernel, stride, padding, kind is nn.MaxPool2d) if fits else None
 
 
 def _pool_backward(grad: Tensor, at: Tensor | None, size, kernel: int, stride: int, padding: int) -> Tensor:
@@ -571,22 +627,6 @@ def _pool_backward(grad: Tensor, at: Tensor | None, size, kernel: int, stride: i
     return torch.zeros(*size[:2], size[2] * size[3], dtype=grad.dtype).scatter_add(2, flat, grad.flatten(2)).view(size)
 
 
-def pool(x: Float[Tensor, "m c h w"], module: nn.Module) -> Float[Tensor, "m c p q"]:
-    """`module(x)`, a max or average pool by the kernels where they serve."""
-    kind = type(module)
-    if kind not in (nn.MaxPool2d, nn.AvgPool2d) or watched(module) or x.ndim != 4 or len(x) == 0 or not _serve(x):
-        return module(x)
-    kernel, stride, padding = module.kernel_size, module.stride, module.padding
-    whole = all(isinstance(v, int) for v in (kernel, stride, padding))
-    if kind is nn.MaxPool2d:
-        odd = module.dilation != 1 or module.return_indices
-    else:
-        odd = not module.count_include_pad or module.divisor_override is not None
-    if not whole or odd or module.ceil_mode or kernel > 15 or min(x.shape[2:]) + 2 * padding < kernel:
-        return module(x)
-    return _Pool.apply(x, kernel, stride, padding, kind is nn.MaxPool2d, getattr(module, "space", None))
-
-
 # ---- whole networks ------------------------------------------------------------------------------------------------
 
 
@@ -594,8 +634,8 @@ def share_memory(net: nn.Module) -> nn.Module:
     """Let the layers of `net` take their intermediate maps from one workspace of their own."""
     space = Workspace()
     for m in net.modules():
-        if isinstance(m, Conv2d | Neuron | nn.MaxPool2d | nn.AvgPool2d):
-            m.space = space  # type: ignore[assignment]
+        if isinstance(m, Conv2d | Neuron):
+            m.space = space
     return net
 
 

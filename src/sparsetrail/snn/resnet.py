@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import Conv2d, coded, fire, pool, watched
+from sparsetrail.snn.engine import Conv2d, coded, conv_fire, fire, watched
 from sparsetrail.snn.neuron import Neuron, NeuronSpec
 
 Connect = Literal["add", "and", "iand"]
@@ -93,18 +93,19 @@ class Block(nn.Module):
         identity = x
         if self.downsample is not None and self.sew:
             conv, norm = self.downsample  # type: ignore[misc]
-            identity = fire(conv(x), norm, self.downsample_sn, steps)
+            identity = conv_fire(x, conv, norm, self.downsample_sn, steps)
         elif self.downsample is not None:
             identity = self.downsample(x)
-        out = fire(self.conv1(x), self.bn1, self.sn1, steps)
-        out, norm, last = self.conv2(out), self.bn2, self.sn2
+        out = conv_fire(x, self.conv1, self.bn1, self.sn1, steps)
+        conv, norm, last = self.conv2, self.bn2, self.sn2
         if self.bottleneck:
-            out, norm, last = self.conv3(fire(out, norm, last, steps)), self.bn3, self.sn3
+            out = conv_fire(out, conv, norm, last, steps)
+            conv, norm, last = self.conv3, self.bn3, self.sn3
         if not self.sew:
-            return last(self.join(norm(out), identity))
+            return last(self.join(norm(conv(out)), identity))
         if self.join.connect == "add" and not watched(self.join):
-            return fire(out, norm, last, steps, plus=identity)
-        out = fire(out, norm, last, steps)
+            return conv_fire(out, conv, norm, last, steps, plus=identity)
+        out = conv_fire(out, conv, norm, last, steps)
         return self.join(out, identity) if self.bottleneck else self.join(identity, out)
 
 
@@ -168,10 +169,10 @@ class SpikingResNet(nn.Module):
         """Scores of every step."""
         if u.ndim != 5 or u.shape[0] != self.steps:
             raise ValueError(f"expected an encoded input [{self.steps} n c h w], got shape {tuple(u.shape)}")
-        return self._body(fire(self.conv1(u.flatten(0, 1)), self.bn1, self.sn1, self.steps))
+        x = conv_fire(u.flatten(0, 1), self.conv1, self.bn1, self.sn1, self.steps, pool=self.pool)
+        return self._after_stem(x)
 
-    def _body(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "t n k"]:
-        x = pool(x, self.pool)
+    def _after_stem(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "t n k"]:
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)  # type: ignore[operator]
         return self.fc(self.avgpool(x).flatten(1)).unflatten(0, (self.steps, -1))
@@ -184,4 +185,5 @@ class SpikingResNet(nn.Module):
         currents = coded(x, encode, self.conv1) if encode.steps == self.steps else None
         if currents is None:
             return self(encode(x))
-        return self._body(fire(currents, self.bn1, self.sn1, self.steps, order=encode.frames)).mean(0)
+        x = fire(currents, self.bn1, self.sn1, self.steps, order=encode.frames, pool=self.pool)
+        return self._after_stem(x).mean(0)
