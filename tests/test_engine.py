@@ -186,7 +186,7 @@ def test_batchnorm_and_neuron_in_one_pass(mode, knobs, order, plus, channels):
             grads = torch.autograd.grad((s * torch.linspace(-1, 1, s.numel()).view(s.shape)).sum(), inputs)
         found.append((s.detach(), grads, bn.state_dict()))
     (s, grads, state), (fast, fast_grads, fast_state) = found
-    assert torch.equal(s, fast) and 0 < s.mean()
+    assert torch.equal(s, fast) and s.any()
     for p, q in zip(grads, fast_grads, strict=True):
         assert p.abs().max() > 0
         close(q, p)
@@ -533,7 +533,7 @@ def test_training_in_bf16_learns(tmp_path):
     assert held["k"] / held["n"] > 0.35
 
 
-# ---- doing without -----------------------------------------------------------------------------------------------------
+# ---- doing without ---------------------------------------------------------------------------------------------------
 
 PROGRAM = """
 import sys, torch
@@ -595,7 +595,7 @@ def test_exact_networks_run_plainly():
     assert not engine._can_fire(torch.rand(5, 16, 4, 4), net.bn1, net.sn1, None)
 
 
-# ---- GPU ---------------------------------------------------------------------------------------------------------------
+# ---- GPU -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -28,6 +28,7 @@ from sparsetrail.models import Trained, load_model
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.engine import halve, has_bf16, share_memory
 from sparsetrail.snn.graphs import Update
+from sparsetrail.snn.kernels import available
 from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.neuron import can_compile, compile_neurons
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
@@ -354,7 +355,7 @@ def _recorded(net: nn.Module, encode: Encoder, spec: TrainSpec, seams: Seams | N
 
 
 def scores(net: nn.Module, encode: Encoder, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-    """Scores of pixels by the network's own shorter way, where it has one: frames shown again are not computed again."""
+    """Scores of pixels by the network's own shorter way, if it has one: frames shown again are not computed again."""
     way = getattr(net, "scores", None)
     return net(encode(x)) if way is None else way(x, encode)
 
@@ -504,7 +505,9 @@ def _save_model(
 
 def _machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": f"{device.type} {name}", "torch": torch.__version__, "threads": torch.get_num_threads()}
+    kernels = "generated" if device.type == "cpu" and available() else "PyTorch's"
+    threads = torch.get_num_threads()
+    return {"device": f"{device.type} {name}", "torch": torch.__version__, "threads": threads, "kernels": kernels}
 
 
 def _failure(out, log, net, encode, x, epoch: int, step: int, rate: float, loss: float) -> TrainingFailed:

@@ -27,7 +27,9 @@ from sparsetrail.recipes import quick as quick_recipe
 from sparsetrail.report import console as print_table
 from sparsetrail.report import load as load_report
 from sparsetrail.report import write
+from sparsetrail.snn import kernels
 from sparsetrail.snn.encode import build_encoder
+from sparsetrail.snn.engine import has_bf16
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.surrogate import Surrogate
@@ -362,8 +364,11 @@ def attack(
         if threat is None:
             runs = list(measure.strike_as_published(bench, model, label, test_set))
         else:
-            how = {"backward": encoder_gradient, "precision": precision}
-            runs = [measure.strike(bench, model, label, name, threat, test_set, **how, **knobs)]
+            run = measure.strike(
+                bench, model, label, name, threat, test_set,
+                backward=encoder_gradient, precision=precision, **knobs,
+            )  # fmt: skip
+            runs = [run]
     for run in runs:
         if as_json:
             _emit(_run_line(run))
@@ -558,6 +563,7 @@ def doctor(*, root: Path | None = None, as_json: Json = False) -> None:
         if torch.cuda.is_available()
         else f"cpu ({os.cpu_count()} cores, no CUDA)",
         "threads": torch.get_num_threads(),
+        "engine": _engine(),
         "data": [
             f"{e.name}/{e.split}: {e.n} images{'' if e.official else ' (not the official content)'}"
             for e in data.available(root)
@@ -575,6 +581,15 @@ def doctor(*, root: Path | None = None, as_json: Json = False) -> None:
             print(f"{k:<12} " + ", ".join(f"{a}: {b}" for a, b in v.items()))
         else:
             print(f"{k:<12} {v}")
+
+
+def _engine() -> str:
+    """What runs networks on the CPU, in words."""
+    if not kernels.available():
+        why = "no C compiler found" if kernels.compiler() is None else "switched off or not compiled"
+        return f"plain PyTorch, several times slower ({why})"
+    half = "bf16 input gradients" if has_bf16() else "no bf16 on this CPU"
+    return f"kernels compiled by {kernels.compiler()} into {kernels.folders()[0]}, {half}"
 
 
 def data_get(name: str, *, root: Path | None = None) -> None:

@@ -29,8 +29,8 @@ BACKWARD_RULES = ("true", "identity", "weighted", "secant", "none")
 class Encoder:
     """An encoder ready to call. `knobs` rebuild it through `ENCODERS[name](**knobs)`; `random` draws at each call.
 
-    `frames` tells which distinct frame each step shows (phase code: t mod bits; direct code: always frame 0), `slope` is
-    the backward rule, [t] or by grey level [256 t], None if severed.
+    `frames` tells which distinct frame each step shows (phase code: t mod bits; direct code: always frame 0), `slope`
+    is the backward rule, [t] or by grey level [256 t], None if severed.
     """
 
     name: str

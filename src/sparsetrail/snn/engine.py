@@ -434,7 +434,7 @@ class _Fire(torch.autograd.Function):
         n = len(y) // (max(order) + 1)
         rows, steps, threads = n * p * q, len(order), torch.get_num_threads()
         batch = norm.training or norm.running_mean is None
-        mean, var = _batch(norm, y, order, rows) if batch else (norm.running_mean, norm.running_var)
+        mean, var = _batch(norm, y, order, rows) if batch else _running(norm)
         inv = torch.rsqrt(var + norm.eps)
         scale = inv if gamma is None else inv * gamma
         shift = -mean.double() * scale.double() + (0.0 if beta is None else beta.double())  # one rounding, as PyTorch
@@ -497,6 +497,11 @@ class _Fire(torch.autograd.Function):
         return dy, grad_plus, d_gamma, d_beta, None
 
 
+def _running(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
 def _batch(norm: nn.BatchNorm2d, y: Tensor, order: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor]:
     """Batch statistics over all steps, and the running ones moved as nn.BatchNorm2d moves them."""
     c, frames = y.shape[1], max(order) + 1
@@ -505,12 +510,12 @@ def _batch(norm: nn.BatchNorm2d, y: Tensor, order: tuple[int, ...], rows: int) -
     out = map(pointer, found)
     kernels.library(y.dtype).batch_stats(*at, frames, rows, c, *out, torch.get_num_threads())
     mean, var = found.to(y.dtype)
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        count = len(order) * rows
+    if norm.training and norm.num_batches_tracked is not None:
+        count, (running_mean, running_var) = len(order) * rows, _running(norm)
         norm.num_batches_tracked.add_(1)
-        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        norm.running_mean.mul_(1 - share).add_(mean * share)
-        norm.running_var.mul_(1 - share).add_(var * (count / max(count - 1, 1)) * share)
+        share = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        running_mean.mul_(1 - share).add_(mean * share)
+        running_var.mul_(1 - share).add_(var * (count / max(count - 1, 1)) * share)
     return mean, var
 
 
@@ -528,8 +533,8 @@ def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
     wants, steps, frames = ctx.needs_input_grad, len(order), max(order) + 1
     if grad_s is None and grad_h is None:
         return None, None, None, None
-    sequence = (None if g is None else g.unflatten(0, (steps, -1)) for g in (grad_s, grad_h))
-    g, _ = through_time(*sequence, h.unflatten(0, (steps, -1)), None, None, spec)
+    for_s, for_h = (None if g is None else g.unflatten(0, (steps, -1)) for g in (grad_s, grad_h))
+    g, _ = through_time(for_s, for_h, h.unflatten(0, (steps, -1)), None, None, spec)
     dy = d_gamma = d_beta = None
     if batch:
         inputs = [t for t, want in ((y, wants[0]), (gamma, wants[2]), (beta, wants[3])) if want]
@@ -540,7 +545,8 @@ def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
         found = iter(torch.autograd.grad(out, inputs, g.flatten(0, 1), create_graph=again))
         dy, d_gamma, d_beta = (next(found) if want else None for want in (wants[0], wants[2], wants[3]))
     else:
-        g = torch.stack([sum(g[t] for t in range(steps) if order[t] == f) for f in range(frames)]).flatten(0, 1)
+        shown = [[t for t in range(steps) if order[t] == f] for f in range(frames)]
+        g = torch.cat([g[times].sum(0) for times in shown])
         view = (1, -1, 1, 1)
         dy = g * (inv if gamma is None else inv * gamma).view(view)
         if wants[2]:

@@ -112,7 +112,7 @@ def _build(source: str, *, contract: bool) -> ctypes.CDLL | None:
         return None
     flags = ["-O3", "-march=native", f"-ffp-contract={'fast' if contract else 'off'}", "-fPIC", "-std=gnu11", "-w"]
     key = hashlib.sha256("\n".join((source, *flags, _machine(cc), torch.__version__)).encode()).hexdigest()[:24]
-    for folder in _folders():
+    for folder in folders():
         path = folder / f"{key}.so"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -164,7 +164,8 @@ def _machine(cc: str) -> str:
     return f"{version}\n{platform.machine()}\n{features}"
 
 
-def _folders() -> list[Path]:
+def folders() -> list[Path]:
+    """Where compiled kernels are kept: the first of these that can be written to."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsetrail"
     return [cache, Path(tempfile.gettempdir()) / f"sparsetrail-{os.getuid() if hasattr(os, 'getuid') else 'kernels'}"]
 
@@ -268,7 +269,7 @@ static inline float exp_single(float x) {
 #define EXP(x) (sizeof(real) == 4 ? (real)exp_single((float)(x)) : (real)exp(x))
 
 /* y [frames rows C] read at frame[t], scaled to a y + b per channel if a is given -> spikes s (plus `plus`) and
-   charged potentials h [steps rows C]; h and plus may be NULL. */
+   charged potentials h [steps rows C]; h and plus may be NULL, h may lie over y if every step has its frame. */
 void fire(const real *y, const int *frame, const real *a, const real *b, const real *plus, real *s, real *h, int steps,
           long rows, int C, int threads) {
     const long size = rows * C, per = CHUNK / C > 0 ? CHUNK / C : 1;
@@ -301,9 +302,9 @@ void fire(const real *y, const int *frame, const real *a, const real *b, const r
     }
 }
 
-/* Back through time: gradient of the spikes -> gradient of the input, per frame [frames rows C], times scale[c].
-   last[t] marks the last step that shows a frame. With `y`, sums [threads 2 C] take the sums over everything of g and of
-   g (y - mean) inv, g before scale. */
+/* Back through time: gradient of the spikes -> gradient of the input, per frame [frames rows C], times scale[c];
+   `out` may lie over `grad` if every step has its frame. last[t] marks the last step that shows a frame. With `y`, sums
+   [threads 2 C] take the sums over everything of g and of g (y - mean) inv, g before scale. */
 void back(const real *grad, const real *h, const int *frame, const int *last, const real *scale, const real *y,
           const real *mean, const real *inv, real *out, double *sums, int steps, long rows, int C, int threads) {
     const long size = rows * C, per = CHUNK / C > 0 ? CHUNK / C : 1, chunks = (rows + per - 1) / per;
@@ -351,7 +352,7 @@ _NEURON_SIGNATURES = {
 
 
 def neuron(parts: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The kernels `fire` and `back` of a neuron given by its steps, see `neuron.steps_in_c`; None without a compiler."""
+    """The kernels `fire` and `back` of a neuron given by its steps, `neuron.steps_in_c`; None without a compiler."""
     names = "".join(f"#define {k} {_code(v)}\n" for k, v in parts.items())
     found = _build(f"#define REAL {REAL[dtype]}\n{names}{_NEURON}", contract=False)
     return None if found is None else _typed(found, _NEURON_SIGNATURES)

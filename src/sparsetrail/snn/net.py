@@ -155,8 +155,8 @@ def _check_bf16(device: torch.device) -> None:
     fits = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_bf16()
     if not fits:
         raise ValueError(
-            f"precision: expected a device that multiplies bf16, found {device.type} without (a CPU needs AVX-512 BF16 and "
-            "a C compiler); leave precision at fp32"
+            f"precision: expected a device that multiplies bf16, found {device.type} without (a CPU needs AVX-512 BF16 "
+            "and a C compiler); leave precision at fp32"
         )
 
 

@@ -126,9 +126,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
         charged, leak, x = ctx.saved_tensors
-        plain = grad_s is not None and grad_h is None and leak is None and not torch.is_grad_enabled()
-        k = kernel(ctx.spec, charged, grad_s) if plain else None
-        if k is None:
+        plain = grad_h is None and leak is None and not torch.is_grad_enabled()
+        k = kernel(ctx.spec, charged, grad_s) if plain and grad_s is not None else None
+        if k is None or grad_s is None:
             return (*through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
         grad_s, out, size = grad_s.contiguous(), torch.empty_like(charged), charged.numel() // len(charged)
         frame, last = kernels.frames(tuple(range(len(charged))))
@@ -164,7 +164,8 @@ def _compile(spec: NeuronSpec, dtype: torch.dtype) -> Any:
 
 def steps_in_c(spec: NeuronSpec) -> dict[str, Any]:
     """One step of the neuron forward and back, as the functions below write it with symbols for tensors."""
-    x, v, h, s, slope = map(kernels.Symbol, ("x", "v", "h_", "s_", "slope"))
+    names: list[Value] = [kernels.Symbol(name) for name in ("x", "v", "h_", "s_", "slope")]
+    x, v, h, s, slope = names
     keep, gain = _gains(None, spec)
     spike = h >= spec.threshold
     return {
