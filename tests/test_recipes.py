@@ -157,3 +157,35 @@ def test_unknown_rows_and_scales_are_refused(tmp_path):
             paper.reproduce(bench, *args)
     with pytest.raises(ValueError, match="no row left"):
         paper.reproduce(bench, "table1", "smoke", datasets=("cifar10",))
+
+
+def jobs(names=("one", "two", "three"), epochs=1):
+    data_set = data.take(data.load("fashion-mnist-slice", "train"), 64, seed=0)
+    net = NetSpec(channels=1, width=0.125, steps=3)
+    return [
+        (name, net, phase(steps=3), data_set, TrainSpec(epochs=epochs, batch=16, seed=i))
+        for i, name in enumerate(names)
+    ]
+
+
+def test_models_trained_side_by_side_are_those_trained_in_turn(tmp_path):
+    found = [
+        measure.fit_all(measure.Bench(out=tmp_path / str(side)), jobs(), side_by_side=side) for side in (False, True)
+    ]
+    assert [m.sha256 for m in found[0]] == [m.sha256 for m in found[1]]
+    assert len({m.sha256 for m in found[1]}) == 3
+
+
+def test_one_failure_stops_the_others_at_a_step_from_which_they_go_on(tmp_path, monkeypatch):
+    real, bench = measure.train, measure.Bench(out=tmp_path)
+
+    def train(net, encode, data_set, spec, out, **more):
+        if spec.seed == 1:
+            raise ValueError("the second one breaks")
+        return real(net, encode, data_set, spec, out, **more)
+
+    monkeypatch.setattr(measure, "train", train)
+    with pytest.raises(ValueError, match="the second one breaks"):
+        measure.fit_all(bench, jobs(epochs=200), side_by_side=True)
+    states = list(tmp_path.glob("models/*/state.safetensors"))
+    assert len(states) == 2 and not list(tmp_path.glob("models/*/last.safetensors"))

@@ -6,7 +6,7 @@ import time
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 EVERY = 30.0  # seconds between plain lines
 
@@ -19,10 +19,10 @@ class Screen:
         self.live = self.console.is_terminal and not quiet
         self.quiet = quiet
         self.stopping = False
-        self.last, self.task_name, self.started = 0.0, "", time.monotonic()
-        self.begun = (self.started, 0)
+        self.last, self.started = 0.0, time.monotonic()
+        self.begun: dict[str, tuple[float, int]] = {}  # per task: when it was first heard of, and how far it was
         self.progress: Progress | None = None
-        self.task = None
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Screen":
         self.before = {s: signal.signal(s, self._signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -56,24 +56,22 @@ class Screen:
         if done < 0:
             self.say(f"{task}: {note}")
             return
-        fresh = task != self.task_name
+        fresh = task not in self.begun
+        if fresh:
+            self.begun[task] = (time.monotonic(), done)
         if self.progress is not None:
-            if fresh:
-                self.task = self.progress.add_task(task, total=total, note=note)
-            assert self.task is not None
-            self.progress.update(self.task, completed=done, total=total, note=note)
+            if task not in self.tasks:
+                self.tasks[task] = self.progress.add_task(task, total=total, note=note)
+            self.progress.update(self.tasks[task], completed=done, total=total, note=note)
         elif done == total or time.monotonic() - self.last > (1 if fresh else EVERY):
             now = time.monotonic()
-            left = "" if fresh or done in (0, total) else f"  {self._left(done, total):.0f} s left"
+            left = "" if fresh or done in (0, total) else f"  {self._left(task, done, total):.0f} s left"
             self.say(f"{now - self.started:6.0f} s  {task}  {done}/{total}  {note}".rstrip() + left)
             self.last = now
-        if fresh:
-            self.begun = (time.monotonic(), done)
-        self.task_name = task
 
-    def _left(self, done: int, total: int) -> float:
+    def _left(self, task: str, done: int, total: int) -> float:
         """Seconds that the task still needs at the pace it has kept."""
-        since, first = self.begun
+        since, first = self.begun[task]
         return (time.monotonic() - since) / max(1, done - first) * (total - done)
 
     def say(self, line: str) -> None:

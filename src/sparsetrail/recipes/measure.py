@@ -4,14 +4,17 @@ A cell is one measured thing; its key is a hash of everything that decides the r
 threat, route, seed), so a changed setting is a new cell and never a mix.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import platform
 import shutil
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +30,16 @@ from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
 from sparsetrail.report import pack, unpack
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.net import NetSpec, describe, victim
-from sparsetrail.snn.neuron import can_compile
+from sparsetrail.snn.net import NetSpec, build, describe, victim
+from sparsetrail.snn.neuron import can_compile, compile_neurons
 from sparsetrail.snn.weights import load_weights, save_weights
 from sparsetrail.trails import trail
-from sparsetrail.training import WORTH_COMPILING, TrainSpec, accuracy, train
+from sparsetrail.training import WORTH_COMPILING, TrainingStopped, TrainSpec, accuracy, train
+
+AT_ONCE = 4  # models trained side by side on one GPU
 
 Precision = Literal["fp32", "bf16"]
+Job = tuple[str, NetSpec, Encoder, Dataset, TrainSpec]  # name, network, encoder, training set, how
 Tick = Callable[[str, int, int, str], None]  # task, done, total, note
 
 
@@ -67,6 +73,44 @@ def fit(bench: Bench, name: str, net: NetSpec, encode: Encoder, data: Dataset, s
             )
 
     return train(net, encode, data, spec, folder, device=bench.device, say=say, stop=bench.stop)
+
+
+def fit_all(bench: Bench, jobs: Sequence[Job], *, side_by_side: bool | None = None) -> list[Trained]:
+    """`fit` for several models; on a GPU side by side, each on a stream of its own, since one alone does not fill it.
+
+    The models are those of training one after the other. If one fails the others stop at their next step, resumable.
+    """
+    if side_by_side is None:
+        side_by_side = bench.device.startswith("cuda")
+    if not side_by_side or len(jobs) < 2:
+        return [fit(bench, *job) for job in jobs]
+    gpu, halt = bench.device.startswith("cuda"), threading.Event()
+    together = replace(bench, stop=lambda: halt.is_set() or bench.stop())
+
+    def one(job: Job) -> Trained:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream(bench.device)) if gpu else contextlib.nullcontext():
+                return fit(together, *job)
+        except BaseException:
+            halt.set()
+            raise
+
+    if gpu:
+        for spec in {job[1] for job in jobs}:
+            prepare_neurons(spec, bench.device)  # a compiler is not asked from several threads at once
+    with ThreadPoolExecutor(min(len(jobs), AT_ONCE)) as pool:
+        futures = [pool.submit(one, job) for job in jobs]
+    errors = [e for f in futures if (e := f.exception()) is not None]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, TrainingStopped)), errors[0])
+    return [f.result() for f in futures]
+
+
+def prepare_neurons(spec: NetSpec, device: str) -> None:
+    """Compile the neurons of a network for a GPU by one step on a small input."""
+    if can_compile(device):
+        net = compile_neurons(build(replace(spec, width=0.125))).to(device)
+        net(torch.zeros(spec.steps, 2, spec.channels, 32, 32, device=device)).sum().backward()
 
 
 def as_victim(

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 from sparsetrail.core import Claim, Linf, Report, Run, Trail
 from sparsetrail.data import Dataset, load, take
-from sparsetrail.recipes.measure import Bench, card, clean, fit, follow, provenance, strike, strike_as_published
+from sparsetrail.recipes.measure import (
+    Bench,
+    Job,
+    card,
+    clean,
+    fit_all,
+    follow,
+    provenance,
+    strike,
+    strike_as_published,
+)
 from sparsetrail.report import claims
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import ARCHITECTURES, NetSpec
@@ -131,16 +141,10 @@ def reproduce(
         raise ValueError(f"{figure}: no row left for rows {', '.join(rows) or size.rows} on {', '.join(sets)}")
     cards, runs, trails = [], [], []
     shown: list[Claim] = []
-    for row in chosen:
-        train_set, test_set = load(row.dataset, "train", root=root), load(row.dataset, "test", root=root)
-        model = fit(
-            bench,
-            row.folder,
-            net_spec(row, size, len(train_set.classes)),
-            phase(),
-            _part(train_set, size.images),
-            TrainSpec(epochs=size.epochs),
-        )
+    sets_by_name = {row.dataset: [load(row.dataset, s, root=root) for s in ("train", "test")] for row in chosen}
+    models = fit_all(bench, [_job(row, size, sets_by_name[row.dataset][0]) for row in chosen])
+    for row, model in zip(chosen, models, strict=True):
+        test_set = sets_by_name[row.dataset][1]
         scored = _part(test_set, size.scored)
         cards.append(card(model, row.name, clean(bench, model, row.name, scored), scored))
         if figure.startswith("table"):
@@ -172,6 +176,11 @@ def reproduce(
         provenance=provenance(bench, started, command or f"sparsetrail reproduce {figure} --scale {scale}"),
         notes=_notes(figure, found, size),
     )
+
+
+def _job(row: Row, size: Scale, train_set: Dataset) -> Job:
+    spec = net_spec(row, size, len(train_set.classes))
+    return row.folder, spec, phase(), _part(train_set, size.images), TrainSpec(epochs=size.epochs)
 
 
 def net_spec(row: Row, size: Scale, classes: int) -> NetSpec:
