@@ -72,6 +72,10 @@ def begin(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     torch.set_num_threads(a.threads)
     if a.out is None:
         a.out = Path(tempfile.mkdtemp(prefix="bench-")) if a.smoke else ROOT / "bench" / "results"
+    cores = os.cpu_count() or 1
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if clock_name(torch.device(a.device)) == "wall time" and busy + a.threads > cores + 0.5:
+        print(f"note: load {busy:.1f} on {cores} cores: other jobs run, wall times are not to be trusted")
     print(f"{Path(sys.argv[0]).stem}: " + ", ".join(f"{k} {v}" for k, v in environment(a).items() if v))
     return a
 

@@ -2,9 +2,10 @@
 
     python bench/hotspots.py [--threads 1] [--runs 5] [--top 15] [--weights MODEL]
 
-Self time of an operation, children left out, as a share of the whole step. `_SpikeConv`, `_Fire`, `_Pool` and the like
-are the engine's own functions, `...Backward` their backward; what no operation accounts for (Python, autograd's engine)
-is a line of its own. The profiler itself slows steps down: read shares, not milliseconds.
+Self time of an operation, children left out, as a share of the whole step; on a GPU the time of each kernel.
+`_SpikeConv`, `_Fire`, `_Pool` and the like are the engine's own functions, `...Backward` their backward; what no
+operation accounts for (Python, autograd's engine, a GPU that waits) is a line of its own. The profiler itself slows
+steps down: read shares, not milliseconds.
 (Not called profile.py: a script's folder comes first on the path, and the standard library imports `profile`.)
 """
 
@@ -13,6 +14,7 @@ from collections import Counter
 
 import torch
 from common import Job, Row, begin, case, flags, our_attack, our_training, precisions, save
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -30,6 +32,8 @@ def shares(job: Job, runs: int, device: torch.device) -> tuple[dict[str, float],
         whole = time.perf_counter() - start
     found: Counter[str] = Counter()
     for e in seen.key_averages():
+        if device.type == "cuda" and (e.device_type != DeviceType.CUDA or e.is_user_annotation):
+            continue  # an operation's device time is that of its kernels, which are listed themselves
         own = e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total
         found[e.key.removeprefix("autograd::engine::evaluate_function: ")] += own / 1e3 / runs
     return dict(found), 1e3 * whole / runs

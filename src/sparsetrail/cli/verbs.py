@@ -530,7 +530,7 @@ def bench(
     """Measure training step, attack step, robust accuracy, memory, scaling and profile against SpikingJelly 2.0.0.
 
     Runs the scripts in bench/ of a clone one after the other; ours and the rival take turns in one process. Prints a
-    Markdown table of medians, ratios and goals. Takes about a quarter of an hour on one core.
+    Markdown table of medians, ratios and goals. Takes about ten minutes on one core.
     """
     script = Path(__file__).resolve().parents[3] / "bench" / "run.py"
     if not script.is_file():
