@@ -34,6 +34,7 @@ from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, through_time
 
 FEW = 4  # channels up to which a first layer runs the kernels for images
+MANY = 64  # frames from which what is made of a frozen weight is made anew at every call: 2 % of the time at 160 frames
 
 
 class Workspace:
@@ -305,8 +306,9 @@ class Conv2d(nn.Conv2d):
         turned = pairs = None
         half = self.half and self.in_channels > FEW and bool(kernels.library(x.dtype).has_bf16())
         sizes = self.kernel_size[0], self.stride[0], int(self.padding[0])
-        if not self.weight.requires_grad and self.in_channels > FEW:
-            held, key = self.made, (x.shape[2:], self.weight.data_ptr(), self.weight._version, half)
+        few_frames = len(x) < MANY  # for many the turned weight is a small part of the work, and much memory
+        if not self.weight.requires_grad and self.in_channels > FEW and (few_frames or half):
+            held, key = self.made, (x.shape[2:], self.weight.data_ptr(), self.weight._version, half, few_frames)
             if key not in held:
                 if len(held) >= 4:
                     held.clear()
@@ -314,7 +316,7 @@ class Conv2d(nn.Conv2d):
                 z = kernels.shape(
                     1, x.shape[2], x.shape[3], self.in_channels, self.out_channels, *sizes, torch.get_num_threads()
                 )
-                held[key] = _turned(weight, z, None), _pairs(weight, z) if half else None
+                held[key] = _turned(weight, z, None) if few_frames else None, _pairs(weight, z) if half else None
             turned, pairs = held[key]
         return _Geometry(*sizes, half, self.space, turned, pairs)
 
@@ -645,12 +647,14 @@ def share_memory(net: nn.Module) -> nn.Module:
     return net
 
 
-def freeze(net: nn.Module, *, half: bool = False) -> nn.Module:
+def freeze(net: nn.Module, *, half: bool = False, share: bool = False) -> nn.Module:
     """A copy of `net` for attacks: eval mode and constant weights, nothing is kept or computed for their gradients.
 
     The same numbers to the bit. `half` takes the products of input gradients in bf16; scores stay the same to the bit.
+    `share` leaves the weights where they are instead of copying them: the copy changes with them.
     """
-    net = share_memory(copy.deepcopy(net).eval().requires_grad_(False))
+    same = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()} if share else {}
+    net = share_memory(copy.deepcopy(net, same).eval().requires_grad_(False))
     return halve(net) if half else net
 
 

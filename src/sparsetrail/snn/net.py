@@ -112,7 +112,7 @@ def victim(
         state = tuple((t.data_ptr(), t._version) for t in (*net.parameters(), *net.buffers()))
         if state not in held:
             held.clear()
-            fresh = freeze(net, half=half)
+            fresh = freeze(net, half=half, share=True)
             held[state] = compile_neurons(fresh) if compile else fresh
         return held[state]
 
