@@ -17,9 +17,10 @@ from torch import nn
 from sparsetrail import data
 from sparsetrail.models import load_model
 from sparsetrail.snn.encode import phase, poisson
-from sparsetrail.snn.net import NetSpec
+from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
 from sparsetrail.training import (
+    Optimizer,
     Seams,
     TrainingFailed,
     TrainingStopped,
@@ -358,3 +359,26 @@ def test_weights_round_trip_and_card_is_guarded(tmp_path):
         save_weights(tmp_path / "n.safetensors", tensors, {"nan": math.nan})
     assert not (tmp_path / "n.safetensors").exists()
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_optimiser_follows_parameters_to_other_memory():
+    """`p.data = ...`, gradients in another memory order, and none at all, as torch.optim takes them."""
+    for name in ("adam", "sgd"):
+        net, twin = (build(NetSpec(width=0.25, steps=2), seed=0) for _ in range(2))
+        ours = Optimizer(net, TrainSpec(optimizer=name, lr=0.01))
+        if name == "adam":
+            theirs = torch.optim.Adam(twin.parameters(), 0.01)
+        else:
+            theirs = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.9)
+        g = torch.Generator().manual_seed(0)
+        for step in range(3):
+            for i, (p, q) in enumerate(zip(net.parameters(), twin.parameters(), strict=True)):
+                grad = torch.randn(p.shape, generator=g)
+                grad = grad if step else grad.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else grad
+                p.grad, q.grad = (None, None) if i == 3 else (grad, grad.clone())
+            ours.step(), theirs.step()
+            with torch.no_grad():
+                for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+                    p.data, q.data = p.data.clamp(-0.3, 0.3), q.data.clamp(-0.3, 0.3)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.allclose(p, q, atol=1e-6)

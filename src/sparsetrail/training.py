@@ -253,7 +253,17 @@ class Optimizer:
     def step(self) -> None:
         """Update the parameters by their gradients."""
         for p, view in zip(self.parameters, self.views, strict=True):
-            view.grad = None if p.grad is None else _in_memory_order(p.grad, like=p)
+            now = _in_memory_order(p.detach())
+            if now.shape != view.shape:
+                raise RuntimeError(
+                    f"expected a parameter laid out as before, {tuple(view.shape)}, found {tuple(now.shape)}"
+                )
+            if now.data_ptr() != view.data_ptr():
+                view.data = now  # somebody gave the parameter other memory
+            grad = p.grad
+            if grad is not None and _turns(p, grad):
+                grad = grad.contiguous(memory_format=torch.channels_last)
+            view.grad = None if grad is None else _in_memory_order(grad, like=p)
         self.inner.step()
 
     def state(self) -> dict[str, Tensor]:

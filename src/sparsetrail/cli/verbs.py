@@ -585,11 +585,12 @@ def doctor(*, root: Path | None = None, as_json: Json = False) -> None:
 
 def _engine() -> str:
     """What runs networks on the CPU, in words."""
+    found = kernels.compilers()
     if not kernels.available():
-        why = "no C compiler found" if kernels.compiler() is None else "switched off or not compiled"
+        why = "switched off or not compiled" if found else "no C compiler found"
         return f"plain PyTorch, several times slower ({why})"
     half = "bf16 input gradients" if has_bf16() else "no bf16 on this CPU"
-    return f"kernels compiled by {kernels.compiler()} into {kernels.folders()[0]}, {half}"
+    return f"kernels compiled by {' '.join(found[0])}, kept in {kernels.folders()[0]}, {half}"
 
 
 def data_get(name: str, *, root: Path | None = None) -> None:

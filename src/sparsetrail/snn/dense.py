@@ -5,7 +5,6 @@ that suits small maps where no kernel of the engine serves (a GPU, or a CPU with
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,49 +14,25 @@ TINY = 4  # cells of the input map up to which the dense product is taken: 1x1 a
 
 
 @functools.lru_cache(maxsize=256)
-def _taps(size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+def _taps(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
     """For output cell o and input cell i the index of the kernel tap that joins them, or kernel area for none."""
     (h, w), (kh, kw) = size, kernel
     ho, wo = (h + 2 * padding[0] - kh) // stride[0] + 1, (w + 2 * padding[1] - kw) // stride[1] + 1
-    with torch.inference_mode(False):  # cached: must serve autograd later, whoever asks first
-        index = torch.full((ho, wo, h, w), kh * kw, device="cpu")
-    for a in range(ho):
-        for b in range(wo):
-            for i in range(h):
-                for j in range(w):
-                    p, q = i - a * stride[0] + padding[0], j - b * stride[1] + padding[1]
-                    if 0 <= p < kh and 0 <= q < kw:
-                        index[a, b, i, j] = p * kw + q
-    return index
-
-
-def dense_weight(weight: Tensor, taps: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The matrix [(d p q) (c used)] of a convolution over a whole tiny map, and the input cells it uses (None: all)."""
-    ho, wo = taps.shape[:2]
-    w = weight.flatten(2)
-    if ho == wo == 1:  # each input cell meets at most one tap: a slice
-        seen = taps.flatten()
-        used = seen < w.shape[2]
-        if bool(used.all()):
-            return w[:, :, seen].flatten(1), None
-        return w[:, :, seen[used]].flatten(1), used
-    w = torch.cat([w, w.new_zeros(*w.shape[:2], 1)], 2)[:, :, taps.flatten()]  # [d c (p q h w)]
-    return w.unflatten(2, (ho * wo, -1)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1), None
-
-
-def dense_taps(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The tap table of `conv` on maps of the size of `x`."""
-    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
-    assert not isinstance(padding, str) and len(kernel) == len(stride) == len(padding) == 2
-    return _taps((x.shape[2], x.shape[3]), kernel, stride, padding).to(x.device)  # type: ignore[arg-type]
-
-
-def dense_product(x: Tensor, w: Tensor, used: Tensor | None, bias: Tensor | None, out: tuple[int, ...]) -> Tensor:
-    """The matrix of `dense_weight` applied to maps [m c h w]; `out` is the size of the output map."""
-    cells = x.flatten(2) if used is None else x.flatten(2)[:, :, used]
-    if bias is not None:
-        bias = bias.repeat_interleave(out[0] * out[1])
-    return F.linear(cells.flatten(1), w, bias).reshape(len(x), -1, *out)
+    index = [kh * kw] * (ho * wo * h * w)
+    for o in range(ho * wo):
+        for i in range(h * w):
+            p = i // w - o // wo * stride[0] + padding[0]
+            q = i % w - o % wo * stride[1] + padding[1]
+            if 0 <= p < kh and 0 <= q < kw:
+                index[o * h * w + i] = p * kw + q
+    with torch.inference_mode(False):  # kept: must serve autograd later, whoever asks first
+        return torch.tensor(index, device=device)
 
 
 def suits(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -70,19 +45,23 @@ def suits(x: Tensor, conv: nn.Conv2d) -> bool:
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
+        and all(p < k for p, k in zip(conv.padding, conv.kernel_size, strict=True))
     )
 
 
-def convolve(x: Tensor, conv: nn.Conv2d, made: dict[Any, Any]) -> Tensor:
-    """`conv(x)` as one product; the matrix of a frozen weight is kept in `made`."""
-    taps = dense_taps(x, conv)
-    out = tuple(taps.shape[:2])
-    if conv.weight.requires_grad:
-        return dense_product(x, *dense_weight(conv.weight, taps), conv.bias, out)
-    key = ("dense", x.shape[2:], conv.weight.data_ptr(), conv.weight._version)
-    if key not in made:
-        if len(made) >= 4:
-            made.clear()
-        made[key] = dense_weight(conv.weight, taps)
-    w, used = made[key]
-    return dense_product(x, w, used, conv.bias, out)
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv(x)` as one product."""
+    padding = conv.padding
+    assert not isinstance(padding, str)
+    (h, w), (kh, kw), (ph, pw) = x.shape[2:], conv.kernel_size, padding
+    ho, wo = (h + 2 * ph - kh) // conv.stride[0] + 1, (w + 2 * pw - kw) // conv.stride[1] + 1
+    if ho == wo == 1:  # each input cell meets one tap: slices
+        h, w = min(kh - ph, h), min(kw - pw, w)
+        matrix, cells = conv.weight[:, :, ph : ph + h, pw : pw + w], x[:, :, :h, :w]
+        return F.linear(cells.flatten(1), matrix.flatten(1), conv.bias)[:, :, None, None]
+    taps = _taps((h, w), (kh, kw), (conv.stride[0], conv.stride[1]), (ph, pw), x.device)
+    weight = conv.weight.flatten(2)
+    weight = torch.cat([weight, weight.new_zeros(*weight.shape[:2], 1)], 2)[:, :, taps]  # [d c (p q h w)]
+    matrix = weight.unflatten(2, (ho * wo, -1)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # [(d p q) (c h w)]
+    bias = None if conv.bias is None else conv.bias.repeat_interleave(ho * wo)
+    return F.linear(x.flatten(1), matrix, bias).reshape(len(x), -1, ho, wo)

@@ -15,7 +15,6 @@ in float64 nothing differs beyond 1e-12. Modules that somebody watches by hooks,
 """
 
 import bisect
-import copy
 import functools
 import math
 import threading
@@ -34,7 +33,6 @@ from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, through_time
 
 FEW = 4  # channels up to which a first layer runs the kernels for images
-MANY = 64  # frames from which what is made of a frozen weight is made anew at every call: 2 % of the time at 160 frames
 
 
 class Workspace:
@@ -58,23 +56,26 @@ class Workspace:
         count = -(-math.prod(shape) // 16384) * 16384  # rounded up, so that a batch a little smaller fits again
         with self.lock:
             blocks = self.held.setdefault(dtype, [])
-            at = bisect.bisect_left(blocks, count, key=lambda b: b[0])
-            while at < len(blocks) and blocks[at][0] <= 4 * count:
-                if _users(blocks[at][1]._cdata) == 1:
-                    break
+            at = bisect.bisect_left(blocks, count, key=_size)
+            while at < len(blocks) and blocks[at][0] <= 4 * count and _users(blocks[at][1]._cdata) != 1:
                 at += 1
+            if at == len(blocks) or blocks[at][0] > 4 * count:
+                block = torch.empty(count, dtype=dtype, device="cpu").untyped_storage()
+                if _users is not _nobody:  # smaller ones that are free belong to smaller batches that are over
+                    blocks[:] = [b for b in blocks if b[0] >= count or _users(b[1]._cdata) != 1]
+                    bisect.insort_left(blocks, (count, block), key=_size)
             else:
-                at = bisect.bisect_left(blocks, count, key=lambda b: b[0])
-                fresh = torch.empty(count, dtype=dtype).untyped_storage()
-                if _users is _nobody:
-                    return torch.empty(0, dtype=dtype).set_(fresh, 0, shape, _strides(shape))
-                blocks.insert(at, (count, fresh))
-            return torch.empty(0, dtype=dtype).set_(blocks[at][1], 0, shape, _strides(shape))
+                block = blocks[at][1]
+            return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, shape, _strides(shape))
 
     def clear(self) -> None:
         """Let go of all blocks that no tensor uses."""
         with self.lock:
             self.held.clear()
+
+
+def _size(block: tuple[int, torch.UntypedStorage]) -> int:
+    return block[0]
 
 
 def _nobody(_: int) -> int:
@@ -95,29 +96,43 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _maps(space: Workspace | None, m: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
     """An uninitialised map tensor [m c h w], channels last in memory."""
-    whole = torch.empty((m, h, w, c), dtype=like.dtype) if space is None else space.take((m, h, w, c), like.dtype)
+    whole = (
+        torch.empty((m, h, w, c), dtype=like.dtype, device="cpu")
+        if space is None
+        else space.take((m, h, w, c), like.dtype)
+    )
     return whole.permute(0, 3, 1, 2)
 
 
 def watched(*modules: nn.Module | None) -> bool:
-    """Does a hook wait for one of these modules to be called?"""
+    """Must one of these modules be called, since hooks wait for it or its `forward` was replaced?"""
+    if nn.modules.module._has_any_global_hook():
+        return True
     return any(
-        m is not None and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        m is not None
+        and (
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or "forward" in m.__dict__
+        )
         for m in modules
     )
 
 
 def _serve(*tensors: Tensor | None) -> bool:
-    """Do the kernels serve these tensors: plain ones on the CPU, of one type, outside every transformation?"""
+    """Do the kernels serve these tensors, outside every transformation?"""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
     there = [t for t in tensors if t is not None]
-    first = there[0]
-    return kernels.available(first.dtype) and all(
-        t.device.type == "cpu" and t.dtype == first.dtype and t.layout == torch.strided for t in there
-    )
+    return not torch.is_autocast_enabled("cpu") and kernels.available(there[0].dtype) and kernels.usable(*there)
+
+
+def _differentiable(grad: Tensor) -> bool:
+    """Must a backward be made of operations that can be differentiated, or mapped over many gradients, themselves?"""
+    of_many = torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or of_many
 
 
 # ---- convolution ---------------------------------------------------------------------------------------------------
@@ -132,8 +147,6 @@ class _Geometry:
     padding: int
     half: bool
     space: Workspace | None
-    turned: Tensor | None
-    pairs: Tensor | None
 
     def shape(self, m: int, cin: int, h: int, w: int, cout: int):
         return kernels.shape(m, h, w, cin, cout, self.kernel, self.stride, self.padding, torch.get_num_threads())
@@ -143,18 +156,16 @@ class _Geometry:
 
 
 class _SpikeConv(torch.autograd.Function):
-    """Convolution of maps that are mostly zero; the input is kept only if the weight wants a gradient."""
+    """Convolution of maps that are mostly zero, all channels last; x is kept only if the weight wants a gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
-        x, weight = _last(x), _last(weight)
         m, cin, h, w = x.shape
-        cout, lib = len(weight), kernels.library(x.dtype)
-        z = g.shape(m, cin, h, w, cout)
-        turned = g.turned
-        if turned is None:
-            turned = _turned(weight, z, g.space)
-        y = _maps(g.space, m, cout, g.out(h), g.out(w), x)
+        z = g.shape(m, cin, h, w, len(weight))
+        turned = _scratch(g, weight)
+        y = _maps(g.space, m, len(weight), g.out(h), g.out(w), x)
+        lib = kernels.library(x.dtype)
+        lib.turn_weights(z, pointer(weight), pointer(turned), 0)
         lib.spike_conv(z, pointer(x), pointer(turned), pointer(y))
         ctx.geometry, ctx.size = g, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
@@ -164,7 +175,7 @@ class _SpikeConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         g, (m, cin, h, w) = ctx.geometry, ctx.size
-        if torch.is_grad_enabled():
+        if _differentiable(grad):
             return _conv_backward(ctx, grad, x, weight, g, ctx.size)
         grad, lib = _last(grad), kernels.library(weight.dtype)
         z = g.shape(m, cin, h, w, len(weight))
@@ -172,24 +183,23 @@ class _SpikeConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _maps(g.space, m, cin, h, w, weight)
             if g.half:
-                pairs = g.pairs if g.pairs is not None else _pairs(weight, z)
+                pairs = _scratch(g, weight, torch.bfloat16)
+                lib.pair_weights(z, pointer(weight), pointer(pairs))
                 lib.input_grad_bf16(z, pointer(grad), pointer(pairs), pointer(dx))
             else:
                 lib.input_grad(z, pointer(grad), pointer(weight), pointer(dx))
         if ctx.needs_input_grad[1]:
-            turned = _turned(weight, z, g.space, fill=False)
+            turned, dw = _scratch(g, weight), torch.empty_like(weight)
             lib.spike_weight_grad(z, pointer(x), pointer(grad), pointer(turned))
-            dw = torch.empty_like(weight)
             lib.turn_weights(z, pointer(dw), pointer(turned), 1)
         return dx, dw, None
 
 
 class _StemConv(torch.autograd.Function):
-    """Convolution of images of few channels [m c h w]."""
+    """Convolution of images of few channels [m c h w], contiguous; the result is channels last."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
-        x = x.contiguous()
         ctx.geometry, ctx.size = g, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return _stem(x, weight, g)
@@ -197,7 +207,7 @@ class _StemConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _differentiable(grad):
             return _conv_backward(ctx, grad, x, weight, ctx.geometry, ctx.size)
         grad = _last(grad)
         dx = _stem_input(grad, weight, ctx.geometry, ctx.size) if ctx.needs_input_grad[0] else None
@@ -208,7 +218,7 @@ class _StemConv(torch.autograd.Function):
 def _stem(x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
     m, cin, h, w = x.shape
     y = _maps(g.space, m, len(weight), g.out(h), g.out(w), x)
-    turned = weight.permute(2, 3, 1, 0).contiguous()
+    turned = weight.detach().permute(2, 3, 1, 0).contiguous()
     z = g.shape(m, cin, h, w, len(weight))
     kernels.library(x.dtype).stem_conv(z, pointer(x), pointer(turned), pointer(y))
     return y
@@ -240,49 +250,37 @@ def _last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _turned(weight: Tensor, z: Any, space: Workspace | None, *, fill: bool = True) -> Tensor:
-    """The weight as [taps in out], the order in which active inputs pick their rows."""
-    size = (weight.shape[2] * weight.shape[3], weight.shape[1], weight.shape[0])
-    out = torch.empty(size, dtype=weight.dtype) if space is None else space.take(size, weight.dtype)
-    if fill:
-        kernels.library(weight.dtype).turn_weights(z, pointer(weight), pointer(out), 0)
-    return out
-
-
-def _pairs(weight: Tensor, z: Any) -> Tensor:
-    out = torch.empty(weight.numel(), dtype=torch.bfloat16)
-    kernels.library(weight.dtype).pair_weights(z, pointer(weight), pointer(out))
-    return out
+def _scratch(g: _Geometry, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for a weight in another order; made anew at every call, so that it cannot be a weight of yesterday."""
+    size, dtype = (weight.numel(),), dtype or weight.dtype
+    return torch.empty(size, dtype=dtype, device="cpu") if g.space is None else g.space.take(size, dtype)
 
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d by the kernels for spikes or images where they serve, else tiny maps as one product.
 
-    The same parameters, the same numbers up to the order of sums. `exact` keeps PyTorch's own convolution, `half` takes
-    the products of the input gradient in bf16. What is made from a frozen weight is made once.
+    The same parameters, the same numbers up to the order of sums. `exact` keeps PyTorch's own convolution,
+    `half_products` takes the products of the input gradient in bf16.
     """
 
     exact = False
-    half = False
+    half_products = False
     space: Workspace | None = None
 
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d p q"]:
         if self.served(x):
-            run = _StemConv if self.in_channels <= FEW else _SpikeConv
-            y = run.apply(x, self.weight, self.geometry(x))
+            if self.in_channels <= FEW:
+                y = _StemConv.apply(x.contiguous(), self.weight, self.geometry(x))
+            else:
+                y = _SpikeConv.apply(_last(x), _last(self.weight), self.geometry(x))
             return y if self.bias is None else y + self.bias.view(-1, 1, 1)
         if not self.exact and dense.suits(x, self):
-            return dense.convolve(x, self, self.made)
+            return dense.convolve(x, self)
         return super().forward(x)
-
-    @functools.cached_property
-    def made(self) -> dict[Any, Any]:
-        """What was made from the frozen weight, by map size and version of the weight."""
-        return {}
 
     def served(self, x: Tensor) -> bool:
         """Do the kernels serve this layer and input?"""
-        if self.exact or x.ndim != 4 or len(x) == 0 or not _serve(x, self.weight):
+        if self.exact or x.ndim != 4 or min(x.shape) == 0 or not _serve(x, self.weight):
             return False
         lanes = kernels.library(x.dtype).lanes()
         few = self.in_channels <= FEW
@@ -290,6 +288,8 @@ class Conv2d(nn.Conv2d):
         return (
             self.out_channels % lanes == 0
             and (few or self.in_channels % lanes == 0)
+            and max(self.in_channels, self.out_channels) < 2**16
+            and x.shape[1] == self.in_channels
             and self.groups == 1
             and self.dilation == (1, 1)
             and self.padding_mode == "zeros"
@@ -302,23 +302,13 @@ class Conv2d(nn.Conv2d):
         )
 
     def geometry(self, x: Tensor) -> _Geometry:
-        """Sizes, memory and, of a frozen weight, what was made of it before."""
-        turned = pairs = None
-        half = self.half and self.in_channels > FEW and bool(kernels.library(x.dtype).has_bf16())
-        sizes = self.kernel_size[0], self.stride[0], int(self.padding[0])
-        few_frames = len(x) < MANY  # for many the turned weight is a small part of the work, and much memory
-        if not self.weight.requires_grad and self.in_channels > FEW and (few_frames or half):
-            held, key = self.made, (x.shape[2:], self.weight.data_ptr(), self.weight._version, half, few_frames)
-            if key not in held:
-                if len(held) >= 4:
-                    held.clear()
-                weight = _last(self.weight.detach())
-                z = kernels.shape(
-                    1, x.shape[2], x.shape[3], self.in_channels, self.out_channels, *sizes, torch.get_num_threads()
-                )
-                held[key] = _turned(weight, z, None) if few_frames else None, _pairs(weight, z) if half else None
-            turned, pairs = held[key]
-        return _Geometry(*sizes, half, self.space, turned, pairs)
+        """Sizes, and memory for maps."""
+        half = self.half_products and self.in_channels > FEW and bool(kernels.library(x.dtype).has_bf16())
+        return _Geometry(self.kernel_size[0], self.stride[0], int(self.padding[0]), half, self.space)
+
+    def usual(self) -> bool:
+        """Is calling it nothing but its convolution?"""
+        return type(self).forward is Conv2d.forward and not watched(self)
 
 
 class _CodedConv(torch.autograd.Function):
@@ -330,20 +320,23 @@ class _CodedConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, planes: Tensor, slope: Tensor | None, g: _Geometry) -> Tensor:
-        planes = planes.contiguous()
-        ctx.geometry = g
-        ctx.save_for_backward(planes, weight, slope)
+    def forward(
+        ctx, x: Tensor, weight: Tensor, planes: Tensor, slope: Tensor | None, encode: Encoder, g: _Geometry
+    ) -> Tensor:
+        ctx.geometry, ctx.encode = g, encode
+        ctx.save_for_backward(x, planes, weight, slope)
         return _stem(planes.flatten(0, 1), weight, g)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        planes, weight, slope = ctx.saved_tensors
+        x, planes, weight, slope = ctx.saved_tensors
         g, (f, n, *rest) = ctx.geometry, planes.shape
-        if torch.is_grad_enabled():
+        if _differentiable(grad):
+            if x.requires_grad:  # the frames again, as something that depends on the pixels
+                planes = ctx.encode(x)[[ctx.encode.frames.index(i) for i in range(f)]]
             d_planes, dw, _ = _conv_backward(ctx, grad, planes.flatten(0, 1), weight, g, (f * n, *rest))
             dx = None if d_planes is None else _through_code(d_planes.unflatten(0, (f, n)), slope)
-            return dx, dw, None, None, None
+            return dx, dw, None, None, None, None
         dx = dw = None
         if ctx.needs_input_grad[0] and slope.ndim == 1:
             summed = torch.einsum("f...,f->...", grad.unflatten(0, (f, n)), slope.to(grad.dtype))
@@ -352,7 +345,7 @@ class _CodedConv(torch.autograd.Function):
             dx = _through_code(_stem_input(_last(grad), weight, g, (f * n, *rest)).unflatten(0, (f, n)), slope)
         if ctx.needs_input_grad[1]:
             dw = _weight_grad(_last(grad), planes.flatten(0, 1), weight, g)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 def _through_code(grad: Tensor, slope: Tensor) -> Tensor:
@@ -364,12 +357,12 @@ def coded(x: Float[Tensor, "n c h w"], encode: Encoder, conv: nn.Module) -> Tens
     """Currents [f*n d p q] of the distinct frames of `encode(x)`, or None where frames cannot be shared."""
     if encode.frames is None or not isinstance(conv, Conv2d) or conv.bias is not None or conv.in_channels > FEW:
         return None
-    if watched(conv) or not conv.served(x):
+    if not conv.usual() or not conv.served(x):
         return None
     planes, slope = encode.distinct(x.detach())
     if slope is None and x.requires_grad:
         return None
-    return _CodedConv.apply(x, conv.weight, planes, slope, conv.geometry(x))
+    return _CodedConv.apply(x, conv.weight, planes.contiguous(), slope, encode, conv.geometry(x))
 
 
 # ---- BatchNorm and neuron ------------------------------------------------------------------------------------------
@@ -395,13 +388,13 @@ class _Pooling:
         if not self.most:
             lib.avg_pool(z, pointer(x), pointer(y))
             return y, None
-        at = torch.empty((m, p, q, c), dtype=torch.uint8)
+        at = torch.empty((m, p, q, c), dtype=torch.uint8, device="cpu")
         lib.max_pool(z, pointer(x), pointer(y), pointer(at))
         return y, at
 
     def back(self, grad: Tensor, at: Tensor | None, size: tuple[int, ...], space: Workspace | None) -> Tensor:
-        """The gradient of the map; in grad mode by differentiable operations."""
-        if torch.is_grad_enabled():
+        """The gradient of the map, by differentiable operations where it must be."""
+        if _differentiable(grad):
             return _pool_backward(grad, at, size, self.kernel, self.stride, self.padding)
         grad, (m, c, h, w) = _last(grad), size
         dx = _maps(space, m, c, h, w, grad)
@@ -419,6 +412,7 @@ class _Layer:
     space: Workspace | None
     own: bool
     pooling: _Pooling | None
+    kernel: Any
 
 
 class _Fire(torch.autograd.Function):
@@ -431,12 +425,11 @@ class _Fire(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, plus, gamma, beta, layer: _Layer):
         norm, order, space = layer.norm, layer.order, layer.space
-        y = _last(y)
         _, c, p, q = y.shape
         n = len(y) // (max(order) + 1)
         rows, steps, threads = n * p * q, len(order), torch.get_num_threads()
         batch = norm.training or norm.running_mean is None
-        mean, var = _batch(norm, y, order, rows) if batch else _running(norm)
+        mean, var = _batch(norm, y, order, rows) if batch else (t.contiguous() for t in _running(norm))
         inv = torch.rsqrt(var + norm.eps)
         scale = inv if gamma is None else inv * gamma
         shift = -mean.double() * scale.double() + (0.0 if beta is None else beta.double())  # one rounding, as PyTorch
@@ -449,9 +442,8 @@ class _Fire(torch.autograd.Function):
             over = layer.own and not with_input and order == tuple(range(steps))
             h = y.detach() if over else _maps(space, steps * n, c, p, q, y)
         frame, _ = kernels.frames(order)
-        plus = None if plus is None else _last(plus)
         at = map(pointer, (y, frame, scale, shift, plus, s, h))
-        kernel(layer.spec, y).fire(*at, steps, rows, c, threads)
+        layer.kernel.fire(*at, steps, rows, c, threads)
         winners = None
         if layer.pooling is not None:
             s, winners = layer.pooling.run(s, space)
@@ -469,7 +461,7 @@ class _Fire(torch.autograd.Function):
         order, space, mine = layer.order, layer.space, layer.pooling is not None
         if layer.pooling is not None and grad_s is not None:
             grad_s = layer.pooling.back(grad_s, winners, h.shape, space)
-        if torch.is_grad_enabled() or grad_h is not None or grad_s is None:
+        if grad_h is not None or grad_s is None or _differentiable(grad_s):
             return (*_fire_backward(ctx, grad_s, grad_h), None)
         grad_s = _last(grad_s)
         grad_plus = grad_s if wants[1] else None
@@ -482,10 +474,10 @@ class _Fire(torch.autograd.Function):
         mine = mine and grad_plus is None and frames == steps  # a gradient that is ours alone makes room for the next
         dy = grad_s if mine else _maps(space, frames * n, c, p, q, h)
         frame, last = kernels.frames(order)
-        sums = torch.zeros(threads, 2, c, dtype=torch.float64) if y is not None else None
+        sums = torch.zeros(threads, 2, c, dtype=torch.float64, device="cpu") if y is not None else None
         by = None if batch else scale
         at = map(pointer, (grad_s, h, frame, last, by, y, mean if y is not None else None, inv, dy, sums))
-        kernel(layer.spec, h).back(*at, steps, rows, c, threads)
+        layer.kernel.back(*at, steps, rows, c, threads)
         d_gamma = d_beta = None
         if sums is not None:
             sum_g, sum_gx = sums.sum(0).to(h.dtype)
@@ -507,7 +499,9 @@ def _running(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 def _batch(norm: nn.BatchNorm2d, y: Tensor, order: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor]:
     """Batch statistics over all steps, and the running ones moved as nn.BatchNorm2d moves them."""
     c, frames = y.shape[1], max(order) + 1
-    found = torch.empty(2, c, dtype=torch.float64)
+    if len(order) * rows == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
+    found = torch.empty(2, c, dtype=torch.float64, device="cpu")
     at = map(pointer, (y, _weights(order)))
     out = map(pointer, found)
     kernels.library(y.dtype).batch_stats(*at, frames, rows, c, *out, torch.get_num_threads())
@@ -535,7 +529,7 @@ def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
     wants, steps, frames = ctx.needs_input_grad, len(order), max(order) + 1
     if grad_s is None and grad_h is None:
         return None, None, None, None
-    for_s, for_h = (None if g is None else g.unflatten(0, (steps, -1)) for g in (grad_s, grad_h))
+    for_s, for_h = (None if g is None else g.reshape(steps, -1, *g.shape[1:]) for g in (grad_s, grad_h))
     g, _ = through_time(for_s, for_h, h.unflatten(0, (steps, -1)), None, None, spec)
     dy = d_gamma = d_beta = None
     if batch:
@@ -582,8 +576,10 @@ def fire(
         s = s if plus is None else plus + s
         return s if pool is None else pool(s)
     pooling = None if pool is None else _pooling(pool, y)
-    layer = _Layer(norm, neuron.spec, order, neuron.space, own, pooling)  # type: ignore[arg-type]
-    s = _Fire.apply(y, plus, norm.weight, norm.bias, layer)[0]
+    run = kernel(neuron.spec, y)
+    layer = _Layer(norm, neuron.spec, order, neuron.space, own, pooling, run)  # type: ignore[arg-type]
+    plus = None if plus is None else _last(plus)
+    s = _Fire.apply(_last(y), plus, norm.weight, norm.bias, layer)[0]
     return s if pool is None or pooling is not None else pool(s)
 
 
@@ -591,14 +587,16 @@ def conv_fire(
     x: Float[Tensor, "m c h w"], conv: nn.Module, norm: nn.Module, neuron: Neuron, steps: int, **more: Any
 ) -> Float[Tensor, "m d p q"]:
     """`neuron(norm(conv(x)))`; `more` as in `fire`."""
-    return fire(conv(x), norm, neuron, steps, own=isinstance(conv, Conv2d) and not watched(conv), **more)
+    return fire(conv(x), norm, neuron, steps, own=isinstance(conv, Conv2d) and conv.usual(), **more)
 
 
 def _can_fire(y: Tensor, norm: nn.Module, neuron: Neuron, plus: Tensor | None) -> bool:
     return (
         type(norm) is nn.BatchNorm2d
         and neuron.run is fused
+        and type(neuron).__module__.startswith("sparsetrail.")  # a subclass may do more
         and not watched(norm, neuron)
+        and y.numel() > 0
         and _serve(y, plus, norm.weight, norm.bias, norm.running_mean)
         and (norm.training or norm.running_mean is not None)
         and not (norm.training and not norm.track_running_stats)
@@ -632,37 +630,53 @@ def _pool_backward(grad: Tensor, at: Tensor | None, size, kernel: int, stride: i
     row = torch.arange(tap.shape[2]).view(-1, 1) * stride - padding + tap.div(kernel, rounding_mode="floor")
     col = torch.arange(tap.shape[3]) * stride - padding + tap.remainder(kernel)
     flat = (row * size[3] + col).flatten(2)
-    return torch.zeros(*size[:2], size[2] * size[3], dtype=grad.dtype).scatter_add(2, flat, grad.flatten(2)).view(size)
+    into = grad.new_zeros(*size[:2], size[2] * size[3])
+    return into.scatter_add(2, flat, grad.reshape(*size[:2], -1)).reshape(size)
 
 
 # ---- whole networks ------------------------------------------------------------------------------------------------
 
 
-def share_memory(net: nn.Module) -> nn.Module:
-    """Let the layers of `net` take their intermediate maps from one workspace of their own."""
-    space = Workspace()
+def share_memory(net: nn.Module, space: Workspace | None = None) -> nn.Module:
+    """Let the layers of `net` take their intermediate maps from one workspace of their own, or from `space`."""
+    space = space or Workspace()
     for m in net.modules():
         if isinstance(m, Conv2d | Neuron):
             m.space = space
     return net
 
 
-def freeze(net: nn.Module, *, half: bool = False, share: bool = False) -> nn.Module:
-    """A copy of `net` for attacks: eval mode and constant weights, nothing is kept or computed for their gradients.
+def freeze(net: nn.Module, space: Workspace | None = None, *, half: bool = False) -> nn.Module:
+    """`net` as it is now with constant weights, for attacks: nothing is kept or computed for their gradients.
 
-    The same numbers to the bit. `half` takes the products of input gradients in bf16; scores stay the same to the bit.
-    `share` leaves the weights where they are instead of copying them: the copy changes with them.
+    A second tree of the same modules around the same tensors, made in a millisecond: make it anew at every call and it
+    cannot be out of date, whoever changed what. The same numbers to the bit. `half` takes the products of input
+    gradients in bf16; scores stay the same to the bit. A network with modules that are neither PyTorch's nor ours,
+    which may hold anything, is given back itself.
     """
-    same = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()} if share else {}
-    net = share_memory(copy.deepcopy(net, same).eval().requires_grad_(False))
-    return halve(net) if half else net
+    modules = list(net.modules())
+    if not all(type(m).__module__.startswith(("torch.nn.modules.", "sparsetrail.")) for m in modules):
+        return net
+    twins = {m: _twin(m) for m in modules}
+    for twin in twins.values():
+        twin.__dict__["_modules"] = {k: None if m is None else twins[m] for k, m in twin._modules.items()}
+    frozen = share_memory(twins[net], space)
+    return halve(frozen) if half else frozen
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = {k: None if p is None else p.detach() for k, p in module._parameters.items()}
+    twin.__dict__["_buffers"] = dict(module._buffers)
+    return twin
 
 
 def halve(net: nn.Module) -> nn.Module:
     """Let the convolutions of `net` take the products of their input gradients in bf16."""
     for m in net.modules():
         if isinstance(m, Conv2d):
-            m.half = True
+            m.half_products = True
     return net
 
 

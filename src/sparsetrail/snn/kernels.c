@@ -61,6 +61,14 @@ static inline int meets(int i, int p, int stride, int padding, int out) {
     return a < 0 || a % stride || a / stride >= out ? -1 : a / stride;
 }
 
+/* Does a tap meet the map at all? On a 1x1 map one of nine does. */
+static int tap_used(const shape *z, int tap) {
+    int row = 0, col = 0;
+    for (int h = 0; h < z->height; h++) row |= meets(h, tap / z->kernel, z->stride, z->padding, z->out_height) >= 0;
+    for (int v = 0; v < z->width; v++) col |= meets(v, tap % z->kernel, z->stride, z->padding, z->out_width) >= 0;
+    return row && col;
+}
+
 /* ---- gradient of the weights: x, dy -> dw [taps in out] (overwritten; taps outside every map are zero) ---- */
 
 /* Cells are taken 64 at a time, one bit each: one image of 8x8, four of 4x4, a part of a larger one. */
@@ -424,26 +432,66 @@ void stem_input_grad(const shape *z, const real *dy, const real *w, real *dx) {
 
 /* ---- weights in the two orders: [out taps in] <-> [taps in out], only taps that meet a map ---- */
 
-void turn_weights(const shape *z, const real *w, real *t, int back) {
-    const int K = z->kernel, taps = K * K;
-    PARALLEL(z->threads)
-    for (int block = 0; block < z->out; block += VL)
-        for (int tap = 0; tap < taps; tap++) {
-            int any_row = 0, any_col = 0;
-            for (int h = 0; h < z->height; h++)
-                any_row |= meets(h, tap / K, z->stride, z->padding, z->out_height) >= 0;
-            for (int v = 0; v < z->width; v++) any_col |= meets(v, tap % K, z->stride, z->padding, z->out_width) >= 0;
-            if (!any_row || !any_col) {
-                if (back)
-                    for (int o = block; o < z->out && o < block + VL; o++)
-                        memset((real *)w + ((long)o * taps + tap) * z->in, 0, sizeof(real) * (size_t)z->in);
+#ifdef __AVX512F__
+/* 16 x 16 floats, rows `from` apart, to columns, rows `to` apart. */
+static inline void turn_tile(const float *x, long from, float *y, long to) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(x + i * from);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+#define AS_PD(v) _mm512_castps_pd(v)
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(AS_PD(b[i]), AS_PD(b[i + 2])));
+        a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(AS_PD(b[i]), AS_PD(b[i + 2])));
+        a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(AS_PD(b[i + 1]), AS_PD(b[i + 3])));
+        a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(AS_PD(b[i + 1]), AS_PD(b[i + 3])));
+    }
+#undef AS_PD
+    for (int i = 0; i < 4; i++) { /* a[4 j + i]: rows 4 j .. 4 j + 3 of columns i, i + 4, i + 8, i + 12 */
+        b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_ps(y + i * to, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_ps(y + (i + 8) * to, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_ps(y + (i + 4) * to, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_ps(y + (i + 12) * to, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+#endif
+
+/* A matrix, rows `from` apart, to its transpose, rows `to` apart. */
+static void turn(const real *x, long from, real *y, long to, int rows, int cols) {
+    for (int i = 0; i < rows; i += 16)
+        for (int j = 0; j < cols; j += 16) {
+#ifdef __AVX512F__
+            if (sizeof(real) == 4 && i + 16 <= rows && j + 16 <= cols) {
+                turn_tile((const float *)x + i * from + j, from, (float *)y + j * to + i, to);
                 continue;
             }
-            for (int c = 0; c < z->in; c++)
-                for (int o = block; o < z->out && o < block + VL; o++) {
-                    if (back) ((real *)w)[((long)o * taps + tap) * z->in + c] = t[((long)tap * z->in + c) * z->out + o];
-                    else t[((long)tap * z->in + c) * z->out + o] = w[((long)o * taps + tap) * z->in + c];
-                }
+#endif
+            for (int a = i; a < rows && a < i + 16; a++)
+                for (int b = j; b < cols && b < j + 16; b++) y[b * to + a] = x[a * from + b];
+        }
+}
+
+void turn_weights(const shape *z, real *w, real *t, int back) {
+    const int taps = z->kernel * z->kernel;
+    const long row = (long)taps * z->in;
+    PARALLEL(z->threads)
+    for (int block = 0; block < z->out; block += 16)
+        for (int tap = 0; tap < taps; tap++) {
+            const int rows = z->out - block < 16 ? z->out - block : 16;
+            real *in = w + block * row + (long)tap * z->in, *out = t + (long)tap * z->in * z->out + block;
+            if (!tap_used(z, tap)) {
+                if (back)
+                    for (int o = 0; o < rows; o++) memset(in + o * row, 0, sizeof(real) * (size_t)z->in);
+            } else if (back) turn(out, z->out, in, row, z->in, rows);
+            else turn(in, row, out, z->out, rows, z->in);
         }
 }
 
@@ -572,25 +620,26 @@ void norm_grad(real *g, const real *y, const int *weight, int f, long rows, int 
     }
 }
 
-/* ---- bf16 products of the input gradient: w [taps out/2 in 2], both halves rounded to nearest even ---- */
+/* ---- bf16 products of the input gradient: w [taps out/2 in 2], rounded to nearest even; in a multiple of 16 ---- */
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 int has_bf16(void) { return sizeof(real) == 4; }
 
-static inline uint16_t half(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 64);
-    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
 void pair_weights(const shape *z, const float *w, uint16_t *t) {
     const int taps = z->kernel * z->kernel;
     PARALLEL(z->threads)
-    for (int tap = 0; tap < taps; tap++)
-        for (int o = 0; o < z->out; o++)
-            for (int c = 0; c < z->in; c++)
-                t[(((long)tap * (z->out / 2) + o / 2) * z->in + c) * 2 + o % 2] = half(w[((long)o * taps + tap) * z->in + c]);
+    for (int tap = 0; tap < taps; tap++) {
+        if (!tap_used(z, tap)) continue;
+        for (int o = 0; o < z->out; o += 2) {
+            const float *even = w + ((long)o * taps + tap) * z->in, *odd = even + (long)taps * z->in;
+            uint32_t *pair = (uint32_t *)t + ((long)tap * (z->out / 2) + o / 2) * z->in;
+            for (int c = 0; c < z->in; c += 16) {
+                const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(even + c)));
+                const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(odd + c)));
+                _mm512_storeu_si512(pair + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+        }
+    }
 }
 
 NARROW void half_tile(const shape *z, const uint32_t *dy, const uint32_t *w, float *dx, int h, int v, const int nf,

@@ -8,15 +8,18 @@ SPARSETRAIL_KERNELS=0, or inside `plain()`, the eager path serves.
 """
 
 import contextlib
+import contextvars
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,27 +31,44 @@ from sparsetrail._files import write_atomic
 
 SOURCE = Path(__file__).with_name("kernels.c")
 REAL = {torch.float32: "float", torch.float64: "double"}
-_off = [os.environ.get("SPARSETRAIL_KERNELS", "1") == "0"]
+_off = contextvars.ContextVar("off", default=os.environ.get("SPARSETRAIL_KERNELS", "1") == "0")
+_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Inside this block the eager path serves: for comparisons, and where a kernel is suspected."""
-    before, _off[0] = _off[0], True
+    """Inside this block, in this thread, the plain operations serve: to compare, or where a kernel is suspected."""
+    token = _off.set(True)
     try:
         yield
     finally:
-        _off[0] = before
+        _off.reset(token)
 
 
-def compiler() -> str | None:
-    """The C compiler: $CC, or gcc, clang or cc from the path; None where there is none."""
-    return next((c for c in (os.environ.get("CC") or "gcc", "gcc", "clang", "cc") if shutil.which(c)), None)
+def compilers() -> list[list[str]]:
+    """The C compilers at hand, in the order they are tried: $CC with its arguments, then gcc, clang and cc."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    return [c for c in (asked, ["gcc"], ["clang"], ["cc"]) if c and shutil.which(c[0])]
 
 
 def available(dtype: torch.dtype = torch.float32) -> bool:
     """Do kernels serve this type here and now?"""
-    return not _off[0] and dtype in REAL and library(dtype) is not None
+    return not _off.get() and dtype in REAL and library(dtype) is not None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """May a kernel be given the addresses of these? Plain dense tensors on the CPU, nobody tracing or transforming."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+        return False
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.dtype == tensors[0].dtype
+        and t.layout == torch.strided
+        and not t.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        for t in tensors
+    )
 
 
 class Shape(ctypes.Structure):
@@ -90,9 +110,14 @@ _SIGNATURES = {  # of kernels.c
 }
 
 
-@functools.cache
 def library(dtype: torch.dtype) -> Any:
     """The compiled `kernels.c` for float32 or float64, or None."""
+    with _lock:
+        return _library(dtype)
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> Any:
     found = _build(f"#define REAL {REAL[dtype]}\n" + SOURCE.read_text(), contract=True)
     return None if found is None else _typed(found, _SIGNATURES)
 
@@ -106,27 +131,37 @@ def _typed(found: ctypes.CDLL, signatures: dict[str, tuple]) -> ctypes.CDLL:
 
 def _build(source: str, *, contract: bool) -> ctypes.CDLL | None:
     """Compile C to a shared library in the cache and load it. `contract` allows fused multiply-adds."""
-    cc = compiler()
-    if cc is None:
-        say_once("no C compiler found: the plain path serves, slower and the same")
-        return None
     flags = ["-O3", "-march=native", f"-ffp-contract={'fast' if contract else 'off'}", "-fPIC", "-std=gnu11", "-w"]
-    key = hashlib.sha256("\n".join((source, *flags, _machine(cc), torch.__version__)).encode()).hexdigest()[:24]
+    errors = []
+    for cc in compilers():
+        try:
+            key = hashlib.sha256("\n".join((source, *flags, _machine(tuple(cc)), torch.__version__)).encode())
+            found = _kept(key.hexdigest()[:24], lambda cc=cc: _compile(cc, flags, source))
+        except _CannotCompile as error:
+            errors.append(f"{' '.join(cc)}: {error}")
+            continue
+        if found is None:
+            say_once("no folder for compiled kernels: the plain path serves, slower and the same")
+        return found
+    why = "; ".join(errors) or "no C compiler found"
+    say_once(f"{why}: the plain path serves, slower and the same")
+    return None
+
+
+def _kept(key: str, make: Callable[[], bytes]) -> ctypes.CDLL | None:
+    """The library of a key from the first folder that can hold it. Its size is in its name: one cut off is not it."""
     for folder in folders():
-        path = folder / f"{key}.so"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
                 continue  # somebody else's: what lies there must not be run
-            if not path.exists():
-                write_atomic(path, _compile(cc, flags, source))
-            return ctypes.CDLL(str(path))
-        except _CannotCompile as error:
-            say_once(f"{cc} failed: the plain path serves, slower and the same ({error})")
-            return None
+            there = [p for p in folder.glob(f"{key}-*.so") if p.name == f"{key}-{p.stat().st_size}.so"]
+            if there:
+                return ctypes.CDLL(str(there[0]))
+            code = make()
+            return ctypes.CDLL(str(write_atomic(folder / f"{key}-{len(code)}.so", code)))
         except OSError:
-            continue  # not writable, or its files may not be executed: the next folder
-    say_once("no folder for compiled kernels: the plain path serves, slower and the same")
+            continue  # not writable, or its files may not be run
     return None
 
 
@@ -134,40 +169,41 @@ class _CannotCompile(Exception):
     pass
 
 
-def _compile(cc: str, flags: list[str], source: str) -> bytes:
+def _compile(cc: list[str], flags: list[str], source: str) -> bytes:
     """The bytes of the shared library; with OpenMP where the compiler has it, its runtime left to PyTorch's own."""
     with tempfile.TemporaryDirectory() as tmp:
         code, out = Path(tmp) / "kernels.c", Path(tmp) / "kernels.so"
         code.write_text(source)
         error = ""
         for openmp in (["-fopenmp"], []):
+            command = [*cc, *flags, *openmp, "-shared", "-o", str(out), "-x", "c", str(code), "-lm"]
             try:
-                done = subprocess.run(
-                    [cc, *flags, *openmp, "-shared", "-o", str(out), str(code), "-lm"],
-                    capture_output=True, text=True, timeout=120,
-                )  # fmt: skip
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             except (OSError, subprocess.TimeoutExpired) as failure:
                 raise _CannotCompile(str(failure)) from None
-            if done.returncode == 0:
+            if done.returncode == 0 and out.exists():
                 return out.read_bytes()
             error = done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"exit code {done.returncode}"
         raise _CannotCompile(error)
 
 
 @functools.cache
-def _machine(cc: str) -> str:
-    """What decides the generated code: compiler version and processor."""
-    version = subprocess.run([cc, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+def _machine(cc: tuple[str, ...]) -> str:
+    """What decides the generated code: compiler, its version, and the processor."""
+    done = subprocess.run([*cc, "--version"], capture_output=True, text=True)
     cpu = Path("/proc/cpuinfo")
-    features = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") \
-        if cpu.exists() else platform.processor()  # fmt: skip
-    return f"{version}\n{platform.machine()}\n{features}"
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return "\n".join((*cc, done.stdout.partition("\n")[0], platform.machine(), features))
 
 
 def folders() -> list[Path]:
     """Where compiled kernels are kept: the first of these that can be written to."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsetrail"
-    return [cache, Path(tempfile.gettempdir()) / f"sparsetrail-{os.getuid() if hasattr(os, 'getuid') else 'kernels'}"]
+    own = f"sparsetrail-{os.getuid() if hasattr(os, 'getuid') else 'kernels'}"
+    found = [Path(tempfile.gettempdir()) / own]
+    with contextlib.suppress(RuntimeError):  # no home
+        found.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsetrail")
+    return found
 
 
 @functools.cache
@@ -193,9 +229,14 @@ class Symbol:
     @classmethod
     def __torch_function__(cls, fn: Callable, _types, args=(), kwargs=None):
         made = _FUNCTIONS.get(fn.__name__)
-        if made is None:
-            raise TypeError(f"torch.{fn.__name__} has no C form here; add it to _FUNCTIONS")
+        if made is None or kwargs:
+            raise TypeError(f"torch.{fn.__name__} has no C form here, or not with keywords; see kernels._FUNCTIONS")
         return Symbol(made.format(*(_code(a) for a in args)))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise TypeError("a step that decides by a value in Python has no C form; multiply by the comparison")
 
     def to(self, *_: Any) -> "Symbol":
         return self
@@ -225,7 +266,7 @@ for _name, _sign in (("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"))
     setattr(Symbol, f"__{_name}__", _operator(_sign, False))
     setattr(Symbol, f"__r{_name}__", _operator(_sign, True))
 Symbol.__rtruediv__ = lambda a, b: Symbol(f"((1 / {a.code}) * {_code(b)})")  # as a tensor's: reciprocal, then product
-for _name, _sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+for _name, _sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("eq", "=="), ("ne", "!=")):
     setattr(Symbol, f"__{_name}__", lambda a, b, s=_sign: Symbol(f"FLAG({a.code} {s} {_code(b)})"))
 
 _FUNCTIONS = {  # torch functions that the per-step definitions may call
@@ -255,16 +296,18 @@ typedef REAL real;
 #define MULADD(a, b, c) (sizeof(real) == 4 ? (real)fmaf(a, b, c) : (real)fma(a, b, c))
 #define CHUNK 2048 /* values whose state stays in the first cache over all steps */
 
-/* e^x: 2^k times a polynomial in the rest; within 2 units in the last place. Vectorised, unlike a library call. */
-static inline float exp_single(float x) {
-    x = x > 88.37f ? 88.37f : x < -87.33f ? -87.33f : x;
-    const float k = (float)(int)(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
-    const float r = fmaf(k, 2.12194440e-4f, fmaf(k, -0.693359375f, x));
+/* e^x: 2^k times a polynomial in the rest; within 2 units in the last place. Vectorised, unlike a library call. Zero,
+   subnormal and infinite where e^x is in float: a surrogate's exact zeros are counted. */
+static inline float exp_single(float given) {
+    const float x = given > 89.0f ? 89.0f : given > -105.0f ? given : -105.0f; /* also takes NaN out of the way */
+    const int n = (int)(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
+    const float k = (float)n, r = fmaf(k, 2.12194440e-4f, fmaf(k, -0.693359375f, x));
     float p = fmaf(r, 1.9875691500e-4f, 1.3981999507e-3f);
     p = fmaf(p, r, 8.3334519073e-3f), p = fmaf(p, r, 4.1665795894e-2f), p = fmaf(p, r, 1.6666665459e-1f);
     p = fmaf(p, r, 5.0000001201e-1f), p = fmaf(p * r, r, r + 1.0f);
-    union { int i; float f; } scale = {((int)k + 127) << 23};
-    return p * scale.f;
+    union { int i; float f; } half = {(n / 2 + 127) << 23}, rest = {(n - n / 2 + 127) << 23}; /* 2^-151 is no float */
+    const float y = p * half.f * rest.f;
+    return given != given ? given : given > 88.7228f ? INFINITY : given < -103.972f ? 0 : y;
 }
 #define EXP(x) (sizeof(real) == 4 ? (real)exp_single((float)(x)) : (real)exp(x))
 

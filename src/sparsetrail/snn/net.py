@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsetrail.core import Victim
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import freeze, has_bf16, watched
+from sparsetrail.snn.engine import Workspace, freeze, has_bf16, watched
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons
 from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
@@ -89,9 +89,9 @@ def victim(
 ) -> Victim:
     """A network and its encoder as a `Victim` in eval mode; a net in train mode is refused at every call.
 
-    Scores come from a frozen copy that is made anew when a weight of `net` changes: the same numbers, no weight
-    gradients. On a GPU its steps are replayed as CUDA graphs, which give first derivatives only. `compile` lets a GPU
-    run the neurons as generated kernels, worth their seconds of compilation in long attacks.
+    Scores are those of `net` as it is at the call, without gradients of its weights. On a GPU its steps are replayed as
+    CUDA graphs, which give first derivatives only; `compile` lets a GPU run the neurons as generated kernels, worth
+    their seconds of compilation in long attacks.
 
     `precision="bf16"` crafts faster and judges in fp32 all the same: on a CPU only the products of the input gradient
     are bf16, the scores stay those of fp32 to the bit; on a GPU convolutions and the last layer run in bf16. ValueError
@@ -100,39 +100,33 @@ def victim(
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
     k = classes if classes is not None else net.fc.out_features  # type: ignore[union-attr]
-    half, held = precision == "bf16", {}
+    half, space = precision == "bf16", Workspace()
     if half:
         _check_bf16(next(net.parameters()).device)
-
-    def copy() -> nn.Module | None:
-        if net.training:
-            raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
-        if watched(*net.modules()):
-            return None  # somebody watches this very network
-        state = tuple((t.data_ptr(), t._version) for t in (*net.parameters(), *net.buffers()))
-        if state not in held:
-            held.clear()
-            fresh = freeze(net, half=half, share=True)
-            held[state] = compile_neurons(fresh) if compile else fresh
-        return held[state]
-
-    recorded: dict[tuple, Scores] = {}
+    recorded: dict[str, Scores] = {}
+    known: list[tuple] = []
 
     def run(x: Tensor, way: str, half: bool) -> Tensor:
-        now = copy()
-        watched_net, now = now is None, now or net
+        if net.training:
+            raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
+        seen = watched(*net.modules())
 
         def plain(x: Tensor) -> Tensor:
+            now = net if seen else freeze(net, space, half=half)  # who watches this very network sees it called
+            if compile and not seen:
+                compile_neurons(now)
             amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if half and x.is_cuda else None
             with amp or contextlib.nullcontext():
                 return now(x) if way == "logits" else now.scores(x, encode)  # type: ignore[operator]
 
-        if not x.is_cuda or watched_net:
+        if not x.is_cuda or seen:
             return plain(x)
-        key = (id(now), way, half)
+        state = _state(net)
+        if known != [state]:  # a recording follows values in their places, not new tensors or settings
+            known[:] = [state]
+            recorded.clear()
+        key = f"{way} {half}"
         if key not in recorded:
-            if all(k[0] != id(now) for k in recorded):
-                recorded.clear()  # the weights have changed
             recorded[key] = Scores(plain, axis=1 if way == "logits" else 0)
         return recorded[key](x)
 
@@ -148,6 +142,16 @@ def victim(
         encoding=f"{encode.name} encoder: {encode.backward}",
         random=encode.random,
         module=net,
+    )
+
+
+def _state(net: nn.Module) -> tuple:
+    """Where the tensors of a network lie and how its modules are set."""
+    plain = (bool, int, float, str, tuple, NeuronSpec, type(None))
+    return tuple(
+        (id(m), *(t.data_ptr() for t in (*m.parameters(False), *m.buffers(False))))
+        + tuple(v for v in m.__dict__.values() if isinstance(v, plain))
+        for m in net.modules()
     )
 
 

@@ -27,7 +27,7 @@ from torch.autograd.forward_ad import unpack_dual
 from sparsetrail._shapes import Float
 from sparsetrail.snn import kernels
 from sparsetrail.snn.kernels import Value
-from sparsetrail.snn.surrogate import Surrogate, heaviside
+from sparsetrail.snn.surrogate import SURROGATES, Surrogate, heaviside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +144,17 @@ class _Fused(torch.autograd.Function):
 
 def kernel(spec: NeuronSpec, *tensors: Tensor) -> Any:
     """The kernels of a neuron if they serve these tensors: plain ones on the CPU, float32 or float64; else None."""
-    if spec.kind == "plif" or not kernels.available(tensors[0].dtype) or torch.compiler.is_compiling():
+    if spec.kind == "plif" or not kernels.available(tensors[0].dtype) or not kernels.usable(*tensors):
         return None
-    for t in tensors:
-        if t.device.type != "cpu" or t.dtype != tensors[0].dtype or torch._C._functorch.is_functorch_wrapped_tensor(t):
-            return None
-    return _compile(spec, tensors[0].dtype)
+    return _compile(spec, tensors[0].dtype, SURROGATES[spec.surrogate.name])
 
 
 @functools.cache
-def _compile(spec: NeuronSpec, dtype: torch.dtype) -> Any:
+def _compile(spec: NeuronSpec, dtype: torch.dtype, _surrogate: Callable) -> Any:
+    """The surrogate is part of the key: a name can be given another function."""
     try:
         steps = steps_in_c(spec)
-    except (TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a step does that symbols cannot follow
         kernels.say_once(f"{spec.kind}, {spec.surrogate.name}: the plain path serves, slower and the same ({error})")
         return None
     return kernels.neuron(steps, dtype)

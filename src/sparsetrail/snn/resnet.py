@@ -91,11 +91,12 @@ class Block(nn.Module):
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d p q"]:
         steps = self.sn1.steps
         identity = x
-        if self.downsample is not None and self.sew:
-            conv, norm = self.downsample  # type: ignore[misc]
-            identity = conv_fire(x, conv, norm, self.downsample_sn, steps)
-        elif self.downsample is not None:
-            identity = self.downsample(x)
+        branch = self.downsample
+        usual = isinstance(branch, nn.Sequential) and len(branch) == 2 and not watched(branch)
+        if self.sew and usual:
+            identity = conv_fire(x, branch[0], branch[1], self.downsample_sn, steps)
+        elif branch is not None:
+            identity = self.downsample_sn(branch(x)) if self.sew else branch(x)
         out = conv_fire(x, self.conv1, self.bn1, self.sn1, steps)
         conv, norm, last = self.conv2, self.bn2, self.sn2
         if self.bottleneck:
