@@ -123,7 +123,7 @@ def watched(*modules: nn.Module | None) -> bool:
 
 def _serve(*tensors: Tensor | None) -> bool:
     """Do the kernels serve these tensors, outside every transformation?"""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active():
         return False
     there = [t for t in tensors if t is not None]
     return not torch.is_autocast_enabled("cpu") and kernels.available(there[0].dtype) and kernels.usable(*there)
@@ -132,7 +132,7 @@ def _serve(*tensors: Tensor | None) -> bool:
 def _differentiable(grad: Tensor) -> bool:
     """Must a backward be made of operations that can be differentiated, or mapped over many gradients, themselves?"""
     of_many = torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
-    return torch.is_grad_enabled() or of_many
+    return torch.is_grad_enabled() or of_many or forward_ad._current_level >= 0
 
 
 # ---- convolution ---------------------------------------------------------------------------------------------------

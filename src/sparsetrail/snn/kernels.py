@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparsetrail._files import write_atomic
 
@@ -59,6 +60,8 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
 def usable(*tensors: Tensor) -> bool:
     """May a kernel be given the addresses of these? Plain dense tensors on the CPU, nobody tracing or transforming."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return all(
         type(t) in (Tensor, torch.nn.Parameter)
