@@ -13,6 +13,7 @@ Finite codes carry their `codebook` [256, t]: the code of every grey level. Off-
 grey level first, as an 8-bit image file would.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,14 +47,14 @@ class Encoder:
     def distinct(self, x: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "f n c h w"], Tensor | None]:
         """The distinct frames of the code of `x`, and the slope of each: [f], or [f n c h w] by pixel."""
         assert self.frames is not None
-        first = [self.frames.index(f) for f in range(max(self.frames) + 1)]
-        slope = None if self.slope is None else self.slope[..., first]
+        first = tuple(self.frames.index(f) for f in range(max(self.frames) + 1))
+        slope = None if self.slope is None else _at(self.slope, x.device, first)
         if self.codebook is None:
             return x.expand(len(first), *x.shape), slope
         level = grey_levels(x)
         if slope is not None and slope.ndim == 2:
-            slope = _look_up(slope, level)
-        return _look_up(self.codebook[:, first], level).to(x.dtype), slope
+            slope = slope[:, level]
+        return _at(self.codebook, x.device, first)[:, level].to(x.dtype), slope
 
     def __call__(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "t n c h w"]:
         if not x.is_floating_point():
@@ -86,7 +87,7 @@ class _Coded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, slope = ctx.saved_tensors
-        at = _look_up(slope, grey_levels(x)) if slope.ndim == 2 else slope.to(grad.device).view(-1, *[1] * x.ndim)
+        at = _look_up(slope, grey_levels(x)) if slope.ndim == 2 else _at(slope, grad.device).view(-1, *[1] * x.ndim)
         return (grad * at.to(grad.dtype)).sum(0), None, None
 
 
@@ -96,7 +97,18 @@ def grey_levels(x: Tensor) -> Tensor:
 
 
 def _look_up(table: Tensor, v: Tensor) -> Tensor:
-    return table.t().contiguous().to(v.device)[:, v]
+    return _at(table, v.device)[:, v]
+
+
+@functools.lru_cache(maxsize=64)
+def _at(table: Tensor, device: torch.device, columns: tuple[int, ...] | None = None) -> Tensor:
+    """An encoder's table [256 t] as [t 256] (or [t] as it is), all steps or some, kept where it is used.
+
+    Copied once: a CUDA graph cannot copy from the CPU, and a table is never changed.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        part = table if columns is None else table[..., list(columns)]
+        return (part.t() if part.ndim == 2 else part).contiguous().to(device)
 
 
 def _coded(name: str, knobs: dict[str, Any], code: Tensor, weights: Tensor | None, backward: str) -> Encoder:
