@@ -477,7 +477,7 @@ def reproduce(
     """Run a table or figure of the paper on real CIFAR: ours beside the published value, each threat in its own column.
 
     Resumes cell by cell; the figures of one --out share their models. `smoke` proves that it runs (a minute), `small`
-    trains one row within the hour on two cores, `paper` is the published scale (a GPU and days).
+    trains one row in half an hour on one core, `paper` is the published scale (a GPU and days).
     """
     where = _device(device, threads)
     place = _folder(out or Path("runs") / f"paper-{scale}", fresh)
