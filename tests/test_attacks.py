@@ -1,5 +1,6 @@
 """Every attack in the table against victims whose best point is known, in both spaces; and the paper's own recipe."""
 
+import contextlib
 import copy
 import math
 
@@ -8,7 +9,7 @@ import torch
 from lively import lively
 
 from sparsetrail.attacks import ATTACKS, attack, authors, fgsm, noise, pgd, settings
-from sparsetrail.core import Linf, Victim, margin
+from sparsetrail.core import Linf, Problem, Streams, Victim, margin
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec, build, victim
 
@@ -264,3 +265,52 @@ def test_encoded_steps_are_cut_by_the_box():
     ball, u0 = Linf(6 / 255, space="encoded"), torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1, 1)
     down_up = ball.project(u0 + torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1, 1), u0)
     assert torch.equal(down_up, u0)
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_restarts_at_once_find_what_restarts_in_turn_find(snn, space, monkeypatch):
+    """The same starting points, so the same images fall; later restarts share a batch once few images stand."""
+    _, v, x, y = snn
+    eps = 0.5 / 255 if space == "pixel" else 0.0005
+    played = []
+    real = Problem.sample
+
+    def sample(p, g, **more):
+        played.append((p.whose is not None, len(p.y)))
+        return real(p, g, **more)
+
+    monkeypatch.setattr(Problem, "sample", sample)
+    knobs = {"steps": 2, "step": eps / 2, "restarts": 6, "seed": 3, "keep": True}
+    together = attack(pgd, v, Linf(eps, space=space), x, y, **knobs)
+    assert any(at_once for at_once, _ in played) and max(n for _, n in played) <= sum(together.clean)
+    assert (sum(together.robust) > 0) == (space == "encoded") and sum(together.robust) < sum(together.clean)
+    monkeypatch.setattr(Problem, "restarts", lambda p, most: contextlib.nullcontext((p, 1)))
+    in_turn = attack(pgd, v, Linf(eps, space=space), x, y, **knobs)
+    assert together.robust == in_turn.robust and together.clean == in_turn.clean
+    standing = [i for i, r in enumerate(together.robust) if r]
+    axis = 0 if space == "pixel" else 1
+    a, b = (r.adversarial.movedim(axis, 0)[standing] for r in (together, in_turn))
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_copies_of_a_problem_keep_its_ledger():
+    """Two images of three fall at their first step; the third is tried in three copies at once."""
+    w = torch.tensor([1.0, 1.0, 0.0])
+    u0, y = torch.zeros(3, 1, 1, 1), torch.zeros(3, dtype=torch.long)
+    f = lambda u: torch.stack([torch.zeros(len(u)), u.flatten() - 0.5], 1)  # noqa: E731
+    p = Problem(f, u0, y, Linf(1.0, space="pixel"), drop=True)
+    p.loss(w.view(3, 1, 1, 1))
+    assert p.fooled.tolist() == [True, True, False]
+    with p.restarts(7) as (q, played):
+        assert played == 3 and q.whose.tolist() == [2, 2, 2]
+        starts = q.sample(Streams(0, range(3)))
+        q.loss(torch.tensor([0.1, 0.4, 0.3]).view(3, 1, 1, 1))
+    again = Streams(0, range(3))
+    assert torch.equal(starts.flatten(), torch.cat([again.uniform(u0, 0)[2] for _ in range(3)]).clamp(0, 1).flatten())
+    assert p.best.flatten().tolist() == pytest.approx([1, 1, 0.4]) and p.forwards == 6 and not p.fooled[2]
+    with p.restarts(2) as (q, played):
+        q.loss(torch.tensor([0.9, 0.2]).view(2, 1, 1, 1))
+        assert q.grad(q.u0).count_nonzero() == 0 and q.backwards == 0  # its other copy is left out too
+    assert p.fooled.all() and p.best[2] == pytest.approx(0.9)
+    with p.restarts(5) as (q, played):
+        assert q is p and played == 1

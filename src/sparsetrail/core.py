@@ -4,10 +4,11 @@
 those of the attacked tensor, 0..1 for pixels and for spikes alike; the two are different budgets, never compared.
 """
 
+import contextlib
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -124,6 +125,12 @@ class Streams:
     def __init__(self, seed: int, indices: Iterable[int]) -> None:
         self.generators = [torch.Generator().manual_seed(_mix(seed, int(i))) for i in indices]
 
+    def of(self, rows: Iterable[int]) -> "Streams":
+        """The streams of some of the images; a draw from them goes on where the last one stopped."""
+        some = Streams(0, ())
+        some.generators = [self.generators[i] for i in rows]
+        return some
+
     def uniform(self, like: Tensor, axis: int) -> Tensor:
         """Uniform in -1..1, shaped as `like`, image i along `axis` drawn from stream i."""
         shape = like.movedim(axis, 0).shape
@@ -172,6 +179,38 @@ class Problem:
         self.zero_share: list[Tensor] = []
         self.dead = torch.zeros_like(self.fooled)
         self.nonfinite = torch.zeros_like(self.fooled)
+        self.whose: Tensor | None = (
+            None  # of a problem of copies: the image behind each row, copies one after the other
+        )
+
+    @contextlib.contextmanager
+    def restarts(self, most: int) -> Iterator[tuple["Problem", int]]:
+        """The problem of as many restarts at once, up to `most`, as the images still standing leave room for.
+
+        Gives that problem, to be played once, and the number of restarts in it; what was found is taken over after it.
+        With nothing dropped, or all standing, that is this very problem and one restart. Starting points are those of
+        restarts one after the other; a copy of an image already fooled by another copy takes no further step.
+        """
+        rows = self._alive()
+        count = 1 if rows is None or len(rows) == 0 else min(most, len(self.y) // len(rows))
+        if count < 2 or rows is None:
+            yield self, 1
+            return
+        whose = rows.repeat(count)
+        q = Problem(self.f, self.u0.index_select(self.axis, whose), self.y[whose], self.ball, drop=True)
+        q.whose = whose
+        yield q, count
+        self.forwards, self.backwards = self.forwards + q.forwards, self.backwards + q.backwards
+        self.trace, self.zero_share = self.trace + q.trace, self.zero_share + q.zero_share
+        self.left |= q.left
+        self.dead[whose[q.dead]] = True
+        self.nonfinite[whose[q.nonfinite]] = True
+        margin, copy = q.best_margin.view(count, -1).max(0)
+        point = q.best.index_select(self.axis, copy * len(rows) + torch.arange(len(rows), device=copy.device))
+        better = margin > self.best_margin[rows]
+        self.best = self.best.index_copy(self.axis, rows[better], point.index_select(self.axis, better.nonzero()[:, 0]))
+        self.best_margin = self.best_margin.index_copy(0, rows[better], margin[better])
+        self.fooled = self.best_margin > 0
 
     def loss(self, u: Tensor) -> Float[Tensor, " n"]:
         """Margin per example at `u`; without a gradient."""
@@ -219,13 +258,21 @@ class Problem:
 
     def sample(self, g: Streams, *, corners: bool = False) -> Tensor:
         """A random allowed point per example: uniform in the ball, or one of its corners; cut to the box."""
-        noise = g.uniform(self.u0, self.axis)
+        if self.whose is None:
+            noise = g.uniform(self.u0, self.axis)
+        else:  # restart by restart, each image from its own stream
+            images = self.whose.unique()
+            parts = self.u0.split(len(images), self.axis)
+            noise = torch.cat([g.of(images.tolist()).uniform(part, self.axis) for part in parts], self.axis)
         return self.project(self.u0 + self.ball.eps * (noise.sign() if corners else noise))
 
     def _alive(self) -> Tensor | None:
         if not self.drop:
             return None
-        rows = (~self.fooled).nonzero().squeeze(1)
+        fooled = self.fooled
+        if self.whose is not None:  # one copy that is fooled is enough
+            fooled = torch.isin(self.whose, self.whose[fooled])
+        rows = (~fooled).nonzero().squeeze(1)
         return None if len(rows) == len(self.y) else rows
 
     def _take(self, u: Tensor, rows: Tensor | None) -> Tensor:

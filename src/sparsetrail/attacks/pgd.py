@@ -8,8 +8,10 @@ def pgd(p: Problem, g: Streams, *, steps: int = 7, step: float = 0.01, restarts:
 
     Defaults are the paper's. The best point on the way counts, not the last.
     """
-    for _ in range(restarts):
-        u = p.sample(g)
-        for _ in range(steps):
-            u = p.project(u + step * p.grad(u).sign())
-        p.loss(u)
+    while restarts > 0:
+        with p.restarts(restarts) as (q, played):
+            u = q.sample(g)
+            for _ in range(steps):
+                u = q.project(u + step * q.grad(u).sign())
+            q.loss(u)
+        restarts -= played
