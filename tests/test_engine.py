@@ -223,6 +223,26 @@ def test_generated_neurons_equal_the_plain_steps(surrogate):
 
 
 @needs_kernels
+@pytest.mark.parametrize("decay", [True, False])
+@pytest.mark.parametrize("reset", [0.0, -0.2, None])
+def test_a_learnt_leak(reset, decay):
+    """PLIF: spikes and gradient of the input to rounding, gradient of the leak summed in another order."""
+    spec = NeuronSpec(kind="plif", reset=reset, decay_input=decay, detach_reset=False, threshold=0.5)
+    x = torch.randn(6, 4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.5
+    found = []
+    for plain in (True, False):
+        leaf, leak = x.clone().requires_grad_(), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+        with kernels.plain() if plain else contextlib.nullcontext():
+            assert plain or kernel(spec, leaf, leak) is not None
+            s = fused(leaf, spec, leak)
+            found.append((s.detach(), *torch.autograd.grad((s * x.cos()).sum(), [leaf, leak])))
+    (s, g, of_leak), (fast, fast_g, fast_of_leak) = found
+    assert torch.equal(s, fast) and 0 < s.mean() < 1 and of_leak.abs() > 0.1
+    close(fast_g, g)
+    close(fast_of_leak, of_leak)
+
+
+@needs_kernels
 def test_a_surrogate_without_a_c_form_runs_plainly(monkeypatch, caplog):
     monkeypatch.setitem(SURROGATES, "bell", lambda x, width: torch.cosh(x / width) ** -2)
     spec, x = NeuronSpec(surrogate=Surrogate("bell", 1.0)), torch.randn(3, 8, requires_grad=True)

@@ -442,7 +442,7 @@ class _Fire(torch.autograd.Function):
             over = layer.own and not with_input and order == tuple(range(steps))
             h = y.detach() if over else _maps(space, steps * n, c, p, q, y)
         frame, _ = kernels.frames(order)
-        at = map(pointer, (y, frame, scale, shift, plus, s, h))
+        at = map(pointer, (y, frame, scale, shift, plus, None, s, h))
         layer.kernel.fire(*at, steps, rows, c, threads)
         winners = None
         if layer.pooling is not None:
@@ -476,7 +476,8 @@ class _Fire(torch.autograd.Function):
         frame, last = kernels.frames(order)
         sums = torch.zeros(threads, 2, c, dtype=torch.float64, device="cpu") if y is not None else None
         by = None if batch else scale
-        at = map(pointer, (grad_s, h, frame, last, by, y, mean if y is not None else None, inv, dy, sums))
+        where = mean if y is not None else None
+        at = map(pointer, (grad_s, h, frame, last, by, y, where, inv, None, None, dy, sums, None))
         layer.kernel.back(*at, steps, rows, c, threads)
         d_gamma = d_beta = None
         if sums is not None:

@@ -315,9 +315,11 @@ static inline float exp_single(float given) {
 #define EXP(x) (sizeof(real) == 4 ? (real)exp_single((float)(x)) : (real)exp(x))
 
 /* y [frames rows C] read at frame[t], scaled to a y + b per channel if a is given -> spikes s (plus `plus`) and
-   charged potentials h [steps rows C]; h and plus may be NULL, h may lie over y if every step has its frame. */
-void fire(const real *y, const int *frame, const real *a, const real *b, const real *plus, real *s, real *h, int steps,
-          long rows, int C, int threads) {
+   charged potentials h [steps rows C]; h and plus may be NULL, h may lie over y if every step has its frame. rate: a
+   learnt leak, or NULL. */
+void fire(const real *y, const int *frame, const real *a, const real *b, const real *plus, const real *rate, real *s,
+          real *h, int steps, long rows, int C, int threads) {
+    const real leak = rate ? *rate : 0;
     const long size = rows * C, per = CHUNK / C > 0 ? CHUNK / C : 1;
     PARALLEL(threads)
     for (long first = 0; first < rows; first += per) {
@@ -348,11 +350,21 @@ void fire(const real *y, const int *frame, const real *a, const real *b, const r
     }
 }
 
+/* The potential that a charged one left behind. */
+static inline real before(real h_) {
+    const real s_ = SPIKE;
+    return DISCHARGE;
+}
+
 /* Back through time: gradient of the spikes -> gradient of the input, per frame [frames rows C], times scale[c];
    `out` may lie over `grad` if every step has its frame. last[t] marks the last step that shows a frame. With `y`, sums
-   [threads 2 C] take the sums over everything of g and of g (y - mean) inv, g before scale. */
+   [threads 2 C] take the sums over everything of g and of g (y - mean) inv, g before scale. rates [threads] take the
+   gradient of a learnt leak *rate; x is the neuron's input then. */
 void back(const real *grad, const real *h, const int *frame, const int *last, const real *scale, const real *y,
-          const real *mean, const real *inv, real *out, double *sums, int steps, long rows, int C, int threads) {
+          const real *mean, const real *inv, const real *rate, const real *input, real *out, double *sums,
+          double *rates, int steps, long rows, int C, int threads) {
+    const real leak = rate ? *rate : 0;
+    (void)leak;
     const long size = rows * C, per = CHUNK / C > 0 ? CHUNK / C : 1, chunks = (rows + per - 1) / per;
     PARALLEL(threads)
     for (int k = 0; k < threads; k++) {
@@ -361,6 +373,7 @@ void back(const real *grad, const real *h, const int *frame, const int *last, co
         for (long chunk = chunks * k / threads; chunk < chunks * (k + 1) / threads; chunk++) {
             const long first = chunk * per, n = rows - first < per ? rows - first : per;
             real state[n * C], now[n * C];
+            double of_rate = 0;
             for (long i = 0; i < n * C; i++) state[i] = 0;
             memset(near, 0, sizeof(real) * 2 * (size_t)C);
             for (int t = steps - 1; t >= 0; t--) {
@@ -370,6 +383,10 @@ void back(const real *grad, const real *h, const int *frame, const int *last, co
                     const real g = grad[at + i] * slope + state[i] * (KEPT);
                     state[i] = g * (KEEP);
                     now[i] = g * (GAIN);
+                    if (LEARNT) {
+                        const real v = t ? before(h[at - size + i]) : (real)REST, x = input ? input[at + i] : 0;
+                        of_rate += (double)(g * (LEVER));
+                    }
                 }
                 if (y)
                     for (long r = 0; r < n; r++)
@@ -386,14 +403,15 @@ void back(const real *grad, const real *h, const int *frame, const int *last, co
             }
             if (y)
                 for (int c = 0; c < 2 * C; c++) total[c] += (double)near[c];
+            if (rates) rates[k] += of_rate;
         }
         free(near);
     }
 }
 """
 _NEURON_SIGNATURES = {
-    "fire": (_POINTER,) * 7 + (_INT, _LONG, _INT, _INT),
-    "back": (_POINTER,) * 10 + (_INT, _LONG, _INT, _INT),
+    "fire": (_POINTER,) * 8 + (_INT, _LONG, _INT, _INT),
+    "back": (_POINTER,) * 13 + (_INT, _LONG, _INT, _INT),
 }
 
 

@@ -61,7 +61,7 @@ class NeuronSpec:
         return 0.0 if self.reset is None else self.reset
 
 
-def charge(x: Value, v: Value, spec: NeuronSpec, leak: Tensor | None) -> Value:
+def charge(x: Value, v: Value, spec: NeuronSpec, leak: Value) -> Value:
     """Potential before the spike. The order of operations is fixed: rounding decides which ties spike."""
     if spec.kind == "if":
         return v + x
@@ -103,13 +103,13 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, leak: Tensor | None, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
-        k = kernel(spec, x) if leak is None else None
+        k = kernel(spec, x, leak)
         if k is None:
             return _sequence(x, leak, spec)
         x = x.contiguous()
         s, h, size = torch.empty_like(x), torch.empty_like(x), x.numel() // len(x)
         frame, _ = kernels.frames(tuple(range(len(x))))
-        at = map(kernels.pointer, (x, frame, None, None, None, s, h))
+        at = map(kernels.pointer, (x, frame, None, None, None, leak, s, h))
         k.fire(*at, len(x), size, 1, torch.get_num_threads())
         return s, h
 
@@ -126,15 +126,19 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
         charged, leak, x = ctx.saved_tensors
-        plain = grad_h is None and leak is None and not torch.is_grad_enabled()
-        k = kernel(ctx.spec, charged, grad_s) if plain and grad_s is not None else None
+        plain = grad_h is None and not torch.is_grad_enabled()
+        k = kernel(ctx.spec, charged, leak, grad_s) if plain and grad_s is not None else None
         if k is None or grad_s is None:
             return (*through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
         grad_s, out, size = grad_s.contiguous(), torch.empty_like(charged), charged.numel() // len(charged)
         frame, last = kernels.frames(tuple(range(len(charged))))
-        at = map(kernels.pointer, (grad_s, charged, frame, last, None, None, None, None, out, None))
+        x = None if x is None else x.contiguous()
+        of_leak = None if leak is None else torch.zeros(torch.get_num_threads(), dtype=torch.float64, device="cpu")
+        at = map(kernels.pointer, (grad_s, charged, frame, last, None, None, None, None, leak, x, out, None, of_leak))
         k.back(*at, len(charged), size, 1, torch.get_num_threads())
-        return out, None, None
+        if leak is None or of_leak is None:
+            return out, None, None
+        return out, of_leak.sum().to(leak.dtype).reshape(leak.shape), None
 
     @staticmethod
     def jvp(ctx, tangent_x: Tensor | None, tangent_leak: Tensor | None, _):
@@ -142,11 +146,14 @@ class _Fused(torch.autograd.Function):
         return _along_time(tangent_x, tangent_leak, charged, x, leak, ctx.spec)
 
 
-def kernel(spec: NeuronSpec, *tensors: Tensor) -> Any:
+def kernel(spec: NeuronSpec, x: Tensor, leak: Tensor | None = None, *more: Tensor) -> Any:
     """The kernels of a neuron if they serve these tensors: plain ones on the CPU, float32 or float64; else None."""
-    if spec.kind == "plif" or not kernels.available(tensors[0].dtype) or not kernels.usable(*tensors):
+    if (spec.kind == "plif") != (leak is not None) or (leak is not None and leak.numel() != 1):
         return None
-    return _compile(spec, tensors[0].dtype, SURROGATES[spec.surrogate.name])
+    tensors = (x, *more) if leak is None else (x, leak, *more)
+    if not kernels.available(x.dtype) or not kernels.usable(*tensors):
+        return None
+    return _compile(spec, x.dtype, SURROGATES[spec.surrogate.name])
 
 
 @functools.cache
@@ -164,17 +171,21 @@ def steps_in_c(spec: NeuronSpec) -> dict[str, Any]:
     """One step of the neuron forward and back, as the functions below write it with symbols for tensors."""
     names: list[Value] = [kernels.Symbol(name) for name in ("x", "v", "h_", "s_", "slope")]
     x, v, h, s, slope = names
-    keep, gain = _gains(None, spec)
+    learnt = spec.kind == "plif"
+    leak: Value = kernels.Symbol("leak") if learnt else None
+    keep, gain = _gains(leak, spec)
     spike = h >= spec.threshold
     return {
         "REST": spec.rest,
-        "CHARGE": charge(x, v, spec, None),
+        "CHARGE": charge(x, v, spec, leak),
         "SPIKE": spike,
         "DISCHARGE": discharge(h, s, spec),
         "SLOPE": spec.surrogate(h - spec.threshold),
         "KEPT": _kept(h, slope, (h - spec.threshold) >= 0, spec),
         "KEEP": keep,
         "GAIN": gain,
+        "LEARNT": learnt,
+        "LEVER": _lever(v, x if spec.decay_input else None, spec),
     }
 
 
@@ -207,7 +218,7 @@ def _kept(h: Value, slope: Value, s: Value, spec: NeuronSpec) -> Value:
     return path + slope * (-spec.threshold if spec.reset is None else spec.reset - h)
 
 
-def _gains(leak: Tensor | None, spec: NeuronSpec) -> tuple[Any, Any]:
+def _gains(leak: Value, spec: NeuronSpec) -> tuple[Any, Any]:
     """dh/dv and dh/dx of the charge."""
     if spec.kind == "if":
         return 1.0, 1.0
@@ -215,13 +226,16 @@ def _gains(leak: Tensor | None, spec: NeuronSpec) -> tuple[Any, Any]:
     return 1 - share, share if spec.decay_input else 1.0
 
 
-def _lever(t: int, charged: Tensor, x: Tensor | None, spec: NeuronSpec) -> Tensor:
-    """dh/dleak at step t."""
+def _left(t: int, charged: Tensor, spec: NeuronSpec) -> Tensor:
+    """The potential at the start of step t."""
     if t == 0:
-        v = torch.full_like(charged[0], spec.rest)
-    else:
-        v = discharge(charged[t - 1], _gate(charged[t - 1], spec), spec)
-    return spec.rest - v if x is None else x[t] - (v - spec.rest)
+        return torch.full_like(charged[0], spec.rest)
+    return discharge(charged[t - 1], _gate(charged[t - 1], spec), spec)
+
+
+def _lever(v: Value, x: Value, spec: NeuronSpec) -> Value:
+    """dh/dleak; x is None where the input does not decay."""
+    return spec.rest - v if x is None else x - (v - spec.rest)
 
 
 def through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec) -> tuple[Tensor, Tensor | None]:
@@ -242,7 +256,7 @@ def through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec) -> tuple[Te
         if g is None:
             g = torch.zeros_like(h)
         if leak is not None:
-            grad_leak = grad_leak + (g * _lever(t, charged, x, spec)).sum()
+            grad_leak = grad_leak + (g * _lever(_left(t, charged, spec), None if x is None else x[t], spec)).sum()
         out.append(g if isinstance(gain, float) and gain == 1.0 else g * gain)
         carry = g if isinstance(keep, float) and keep == 1.0 else g * keep
     return torch.stack(out[::-1]), None if leak is None else grad_leak.to(leak.dtype).reshape(leak.shape)
@@ -258,7 +272,7 @@ def _along_time(tangent_x, tangent_leak, charged, x, leak, spec: NeuronSpec) -> 
         if tangent_x is not None:
             d = d + tangent_x[t] * gain
         if tangent_leak is not None:
-            d = d + tangent_leak * _lever(t, charged, x, spec)
+            d = d + tangent_leak * _lever(_left(t, charged, spec), None if x is None else x[t], spec)
         spikes.append(slope * d)
         potentials.append(d)
         carry = d * _kept(charged[t], slope, _gate(charged[t], spec), spec)
