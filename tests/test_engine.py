@@ -516,7 +516,10 @@ def test_bf16_changes_input_gradients_only_and_little():
 def test_bf16_is_refused_where_there_is_none(monkeypatch):
     net, x, y = network(torch.float32)
     monkeypatch.setattr("sparsetrail.snn.net.has_bf16", lambda: False)
-    with pytest.raises(ValueError, match="bf16"):
+    with pytest.raises(ValueError, match="multiplies bf16"):
+        victim(net, phase(steps=5), precision="bf16")
+    net.fc = type("Foreign", (nn.Linear,), {})(128, 10)
+    with pytest.raises(ValueError, match="found others"):
         victim(net, phase(steps=5), precision="bf16")
 
 

@@ -5,13 +5,13 @@ On a CPU with a C compiler (`kernels`), for float32 and float64:
 - a convolution of spikes adds the weights of active inputs only, and so does the gradient of its weights; the gradient
   of its input is dense, without the taps that fall off the map;
 - BatchNorm and the neuron behind it (`fire`) are one pass over all steps, forward and back, that keeps one tensor;
-- a frame that a code shows at several steps goes through the first layer once (`Coded`);
+- a frame that a code shows at several steps goes through the first layer once (`coded`);
 - constant weights (`freeze`) keep and compute nothing for their gradients, and intermediate maps come from a
   `Workspace` that is used again instead of fresh memory.
 
 Sums run in another order than PyTorch's, so in float32 a potential within rounding of the threshold can flip a spike;
-in float64 nothing differs beyond 1e-12. Modules that somebody watches by hooks, functorch, forward-mode derivatives and
-`NetSpec(exact=True)` take the plain operations. Second derivatives are there; they run plain operations too.
+in float64 a network's gradients agree to 1e-10. Modules that somebody watches by hooks, functorch, forward-mode
+derivatives and `NetSpec(exact=True)` take the plain operations. Second derivatives are there; they run plain ones too.
 """
 
 import bisect

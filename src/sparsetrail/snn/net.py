@@ -102,7 +102,7 @@ def victim(
     k = classes if classes is not None else net.fc.out_features  # type: ignore[union-attr]
     half, space = precision == "bf16", Workspace()
     if half:
-        _check_bf16(next(net.parameters()).device)
+        _check_bf16(net)
     recorded: dict[str, Scores] = {}
     known: list[tuple] = []
 
@@ -113,7 +113,7 @@ def victim(
 
         def plain(x: Tensor) -> Tensor:
             now = net if seen else freeze(net, space, half=half)  # who watches this very network sees it called
-            if compile and not seen:
+            if compile and now is not net:
                 compile_neurons(now)
             amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if half and x.is_cuda else None
             with amp or contextlib.nullcontext():
@@ -155,7 +155,12 @@ def _state(net: nn.Module) -> tuple:
     )
 
 
-def _check_bf16(device: torch.device) -> None:
+def _check_bf16(net: nn.Module) -> None:
+    device = next(net.parameters()).device
+    if device.type == "cpu" and freeze(net) is net:
+        raise ValueError(
+            "precision: bf16 on a CPU is for networks of PyTorch's and our own modules, found others; leave it at fp32"
+        )
     fits = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_bf16()
     if not fits:
         raise ValueError(
