@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch.autograd import forward_ad
 
-from sparsetrail.snn import neuron
+from sparsetrail.snn import kernels, neuron
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, reference
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
 
@@ -23,6 +23,13 @@ SPECS = [
     for (k, d), r, detach, th in itertools.product(KINDS, RESETS, (True, False), (1.0, 0.7))
 ]
 SMOOTH = Surrogate("sigmoid", 1.5)
+
+
+@pytest.fixture(autouse=True)
+def plain_steps():
+    """The steps themselves: a kernel for each of these many neurons would take minutes; test_engine compares those."""
+    with kernels.plain():
+        yield
 
 
 def label(spec):
