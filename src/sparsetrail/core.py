@@ -179,9 +179,7 @@ class Problem:
         self.zero_share: list[Tensor] = []
         self.dead = torch.zeros_like(self.fooled)
         self.nonfinite = torch.zeros_like(self.fooled)
-        self.whose: Tensor | None = (
-            None  # of a problem of copies: the image behind each row, copies one after the other
-        )
+        self.whose: Tensor | None = None  # of a problem of copies: the image behind each row
 
     @contextlib.contextmanager
     def restarts(self, most: int) -> Iterator[tuple["Problem", int]]:

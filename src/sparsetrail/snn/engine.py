@@ -68,11 +68,6 @@ class Workspace:
                 block = blocks[at][1]
             return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, shape, _strides(shape))
 
-    def clear(self) -> None:
-        """Let go of all blocks that no tensor uses."""
-        with self.lock:
-            self.held.clear()
-
 
 def _size(block: tuple[int, torch.UntypedStorage]) -> int:
     return block[0]
