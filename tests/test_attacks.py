@@ -168,8 +168,8 @@ def test_a_random_victim_is_not_stopped_at_a_lucky_draw():
                logits=lambda u: torch.randn(u.shape[1], 2, generator=g))  # fmt: skip
     x, y = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
     run = attack(noise, v, Linf(0.1, space="pixel"), x, y, draws=20)
-    assert "random encoder" in run.note
-    assert run.forwards == 8 + sum(run.clean) * 21
+    assert "majority of 10 fresh draws" in run.note
+    assert run.forwards == 80 + sum(run.clean) * (20 + 10)
 
 
 def test_only_images_that_were_right_are_attacked(snn):
@@ -184,16 +184,16 @@ def test_only_images_that_were_right_are_attacked(snn):
 def test_a_tie_is_not_a_success():
     tie = Victim(
         encode=lambda x: x[None],
-        logits=lambda u: torch.stack([u[0].flatten(1).sum(1), torch.ones(u.shape[1])], 1),
+        logits=lambda u: torch.stack([u[0].flatten(1).sum(1), torch.full((u.shape[1],), 0.8)], 1),
         steps=1,
         classes=2,
     )
-    x = torch.full((1, 1, 1, 2), 0.6)  # score 1.2 against 1; at 0.5 each it is a tie
+    x = torch.full((1, 1, 1, 2), 0.6)  # score 1.2 against 0.8; at 0.4 (grey level 102) each it is a tie
 
     def to_the_tie(p, g):
-        p.loss(torch.full_like(p.u0, 0.5))
+        p.loss(torch.full_like(p.u0, 0.4))
 
-    run = attack(to_the_tie, tie, Linf(0.1, space="pixel"), x, torch.tensor([0]))
+    run = attack(to_the_tie, tie, Linf(0.2, space="pixel"), x, torch.tensor([0]))
     assert run.robust == (True,) and run.ties == 1
 
 
@@ -271,7 +271,8 @@ def test_encoded_steps_are_cut_by_the_box():
 def test_restarts_at_once_find_what_restarts_in_turn_find(snn, space, monkeypatch):
     """The same starting points, so the same images fall; later restarts share a batch once few images stand."""
     _, v, x, y = snn
-    eps = 0.5 / 255 if space == "pixel" else 0.0005
+    x = x * 0.9995  # off the grid of grey levels, where half a level is not nothing
+    eps = 0.6 / 255 if space == "pixel" else 0.0005
     played = []
     real = Problem.sample
 

@@ -14,8 +14,8 @@ LEVELS = [  # a room may import rooms of earlier levels, never of its own or lat
     {"_shapes", "_files"},
     {"core"},
     {"snn", "data", "attacks", "trails"},
-    {"models", "report"},
-    {"training"},
+    {"models", "report", "checks"},
+    {"training", "audit"},
     {"recipes"},
     {"cli"},
 ]
@@ -26,6 +26,8 @@ ONLY = {  # narrower
     "trails": {"core"},
     "models": {"core", "snn"},
     "report": {"core"},
+    "checks": {"core", "attacks"},
+    "audit": {"core", "attacks", "checks"},
 }
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 from sparsetrail import report as room
-from sparsetrail.core import Linf, Report, Run, Trail, TrailRow
+from sparsetrail.core import Linf, Report, Run, Threat, Trail, TrailRow
 from sparsetrail.report import ReportError, charts, claims, from_json, load, page, tables, to_json, write
 from sparsetrail.report.images import examples
 from sparsetrail.report.labels import columns
@@ -140,7 +140,7 @@ def written(tmp_path_factory):
 def test_what_is_written_is_read_back_equal():
     report = whole()
     assert from_json(to_json(report)) == report
-    assert isinstance(from_json(to_json(report)).runs[0].threat, Linf)
+    assert isinstance(from_json(to_json(report)).runs[0].threat, Threat)
 
 
 @given(

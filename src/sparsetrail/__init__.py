@@ -6,13 +6,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {  # public name: module; loaded at first use, so that `import sparsetrail` does not pay for torch
+    "Audit": "core",
     "Claim": "core",
+    "Finding": "core",
+    "L0": "core",
+    "L2": "core",
     "Linf": "core",
     "Problem": "core",
     "Rate": "core",
     "Report": "core",
+    "Route": "core",
     "Run": "core",
     "Streams": "core",
+    "Threat": "core",
     "Trail": "core",
     "Victim": "core",
     "NetSpec": "snn.net",

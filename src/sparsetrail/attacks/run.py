@@ -2,13 +2,13 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsetrail.core import Linf, Problem, Run, Streams, Victim, correct, image_axis, margin
+from sparsetrail.core import Guide, Problem, Route, Run, Streams, Threat, Victim, correct, margin
 
 Attack = Callable[..., None]
 
@@ -16,14 +16,19 @@ Attack = Callable[..., None]
 def attack(
     fn: Attack,
     victim: Victim,
-    threat: Linf,
+    threat: Threat,
     x: Tensor,
     y: Tensor,
     *,
+    route: Route | Sequence[Route] | None = None,
+    guide: Victim | None = None,
+    eot: int = 1,
+    votes: int = 10,
     batch: int = 64,
     seed: int = 0,
     drop: bool = True,
     keep: bool = False,
+    indices: Sequence[int] | None = None,
     data: str = "",
     say: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -31,10 +36,17 @@ def attack(
 ) -> Run:
     """Run `fn(problem, streams, **knobs)` on images `x` [n c h w] in 0..1 with labels `y` [n], judge the best points.
 
-    Only images classified correctly are attacked. `drop` leaves out images as soon as they are fooled; the result is
-    the same, faster. `keep` stores the adversarial points, on the CPU. `say(done, n)` is called after every batch,
-    `stop()` asked before it (KeyboardInterrupt follows). The result does not depend on `batch`, up to float rounding
-    of the matrix products. Bad input is refused before anything runs.
+    Only images classified correctly are attacked. `route` differentiates the victim by another backward, several routes
+    by the mean of their gradients; `guide` is another victim whose gradient is followed instead (a transfer attack, its
+    points asked of this victim at every step). `eot` gradients are averaged at every step (expectation over
+    transformation, Athalye et al. 2018, arXiv:1707.07397): for a victim that draws noise; its points are judged by the
+    majority of `votes` fresh draws.
+
+    `drop` leaves out images as soon as they are fooled; the result is the same, faster. In pixel space, where `x` are
+    images of 256 grey levels, a point counts only if it fools when rounded to them. `keep` stores the adversarial
+    points, on the CPU. `indices` are the places of the images in their data set: random streams are keyed by them.
+    `say(done, n)` is called after every batch, `stop()` asked before it (KeyboardInterrupt follows). The result does
+    not depend on `batch`, up to float rounding of the matrix products. Bad input is refused before anything runs.
     """
     _refuse(victim, threat, x, y, batch)
     knobs = settings(fn) | knobs
@@ -42,12 +54,21 @@ def attack(
         inspect.signature(fn).bind(None, None, **knobs)
     except TypeError as error:
         raise ValueError(f"{_name(fn)}: {error}; expected settings {', '.join(settings(fn)) or 'none'}") from None
+    if min(eot, votes) < 1:
+        raise ValueError(f"expected at least 1 sample and 1 vote, got eot={eot}, votes={votes}")
+    if indices is not None and len(indices) != len(y):
+        raise ValueError(f"indices: expected one an image ({len(y)}), got {len(indices)}")
+    if guide is not None and route is not None:
+        raise ValueError("expected a route or a guide, got both; rewire the guide itself: guide.by(route)")
+    votes = votes if victim.random else 1
     drop = drop and not victim.random and victim.mode == "eval"  # exact only if one call decides, each image alone
-    axis = image_axis(threat.space)
+    axis, places = threat.axis, list(range(len(y)) if indices is None else indices)
     f, judge = victim.of(threat.space), victim.judge(threat.space)
+    guides, path = _guides(victim, threat, route, guide)
+    grid = threat.space == "pixel" and threat.box == (0.0, 1.0) and _on_grid(x)
     started = time.perf_counter()
     clean, robust, points = [], [], []
-    ties = forwards = backwards = dead = nonfinite = 0
+    ties = forwards = backwards = dead = nonfinite = silent = 0
     zero: list[Tensor] = []
     traces: list[Tensor] = []
     for i in range(0, len(y), batch):
@@ -56,21 +77,26 @@ def attack(
         xs, ys = x[i : i + batch], y[i : i + batch]
         with torch.no_grad():
             u0 = xs if threat.space == "pixel" else victim.encode(xs).contiguous()
-            right = correct(judge(u0).float(), ys)
-        forwards += len(ys)
+            right = _judged(judge, u0, ys, votes)[0]
+        forwards += len(ys) * votes
         rows = right.nonzero().squeeze(1)
         best, held = u0, right.clone()
         if len(rows):
-            p = Problem(f, u0.index_select(axis, rows), ys[rows], threat, drop=drop)
-            fn(p, Streams(seed, (rows + i).tolist()), **knobs)
+            p = Problem(
+                f, u0.index_select(axis, rows), ys[rows], threat,
+                drop=drop, eot=eot, grid=grid, guides=guides, codebook=victim.codebook,
+            )  # fmt: skip
+            fn(p, Streams(seed, [places[i + r] for r in rows.tolist()]), **knobs)
             if bool(p.left):
                 raise ValueError(f"{_name(fn)} left the perturbation set ({threat}); project before asking for a loss")
+            point = threat.snap(p.best, p.u0) if grid else p.best
             with torch.no_grad():
-                m = margin(judge(p.best).float(), ys[rows])
+                _, m = _judged(judge, point, ys[rows], votes)
             held[rows] = ~(m > 0)
-            best = u0.index_copy(axis, rows, p.best)
+            best = u0.index_copy(axis, rows, point)
             ties += int((m == 0).sum())
-            forwards += p.forwards + len(rows)
+            silent += int(((m > 0) & ~(p.last_margin > 0)).sum())
+            forwards += p.forwards + len(rows) * votes
             backwards += p.backwards
             dead += int(p.dead.sum())
             nonfinite += int(p.nonfinite.sum())
@@ -88,7 +114,7 @@ def attack(
         knobs=knobs,
         threat=threat,
         victim=victim.name,
-        route=victim.path(threat.space),
+        route=path,
         mode=victim.mode,
         data=data,
         seed=seed,
@@ -102,11 +128,47 @@ def attack(
         nonfinite=nonfinite,
         trace=_mean_trace(traces),
         seconds=time.perf_counter() - started,
-        note="random encoder: clean and adversarial points judged on one fresh draw each, no averaging over draws"
+        note=f"random victim: mean of {eot} gradients a step, points judged by the majority of {votes} fresh draws"
         if victim.random
         else "",
+        indices=None if indices is None else tuple(places),
+        silent=silent,
+        eot=eot,
+        votes=votes,
         adversarial=torch.cat(points, axis) if keep else None,
     )
+
+
+def _guides(
+    victim: Victim, threat: Threat, route: Route | Sequence[Route] | None, guide: Victim | None
+) -> tuple[list[Guide], str]:
+    """Whose gradients are followed, and that in words."""
+    if guide is not None:
+        return [Guide.of(guide, threat, own=False)], f"transfer from {guide.name}: {guide.path(threat.space)}"
+    routes = [route] if isinstance(route, Route) else list(route or (Route(),))
+    by = []
+    for r in routes:
+        if r.steps is not None and threat.space == "encoded":
+            raise ValueError(f"route {r}: another number of steps is another encoded tensor; expected space='pixel'")
+        by.append(victim.by(r))
+    own = [r.steps is None or r.steps == victim.steps for r in routes]
+    if own[0] is False and any(own):  # scores come from the first guide where they are the victim's
+        raise ValueError("routes: expected those at the victim's own number of steps first")
+    path = " + ".join(v.path(threat.space) for v in by)
+    return [Guide.of(v, threat, own=o) for v, o in zip(by, own, strict=True)], path
+
+
+def _judged(f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor, votes: int) -> tuple[Tensor, Tensor]:
+    """By most of `votes` calls: classified correctly, per example; and the lower median of the margins."""
+    z = [f(u).float() for _ in range(votes)]
+    right = torch.stack([correct(v, y) for v in z]).sum(0) * 2 > votes
+    return right, torch.stack([margin(v, y) for v in z]).median(0).values
+
+
+def _on_grid(x: Tensor) -> bool:
+    """Are these images of 256 grey levels?"""
+    level = x.double() * 255
+    return bool(((level - level.round()).abs() < 1e-3).all())
 
 
 def settings(fn: Callable[..., Any]) -> dict[str, Any]:
@@ -127,10 +189,10 @@ def _mean_trace(traces: list[Tensor]) -> tuple[float, ...]:
     return tuple(torch.stack([t[:length] for t in traces]).mean(0).tolist())
 
 
-def _refuse(victim: Victim, threat: Linf, x: Tensor, y: Tensor, batch: int) -> None:
+def _refuse(victim: Victim, threat: Threat, x: Tensor, y: Tensor, batch: int) -> None:
     if victim.module is not None and victim.mode == "eval" and victim.module.training:
         raise ValueError(f"{victim.name}: expected a network in eval mode, found train mode; call net.eval() first")
-    if x.ndim != 4 or len(x) == 0 or len(x) != len(y):
+    if x.ndim < 2 or len(x) == 0 or len(x) != len(y):
         raise ValueError(f"expected images [n c h w] and labels [n], n > 0, got {tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"images: expected float32 pixels in 0..1, got {x.dtype}; divide uint8 images by 255")

@@ -20,7 +20,7 @@ from rich.console import Console
 from sparsetrail import __version__, data
 from sparsetrail.attacks import ATTACKS, settings
 from sparsetrail.cli.screen import Screen
-from sparsetrail.core import Linf, Report, Run, Trail
+from sparsetrail.core import Linf, Report, Run, Threat, Trail
 from sparsetrail.models import Trained, import_weights, load_model
 from sparsetrail.recipes import measure, paper
 from sparsetrail.recipes import quick as quick_recipe
@@ -376,7 +376,7 @@ def attack(
             _say_run(run)
 
 
-def _threat(name: str, eps: float | None, space: Space | None, knobs: dict[str, Any]) -> Linf:
+def _threat(name: str, eps: float | None, space: Space | None, knobs: dict[str, Any]) -> Threat:
     if eps is None or space is None:
         raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
     if name not in ATTACKS:

@@ -25,7 +25,7 @@ from torch import Tensor
 from sparsetrail import __version__
 from sparsetrail._files import write_atomic
 from sparsetrail.attacks import ATTACKS, attack, authors, settings
-from sparsetrail.core import Linf, Mode, Rate, Run, Trail, Victim
+from sparsetrail.core import Mode, Rate, Run, Threat, Trail, Victim
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
 from sparsetrail.report import pack, unpack
@@ -142,7 +142,7 @@ def strike(
     model: Trained,
     name: str,
     attack_name: str,
-    threat: Linf,
+    threat: Threat,
     data: Dataset,
     *,
     backward: str | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsetrail.core import Linf, Mode, Run, as_fraction
+from sparsetrail.core import Mode, Run, Threat, as_fraction
 
 ATTACKS = {  # names as the literature prints them; any other attack keeps its own
     "fgsm": "FGSM",
@@ -28,7 +28,7 @@ ATTACKS = {  # names as the literature prints them; any other attack keeps its o
 class Setting:
     """What the adversary may do and how its gradient flows: the threat, BatchNorm's mode, the gradient route."""
 
-    threat: Linf
+    threat: Threat
     mode: Mode
     route: str
 
@@ -52,7 +52,7 @@ class Setting:
         return f"The adversary may change {what}. {how}."
 
 
-def radius(threat: Linf) -> str:
+def radius(threat: Threat) -> str:
     """Radius, and the box where it is not 0..1."""
     box = "" if threat.box == (0.0, 1.0) else f" in [{threat.box[0]:g}, {threat.box[1]:g}]"
     exact = as_fraction(threat.eps)
