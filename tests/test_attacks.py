@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -9,11 +11,34 @@ import torch
 from lively import lively
 
 from sparsetrail.attacks import ATTACKS, attack, authors, fgsm, noise, pgd, settings
-from sparsetrail.core import Linf, Problem, Streams, Victim, margin
-from sparsetrail.snn.encode import phase
+from sparsetrail.core import L0, Linf, Problem, Streams, Victim, margin
+from sparsetrail.snn.encode import latency, phase
 from sparsetrail.snn.net import NetSpec, build, victim
 
 N = 24
+QUICK = {  # settings under which an attack is through in a moment
+    "apgd": {"steps": 20},
+    "sapgd": {"steps": 20},
+    "square": {"queries": 60},
+    "spsa": {"steps": 4, "samples": 8},
+    "sda": {"steps": 3},
+}
+WITHOUT_DRAWS = ("fgsm", "bim", "mifgsm", "codebook", "sda")  # from their first start, wherever a gradient is left
+LOSS = [name for name, fn in ATTACKS.items() if "loss" in settings(fn)]
+
+
+def strike(name, v, threat, x, y, **more):
+    return attack(ATTACKS[name], v, threat, x, y, **(QUICK.get(name, {}) | more))
+
+
+def ball_for(name, space, eps, flips):
+    """The ball that an attack is made for: flips for sda, L-infinity for the others."""
+    return L0(flips, space=space) if name == "sda" else Linf(eps, space=space)
+
+
+def refused(name, space):
+    """Codebook sees the pixels behind the code and refuses the code itself."""
+    return pytest.raises(ValueError, match="in pixel space") if (name, space) == ("codebook", "encoded") else None
 
 
 def linear_victim(space, seed=0):
@@ -42,16 +67,60 @@ def best_margin(v, w, space, x, y, eps):
     return out
 
 
+def coded_victim(seed=0):
+    """Scores linear in a two-step code of the pixels that is no linear function of them."""
+    v, w = linear_victim("pixel", seed)
+    encoder = latency(steps=2)
+    return dataclasses.replace(v, encode=encoder, codebook=encoder.codebook), w
+
+
+def binary(x):
+    """Black and white, the first pixel always white: no image is all black, where every linear score is 0."""
+    x = (x > 0.5).to(x.dtype)
+    x[..., 0, 0] = 1.0
+    return x
+
+
+def all_images(v, x, y, level0, offsets):
+    """The best margin over all images of grey levels whose offsets are given, by looking at every one."""
+    choices = torch.tensor(list(itertools.product(offsets, repeat=4))).view(-1, 1, 1, 2, 2)
+    points = (level0 + choices).clamp(0, 255) / 255
+    return torch.stack([margin(v.scores(p), y) for p in points]).amax(0)
+
+
 @pytest.mark.parametrize("space", ["pixel", "encoded"])
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_never_better_than_the_closed_form(name, space):
-    v, w = linear_victim(space)
+    """Not better than the best point there is; for codebook and sda that point is found by looking at all."""
     x = pictures()
+    if name == "codebook":
+        v, _ = coded_victim()
+        level = (x * 255).round()
+        x, y = level / 255, v.scores(level / 255).argmax(1)
+        with refused(name, space) or contextlib.nullcontext():
+            run = strike(name, v, Linf(3 / 255, space=space), x, y, keep=True)
+            optimum = all_images(v, x, y, level, (-3, -1, 1, 3))
+            assert (margin(v.scores(run.adversarial), y) <= optimum + 1e-6).all()
+        return
+    v, w = linear_victim(space)
+    x = binary(x) if name == "sda" else x
     y = v.scores(x).argmax(1)
-    run = attack(ATTACKS[name], v, Linf(0.05, space=space), x, y, keep=True)
+    run = strike(name, v, ball_for(name, space, 0.05, 2), x, y, keep=True)
     f = v.scores if space == "pixel" else v.logits
-    assert (margin(f(run.adversarial), y) <= best_margin(v, w, space, x, y, 0.05) + 1e-5).all()
+    if name == "sda":
+        u0 = (x if space == "pixel" else v.encode(x)).movedim(threat_axis(space), 0).flatten(1)
+        flips = [c for r in (0, 1, 2) for c in itertools.combinations(range(u0.shape[1]), r)]
+        rows = w if space == "encoded" else w[:4] + w[4:]
+        tried = [torch.where(torch.isin(torch.arange(u0.shape[1]), torch.tensor(c)), 1 - u0, u0) for c in flips]
+        best = torch.stack([margin(u @ rows, y) for u in tried]).amax(0)
+    else:
+        best = best_margin(v, w, space, x, y, 0.05)
+    assert (margin(f(run.adversarial), y) <= best + 1e-5).all()
     assert all(run.clean)
+
+
+def threat_axis(space):
+    return 0 if space == "pixel" else 1
 
 
 @pytest.mark.parametrize("space", ["pixel", "encoded"])
@@ -73,19 +142,20 @@ def test_gradient_attacks_reach_the_closed_form_on_two_classes(space):
 @pytest.mark.parametrize("space", ["pixel", "encoded"])
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_radius_zero_changes_nothing(name, space):
-    v, _ = linear_victim(space)
-    x = pictures()
+    v, _ = coded_victim() if name == "codebook" else linear_victim(space)
+    x = binary(pictures()) if name == "sda" else pictures()
     y = v.scores(x).argmax(1)
-    run = attack(ATTACKS[name], v, Linf(0.0, space=space), x, y, keep=True)
-    assert run.robust == run.clean
-    assert torch.equal(run.adversarial, x if space == "pixel" else v.encode(x))
+    with refused(name, space) or contextlib.nullcontext():
+        run = strike(name, v, ball_for(name, space, 0.0, 0), x, y, keep=True)
+        assert run.robust == run.clean
+        assert torch.equal(run.adversarial, x if space == "pixel" else v.encode(x))
 
 
 @pytest.fixture(scope="module")
 def snn():
     x = torch.randint(0, 256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255
     net = lively(NetSpec(width=0.125, steps=4), phase(steps=4)(x))
-    v = victim(net, phase(steps=4), name="snn")
+    v = dataclasses.replace(victim(net, phase(steps=4), name="snn"), codebook=phase(steps=4).codebook)
     with torch.no_grad():
         y = v.scores(x).argmax(1)
     return net, v, x, y
@@ -95,13 +165,42 @@ def snn():
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_the_same_result_for_any_batch_size_and_seeded(snn, name, space):
     _, v, x, y = snn
-    threat = Linf(4 / 255, space=space)
-    a = attack(ATTACKS[name], v, threat, x, y, batch=10, seed=3, keep=True)
-    b = attack(ATTACKS[name], v, threat, x, y, batch=3, seed=3, keep=True)
-    assert a.robust == b.robust and a.clean == b.clean and (a.forwards > 0)
-    if name != "fgsm":  # which draws nothing
-        other = attack(ATTACKS[name], v, threat, x, y, seed=4, keep=True)
-        assert not torch.equal(other.adversarial, a.adversarial)
+    if name == "sda" and space == "pixel":
+        x = binary(x)
+        y = v.scores(x).argmax(1)
+    threat = ball_for(name, space, 4 / 255, 6)
+    with refused(name, space) or contextlib.nullcontext():
+        a = strike(name, v, threat, x, y, batch=10, seed=3, keep=True)
+        b = strike(name, v, threat, x, y, batch=3, seed=3, keep=True)
+        assert a.robust == b.robust and a.clean == b.clean and (a.forwards > 0)
+        if name not in WITHOUT_DRAWS:
+            other = strike(name, v, threat, x, y, seed=4, keep=True)
+            assert not torch.equal(other.adversarial, a.adversarial)
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_the_same_point_for_any_batch_order_and_dropping(name):
+    """Every point to the bit: a victim without a matrix product, where no batch rounds otherwise; restarts at once."""
+    code = latency(steps=2)
+    w = torch.randint(-8, 9, (2, 4, 4), generator=torch.Generator().manual_seed(5)) / 8
+
+    def logits(u):  # in float64, whose rounding float32 does not see
+        return (u.double().flatten(2)[:, :, None] * w[:, None]).sum((0, 3)).float()
+
+    v = Victim(encode=code if name == "codebook" else lambda x: torch.stack([x, x]), logits=logits, steps=2, classes=4,
+               codebook=code.codebook if name == "codebook" else None)  # fmt: skip
+    level = torch.randint(0, 256, (N, 1, 2, 2), generator=torch.Generator().manual_seed(6))
+    x = binary(level / 256) if name == "sda" else level / 255
+    y = v.scores(x).argmax(1)
+    threat = ball_for(name, "pixel", 12 / 255, 1)
+    more = {"keep": True, "seed": 2} | ({"restarts": 3} if "restarts" in settings(ATTACKS[name]) else {})
+    whole = strike(name, v, threat, x, y, **more)
+    assert 0 < sum(whole.robust) < sum(whole.clean)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(7))
+    mixed = strike(name, v, threat, x[order], y[order], batch=5, indices=order.tolist(), **more)
+    assert torch.equal(mixed.adversarial, whole.adversarial[order])
+    assert mixed.robust == tuple(torch.tensor(whole.robust)[order].tolist())
+    assert strike(name, v, threat, x, y, drop=False, **more).robust == whole.robust
 
 
 @pytest.mark.parametrize("space", ["pixel", "encoded"])

@@ -14,8 +14,8 @@ LEVELS = [  # a room may import rooms of earlier levels, never of its own or lat
     {"_shapes", "_files"},
     {"core"},
     {"snn", "data", "attacks", "trails"},
-    {"models", "report", "checks"},
-    {"training", "audit"},
+    {"models", "report", "checks", "adapt"},
+    {"training", "auditing"},
     {"recipes"},
     {"cli"},
 ]
@@ -27,7 +27,8 @@ ONLY = {  # narrower
     "models": {"core", "snn"},
     "report": {"core"},
     "checks": {"core", "attacks"},
-    "audit": {"core", "attacks", "checks"},
+    "adapt": {"core", "snn"},
+    "auditing": {"core", "attacks", "checks", "snn"},
 }
 
 

@@ -21,6 +21,8 @@ CLOSED = {
     "gaussian": lambda x, s: math.exp(-(x**2) / (2 * s**2)) / math.sqrt(2 * math.pi * s**2),
     "fast_sigmoid": lambda x, k: (1 + k * abs(x)) ** -2,
     "exponential": lambda x, a: a / 2 * math.exp(-a * abs(x)),
+    "unit_exponential": lambda x, g: math.exp(-g * abs(x)),
+    "damped_exponential": lambda x, g: 0.3 * math.exp(-g * abs(x)),
     "straight_through": lambda x, w: 1 / w,
 }
 CASES = [(name, width) for name in SURROGATES for width in WIDTHS]
@@ -59,7 +61,8 @@ def test_integral(name, width):
     else:
         half, error = quad(lambda x: at(s, x), 0, edge)
         assert at(s, edge * (1 + 1e-12)) == 0
-    want = 2 / width if name == "fast_sigmoid" else 1.0
+    peak = {"fast_sigmoid": 1.0, "unit_exponential": 1.0, "damped_exponential": 0.3}.get(name)
+    want = 1.0 if peak is None else 2 * peak / width
     assert 2 * half == pytest.approx(want, abs=1e-6) and error < 1e-6
 
 

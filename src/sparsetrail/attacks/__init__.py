@@ -1,11 +1,37 @@
 """One file, one attack, one function of (Problem, Streams, *, knobs); this table lists them."""
 
+from sparsetrail.attacks.apgd import apgd
 from sparsetrail.attacks.authors import authors
+from sparsetrail.attacks.bim import bim
+from sparsetrail.attacks.codebook import codebook
 from sparsetrail.attacks.fgsm import fgsm
+from sparsetrail.attacks.losses import LOSSES, TARGETED
+from sparsetrail.attacks.mifgsm import mifgsm
 from sparsetrail.attacks.noise import noise
 from sparsetrail.attacks.pgd import pgd
+from sparsetrail.attacks.rfgsm import rfgsm
 from sparsetrail.attacks.run import Attack, attack, settings
+from sparsetrail.attacks.sapgd import sapgd
+from sparsetrail.attacks.sda import sda
+from sparsetrail.attacks.spsa import spsa
+from sparsetrail.attacks.square import square
 
-ATTACKS: dict[str, Attack] = {"noise": noise, "fgsm": fgsm, "pgd": pgd}
+ATTACKS: dict[str, Attack] = {
+    "noise": noise,
+    "fgsm": fgsm,
+    "rfgsm": rfgsm,
+    "bim": bim,
+    "mifgsm": mifgsm,
+    "pgd": pgd,
+    "apgd": apgd,
+    "sapgd": sapgd,
+    "codebook": codebook,
+    "sda": sda,
+    "square": square,
+    "spsa": spsa,
+}
 
-__all__ = ["ATTACKS", "Attack", "attack", "authors", "fgsm", "noise", "pgd", "settings"]
+__all__ = [
+    "ATTACKS", "LOSSES", "TARGETED", "Attack", "apgd", "attack", "authors", "bim", "codebook", "fgsm", "mifgsm",
+    "noise", "pgd", "rfgsm", "sapgd", "sda", "settings", "spsa", "square",
+]  # fmt: skip

@@ -1,10 +1,11 @@
 """Projected gradient descent. Madry et al. 2017, arXiv:1706.06083, sec. 2.1; the paper's eq. 3."""
 
+from sparsetrail.attacks.losses import loss_named
 from sparsetrail.core import Problem, Streams
 
 
-def pgd(p: Problem, g: Streams, *, steps: int = 7, step: float = 0.01, restarts: int = 1) -> None:
-    """`steps` steps of length `step` (input units) along the sign of the gradient, from `restarts` random starts.
+def pgd(p: Problem, g: Streams, *, steps: int = 7, step: float = 0.01, restarts: int = 1, loss: str = "ce") -> None:
+    """`steps` steps of length `step` (input units) in the steepest direction, from `restarts` random starts.
 
     Defaults are the paper's. The best point on the way counts, not the last.
     """
@@ -12,6 +13,8 @@ def pgd(p: Problem, g: Streams, *, steps: int = 7, step: float = 0.01, restarts:
         with p.restarts(restarts) as (q, played):
             u = q.sample(g)
             for _ in range(steps):
-                u = q.project(u + step * q.grad(u).sign())
+                if q.over:
+                    break
+                u = q.project(u + step * q.steepest(q.grad(u, loss_named(loss))))
             q.loss(u)
         restarts -= played

@@ -13,6 +13,7 @@ VERBS = {
     "train": "Train a network, or continue; Ctrl-C and kill -9 lose nothing.",
     "import": "Take in a foreign PyTorch checkpoint of a known architecture; tensors only, nothing is run.",
     "attack": "Attack a trained model: one attack, one threat, one line.",
+    "audit": "Judge a robustness claim: checks, a battery of attacks, worst case per image, verdict.",
     "trail": "Zeros in and norm of the gradient at every operation of a model.",
     "reproduce": "Run a table or figure of the paper again, ours beside the published.",
     "report": "Draw the report of a finished run again: HTML, Markdown, table.",

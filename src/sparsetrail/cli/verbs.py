@@ -20,9 +20,9 @@ from rich.console import Console
 from sparsetrail import __version__, data
 from sparsetrail.attacks import ATTACKS, settings
 from sparsetrail.cli.screen import Screen
-from sparsetrail.core import Linf, Report, Run, Threat, Trail
+from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, Trail
 from sparsetrail.models import Trained, import_weights, load_model
-from sparsetrail.recipes import measure, paper
+from sparsetrail.recipes import audits, measure, paper
 from sparsetrail.recipes import quick as quick_recipe
 from sparsetrail.report import console as print_table
 from sparsetrail.report import load as load_report
@@ -294,15 +294,18 @@ def _target(target: str) -> tuple[Trained, Path]:
     return model, path if path.is_dir() else path.parent
 
 
-def _test_set(model: Trained, name: str | None, n: int | None, root: Path | None) -> data.Dataset:
-    found = data.load(name or model.card["data"]["name"], "test", root=root)
-    net = model.card["net"]
-    want, got = (net["channels"], net["classes"]), (found.images.shape[1], len(found.classes))
-    if want != got:
-        raise ValueError(
-            f"{found.name}: expected {want[0]} channels and {want[1]} classes as in the model, found {got[0]} and "
-            f"{got[1]}; name another set with --data"
-        )
+def _test_set(model: Trained | None, name: str | None, n: int | None, root: Path | None) -> data.Dataset:
+    found = data.load(name or model.card["data"]["name"], "test", root=root)  # type: ignore[union-attr]
+    if model is not None:
+        net = model.card["net"]
+        want, got = (net["channels"], net["classes"]), (found.images.shape[1], len(found.classes))
+        if want != got:
+            raise ValueError(
+                f"{found.name}: expected {want[0]} channels and {want[1]} classes as in the model, found {got[0]} and "
+                f"{got[1]}; name another set with --data"
+            )
+    if n is not None and n < 1:
+        raise ValueError(f"--n: expected at least 1 image, got {n}")
     if n is not None and n > len(found.labels):
         print(f"note     {found.name} has {len(found.labels)} test images; --n {n} takes all", file=sys.stderr)
     return found if n is None or n >= len(found.labels) else data.take(found, n, seed=0)
@@ -314,6 +317,7 @@ def attack(
     name: Annotated[str, Parameter(help=f"one of {', '.join(ATTACKS)}")] = "pgd",
     eps: Number | None = None,
     space: Space | None = None,
+    norm: Literal["linf", "l2"] = "linf",
     compat: Annotated[
         Literal["authors"] | None, Parameter(help="the paper's code: encoded 6/255, crafted in train mode")
     ] = None,
@@ -321,6 +325,15 @@ def attack(
     step: Number | None = None,
     restarts: int | None = None,
     draws: int | None = None,
+    sets: Annotated[
+        list[str] | None, Parameter(name="--set", negative="", help="another setting of the attack, e.g. loss=margin")
+    ] = None,
+    route: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="another backward of the neurons, e.g. triangle:1, hart, assg; several: the mean"),
+    ] = None,
+    transfer: Annotated[str | None, Parameter(help="follow the gradient of this model instead")] = None,
+    eot: Annotated[int, Parameter(help="gradients averaged at every step, for a random encoder")] = 1,
     encoder_gradient: Annotated[str | None, Parameter(help="identity, weighted, secant or none")] = None,
     precision: Annotated[
         Literal["fp32", "bf16"], Parameter(help="bf16 crafts with faster input gradients; judged in fp32 either way")
@@ -341,10 +354,10 @@ def attack(
     """
     where = _device(device, threads)
     given = {"steps": steps, "step": step, "restarts": restarts, "draws": draws}
-    knobs = {k: v for k, v in given.items() if v is not None}
-    threat = _threat(name, eps, space, knobs) if compat is None else None
-    asked = (eps, space, encoder_gradient, batch, seed)
-    if compat is not None and (knobs or precision != "fp32" or any(a is not None for a in asked)):
+    knobs = {k: v for k, v in given.items() if v is not None} | _settings(name, sets or [])
+    threat = _threat(name, eps, space, norm, knobs) if compat is None else None
+    asked = (eps, space, encoder_gradient, batch, seed, route, transfer)
+    if compat is not None and (knobs or precision != "fp32" or eot != 1 or any(a is not None for a in asked)):
         raise ValueError(
             "--compat authors: threat and settings are fixed (encoded space, 6/255, 7 steps of 0.01, batches of "
             "16, seed 3407, fp32); leave --eps, --space, --batch, --seed, --precision and the attack's settings out"
@@ -366,7 +379,9 @@ def attack(
         else:
             run = measure.strike(
                 bench, model, label, name, threat, test_set,
-                backward=encoder_gradient, precision=precision, **knobs,
+                backward=encoder_gradient, precision=precision, eot=eot,
+                route=tuple(Route(neuron=None if r == "own" else r) for r in route or ()),
+                guide=None if transfer is None else _target(transfer)[0], **knobs,
             )  # fmt: skip
             runs = [run]
     for run in runs:
@@ -376,7 +391,29 @@ def attack(
             _say_run(run)
 
 
-def _threat(name: str, eps: float | None, space: Space | None, knobs: dict[str, Any]) -> Threat:
+def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:
+    """`key=value` settings of an attack, as the types of their defaults."""
+    out: dict[str, Any] = {}
+    allowed = settings(ATTACKS[name]) if name in ATTACKS else {}
+    for text in given:
+        key, found, value = text.partition("=")
+        if not found or key not in allowed:
+            known = ", ".join(f"{k}={v}" for k, v in allowed.items()) or "none"
+            raise ValueError(f"--set {text}: expected key=value of {name}'s settings ({known})")
+        default = allowed[key]
+        try:
+            if isinstance(default, bool):
+                out[key] = {"true": True, "false": False}[value.lower()]
+            elif isinstance(default, int):
+                out[key] = int(value)
+            else:
+                out[key] = value if isinstance(default, str) else float(Fraction(value))
+        except (ValueError, KeyError, ZeroDivisionError):
+            raise ValueError(f"--set {text}: expected a value like {default!r}") from None
+    return out
+
+
+def _threat(name: str, eps: float | None, space: Space | None, norm: str, knobs: dict[str, Any]) -> Threat:
     if eps is None or space is None:
         raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
     if name not in ATTACKS:
@@ -384,11 +421,108 @@ def _threat(name: str, eps: float | None, space: Space | None, knobs: dict[str, 
     allowed = settings(ATTACKS[name])
     for k, v in knobs.items():
         if k not in allowed:
-            flags = ", ".join(f"--{a}" for a in allowed) or "no settings"
-            raise ValueError(f"--{k}: {name} does not have it; expected {flags}")
-        if v <= 0:
+            own = ("steps", "step", "restarts", "draws")
+            flags = ", ".join(f"--{a}" if a in own else f"--set {a}=" for a in allowed)
+            raise ValueError(f"--{k}: {name} does not have it; expected {flags or 'no settings'}")
+        if not isinstance(v, str) and v is not None and (v < 0 if k in ("momentum", "q") else v <= 0):
             raise ValueError(f"--{k}: expected a positive number, got {v}")
-    return Linf(eps, space=space)
+    return (Linf if norm == "linf" else L2)(eps, space=space)
+
+
+def audit(
+    target: str,
+    *,
+    eps: Annotated[list[Number], Parameter(negative="", help="radius, e.g. 8/255; one for every --space")],
+    space: Annotated[list[Space], Parameter(negative="", help="pixel or encoded; repeat both flags for more threats")],
+    norm: Literal["linf", "l2"] = "linf",
+    data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
+    n: int | None = 1000,
+    budget: Annotated[
+        Literal["quick", "standard", "thorough"], Parameter(help="how much is tried: a look, the rule, everything")
+    ] = "standard",
+    minutes: Annotated[float | None, Parameter(help="begin no further attack after this long")] = None,
+    claim: Annotated[float | None, Parameter(help="the robust accuracy that is claimed, 0..1")] = None,
+    claim_source: str = "",
+    transfer: Annotated[
+        list[str] | None, Parameter(negative="", help="another model to transfer from: another seed, pool, an ANN")
+    ] = None,
+    control: Annotated[str | None, Parameter(help="an undefended model that must fall to the same attacks")] = None,
+    eot: Annotated[int | None, Parameter(help="gradients averaged a step; default 10 for a random encoder")] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"], Parameter(help="bf16 crafts with faster input gradients; judged in fp32 either way")
+    ] = "fp32",
+    verify: Annotated[
+        bool, Parameter(negative="", help="attack nothing: show the kept adversarials to the model again, one by one")
+    ] = False,
+    batch: int = 64,
+    seed: int = 0,
+    out: Path | None = None,
+    root: Path | None = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Judge the robustness of TARGET: checks, a battery of attacks, the worst case per image, a verdict with reasons.
+
+    TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim (any PyTorch SNN;
+    the file is run, so let it be yours). Writes a page, the machine-readable card and the adversarials into --out
+    (default: audit/ beside the model); the same command continues.
+    """
+    where = _device(device, threads)
+    if len(eps) != len(space):
+        raise ValueError(f"expected one --eps for every --space, got {len(eps)} and {len(space)}")
+    threats = [(Linf if norm == "linf" else L2)(e, space=s) for e, s in zip(eps, space, strict=True)]
+    what = audits.target(target, device=where, precision=precision)
+    if what.model is None and data_name is None:
+        raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")
+    test_set = _test_set(what.model, data_name, n, root)
+    if out is None:
+        home = Path(target) if what.model is not None else Path("runs") / what.name.replace(":", "-")
+        out = (home if home.is_dir() or what.model is None else home.parent) / "audit"
+    if verify:
+        bench = measure.Bench(out=out, device=where, batch=batch, seed=seed)
+        wrong = 0
+        for threat in threats:
+            held, bad = audits.verify_again(bench, what, threat, test_set)
+            print(f"{threat}: {held.k} of {held.n} adversarials hold, shown alone to the model loaded anew")
+            for j, why in sorted(bad.items())[:10]:
+                print(f"  image {j}: {why}")
+            wrong += len(bad)
+        if wrong:
+            raise ValueError(f"{wrong} adversarials do not hold; see above")
+        return
+    with Screen(quiet=as_json) as screen:
+        bench = measure.Bench(
+            out=_folder(out, fresh), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
+        )
+        report, examples = audits.run(
+            bench, what, threats, test_set, budget=budget, claim=claim, claim_source=claim_source, eot=eot,
+            minutes=minutes, guides=[audits.target(t, device=where) for t in transfer or ()],
+            control=None if control is None else audits.target(control, device=where),
+            command=f"sparsetrail audit {target}",
+        )  # fmt: skip
+        files = write(report, out, images=examples)
+    if as_json:
+        _emit({"audits": [_audit_line(a) for a in report.audits], "files": {k: str(v) for k, v in files.items()}})
+        return
+    console = Console()
+    console.print()
+    print_table(report, console)
+    for line in report.summary:
+        console.print(line, markup=False, highlight=False)
+    console.print(f"\nreport   {files['html']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _audit_line(a: Audit) -> dict[str, Any]:
+    return {
+        "victim": a.victim, "space": a.threat.space, "norm": a.threat.norm, "eps": a.threat.eps, "n": a.n,
+        "verdict": a.verdict, "reason": a.reason, "claim": a.claim, "clean_acc": a.clean_accuracy.value,
+        "default_attack": a.default_attack, "default_acc": a.default_accuracy.value, "worst_acc": a.accuracy.value,
+        "interval95": list(a.accuracy.interval()), "complete": a.complete, "budget": a.budget,
+        "alarms": [{"id": f.id, "name": f.name, "level": f.level, "evidence": f.evidence} for f in a.alarms],
+        "seconds": round(a.seconds, 1),
+    }  # fmt: skip
 
 
 def _say_run(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from sparsetrail._shapes import Bool, Float, Int
 from sparsetrail.core.threat import Threat
 from sparsetrail.core.victim import Memory, Victim
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # scores [n k], labels [n] -> one number per example [n]
+Loss = Callable[..., Tensor]  # scores [n k], labels [n], for a targeted loss classes [n] -> one number per example [n]
 
 
 class Streams:
@@ -92,12 +93,12 @@ class Guide:
 class Problem:
     """One batch posed to an attack: everything an attack learns, it asks of this oracle.
 
-    Attacks call `loss`, `grad`, `value_and_grad`, `code_grad`, `project`, `steepest`, `sample`, `noise` and nothing
-    else. The ledger keeps itself: the point of largest margin per example, forwards and backwards, the mean margin of
-    every call, the share of exactly zero gradient entries. Points outside the ball or not finite never count; `left`
-    remembers that they were asked for. With `drop` examples already fooled are left out of further calls: exact, since
-    every example is treated alone. The ledger stays in tensors; nothing is read back while the attack runs, unless
-    `drop` or `grid` asks for it.
+    Attacks call `loss`, `losses`, `grad`, `value_and_grad`, `code_grad`, `ranked`, `lean`, `project`, `steepest`,
+    `sample`, `noise` and nothing else. The ledger keeps itself: the point of largest margin per example, forwards and
+    backwards, the mean margin of every call, the share of exactly zero gradient entries. Points outside the ball or not
+    finite never count; `left` remembers that they were asked for. With `drop` examples already fooled are left out of
+    further calls: exact, since every example is treated alone. The ledger stays in tensors; nothing is read back while
+    the attack runs, unless `drop` or `grid` asks for it.
 
     `eot` evaluations stand behind every number (a victim that draws noise): gradients are their mean, a margin is
     their lower median, so it is positive where most of them are fooled; as many as fit share a batch. `grid` counts an
@@ -189,17 +190,77 @@ class Problem:
         value = torch.cat(values).mean(0)
         return value if rows is None else torch.full_like(self.best_margin, -math.inf).index_copy(0, rows, value)
 
-    def grad(self, u: Tensor, loss: Loss | None = None) -> Tensor:
+    @property
+    def room(self) -> int:
+        """Points per example that one pass of `losses` holds: 1, and more once examples are dropped."""
+        rows = self._alive()
+        return 1 if rows is None or len(rows) == 0 else len(self.y) // len(rows)
+
+    @property
+    def over(self) -> bool:
+        """Is every example dropped? There is nothing left to ask then."""
+        rows = self._alive()
+        return rows is not None and len(rows) == 0
+
+    def losses(self, points: Iterable[Tensor]) -> Float[Tensor, "m n"]:
+        """Margins at several points per example, as many points in one pass as examples dropped leave room for.
+
+        The same as `loss` at one after the other; `points` is drawn from only as far as a pass holds.
+        """
+        points, found = iter(points), []
+        while some := list(itertools.islice(points, self.room)):
+            rows = self._alive()
+            if rows is not None and len(rows) == 0:
+                found += [self.best_margin.clone() for _ in some]
+                continue
+            y = self._labels(rows)
+            part = torch.cat([self._take(u, rows) for u in some], self.axis)
+            for u, m in zip(some, self._margins(part, y.repeat(len(some))).view(len(some), -1), strict=True):
+                if rows is not None:  # fooled by a point before it in this pass: not asked again one after the other
+                    m = torch.where(self.fooled[rows], self.best_margin[rows], m)
+                found.append(self._see(u, m, rows))
+        return torch.stack(found)
+
+    def ranked(self, u: Tensor, count: int) -> Int[Tensor, "n c"]:
+        """The wrong classes by their score at `u`, best first, at most `count`; dropped examples too."""
+        self.forwards += len(self.y) * self.eot
+        with torch.no_grad():
+            z = torch.stack([self.f(u).float() for _ in range(self.eot)]).mean(0)
+        wrong = z.scatter(1, self.y[:, None], -math.inf).argsort(dim=1, descending=True, stable=True)
+        return wrong[:, : min(count, z.shape[1] - 1)]
+
+    def lean(self, u: Tensor) -> Bool[Tensor, " n"]:
+        """Is the example fooled at `u` as well? Asked of fooled examples only, dropped ones too.
+
+        Where it is, with fewer entries changed than at its best point, `u` takes the place of that point.
+        """
+        rows = self.fooled.nonzero().squeeze(1)
+        m = torch.full_like(self.best_margin, -math.inf)
+        if len(rows):
+            part = u.index_select(self.axis, rows)
+            self.forwards += len(rows) * self.eot
+            m = m.index_copy(0, rows, self._margins(part, self.y[rows]))
+        fools = (m > 0) & self.ball.contains(u, self.u0)
+        changed = [(v != self.u0).movedim(self.axis, 0).flatten(1).sum(1) for v in (u, self.best)]
+        fewer = fools & (changed[0] < changed[1])
+        self.best = torch.where(self.each(fewer), u, self.best)
+        self.best_margin = torch.where(fewer, m, self.best_margin)
+        return fools
+
+    def grad(self, u: Tensor, loss: Loss | None = None, aim: Int[Tensor, " n"] | None = None) -> Tensor:
         """Gradient of the loss at `u`, per example; zero for dropped examples.
 
-        `loss` maps scores [n k] and labels [n] to one number per example [n]; `cross_entropy` by default. The sum over
-        examples is differentiated, so no factor 1/n shrinks small gradients.
+        `loss` maps scores [n k] and labels [n] to one number per example [n]; `cross_entropy` by default. A targeted
+        loss is given the classes `aim` as well. The sum over examples is differentiated, so no factor 1/n shrinks
+        small gradients.
         """
-        return self._differentiate(u, loss, code=False)[1]
+        return self._differentiate(u, loss, code=False, aim=aim)[1]
 
-    def value_and_grad(self, u: Tensor, loss: Loss | None = None) -> tuple[Float[Tensor, " n"], Tensor]:
+    def value_and_grad(
+        self, u: Tensor, loss: Loss | None = None, aim: Int[Tensor, " n"] | None = None
+    ) -> tuple[Float[Tensor, " n"], Tensor]:
         """The loss per example beside its gradient, from one pass; -inf and zero for dropped examples."""
-        return self._differentiate(u, loss, code=False)
+        return self._differentiate(u, loss, code=False, aim=aim)
 
     def code_grad(self, u: Tensor, loss: Loss | None = None) -> Float[Tensor, "t n c h w"]:
         """Gradient of the loss with respect to the code of the pixels `u`: what an exact step over `codebook` needs.
@@ -213,8 +274,11 @@ class Problem:
             )
         return self._differentiate(u, loss, code=True)[1]
 
-    def _differentiate(self, u: Tensor, loss: Loss | None, *, code: bool) -> tuple[Tensor, Tensor]:
+    def _differentiate(
+        self, u: Tensor, loss: Loss | None, *, code: bool, aim: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         rows = self._alive()
+        aims = () if aim is None else (aim if rows is None else aim[rows],)
         nothing = torch.full_like(self.best_margin, -math.inf)
         if rows is not None and len(rows) == 0:
             return nothing, torch.zeros_like(self.guides[0].encode(u) if code else u)  # type: ignore[misc]
@@ -227,7 +291,9 @@ class Problem:
             for k, copies in enumerate(self._passes(len(y))):
                 if guide.memory is not None:
                     guide.memory.see(rows, copies, keep=k == 0)
-                z, value, g = self._backward(guide, self._repeat(part, copies), y.repeat(copies), loss, code)
+                z, value, g = self._backward(
+                    guide, self._repeat(part, copies), y.repeat(copies), loss, code, *(a.repeat(copies) for a in aims)
+                )
                 g = g.unflatten(axis, (copies, len(y))).sum(axis)
                 value = value.view(copies, -1).sum(0)
                 total = g if total is None else total + g
@@ -253,7 +319,7 @@ class Problem:
         whole = g.new_zeros(*g.shape[:axis], len(self.y), *g.shape[axis + 1 :])
         return nothing.index_copy(0, rows, value), whole.index_copy_(axis, rows, g)
 
-    def _backward(self, guide: Guide, part: Tensor, y: Tensor, loss: Loss | None, code: bool):
+    def _backward(self, guide: Guide, part: Tensor, y: Tensor, loss: Loss | None, code: bool, *aim: Tensor):
         """Scores, loss per example, and gradient at one batch."""
         if code:
             assert guide.encode is not None and guide.logits is not None
@@ -261,7 +327,7 @@ class Problem:
         part = part.detach().requires_grad_()
         with torch.enable_grad():
             z = (guide.logits if code else guide.f)(part)  # type: ignore[misc]
-            value = cross_entropy(z, y) if loss is None else loss(z, y)
+            value = cross_entropy(z, y) if loss is None else loss(z, y, *aim)
             if value.shape != y.shape:
                 raise ValueError(f"loss: expected one number per example {tuple(y.shape)}, got {tuple(value.shape)}")
             (g,) = torch.autograd.grad(value.sum(), part, allow_unused=True) if value.requires_grad else (None,)
@@ -278,7 +344,7 @@ class Problem:
 
     def steepest(self, g: Tensor) -> Tensor:
         """The direction of length one, in the norm of the ball, in which a loss of gradient `g` grows fastest."""
-        return self.ball.steepest(g)
+        return self.ball.steepest(g if self.ball.norm == "linf" else g.nan_to_num(0.0))  # the sign of NaN is 0 as well
 
     def noise(self, g: Streams, shape: Sequence[int] | None = None) -> Tensor:
         """Uniform in -1..1 from each image's own stream, shaped as the attacked tensor, or [n *shape]."""
@@ -289,23 +355,32 @@ class Problem:
         images = self.whose.unique().tolist()  # restart by restart
         return torch.cat([g.of(images).uniform(part, axis) for part in like.split(len(images), axis)], axis)
 
+    def fork(self, g: Streams) -> Streams:
+        """A stream per example, or per copy of one, drawn off each image's own: for draws at every step of a restart.
+
+        Restarts at once then draw what restarts one after the other draw.
+        """
+        seeds = ((self.noise(g, (1,))[:, 0].double() + 1) * 2**30).long().tolist()
+        return Streams(0, seeds)
+
     def sample(self, g: Streams, *, corners: bool = False) -> Tensor:
         """A random allowed point per example: uniform in the ball, or one of its corners (`corners`); cut to the box.
 
         An L2 ball has no corners: its surface stands in for them. In an L0 ball, `eps` random entries are flipped.
         """
         ball = self.ball
+        if ball.norm == "l2":  # direction and length in one draw: restarts at once draw as those one after the other
+            image = self.u0.movedim(self.axis, 0)
+            draw = self.noise(g, (image[0].numel() + 1,))
+            gauss = torch.erfinv(draw[:, 1:].clamp(-1 + 1e-6, 1 - 1e-6)).reshape(image.shape).movedim(0, self.axis)
+            share = ((draw[:, 0] + 1) / 2).pow(1 / image[0].numel())
+            reach = self.each(torch.ones_like(share) if corners else share)
+            return self.project(self.u0 + ball.eps * reach * ball.steepest(gauss))
         noise = self.noise(g)
         if ball.norm == "linf":
             return self.project(self.u0 + ball.eps * (noise.sign() if corners else noise))
-        if ball.norm == "l0":
-            lo, hi = ball.box
-            return self.project(self.u0 + (noise.abs() + 1) * (hi - lo) * torch.where(self.u0 == lo, 1.0, -1.0))
-        d = ball.steepest(torch.erfinv(noise.clamp(-1 + 1e-6, 1 - 1e-6)))
-        size = self.u0.movedim(self.axis, 0)[0].numel()
-        share = self.noise(g, (1,)).add(1).div(2).pow(1 / size)[:, 0]
-        reach = torch.ones_like(share) if corners else share
-        return self.project(self.u0 + ball.eps * self.each(reach) * d)
+        lo, hi = ball.box
+        return self.project(self.u0 + (noise.abs() + 1) * (hi - lo) * torch.where(self.u0 == lo, 1.0, -1.0))
 
     def each(self, values: Tensor) -> Tensor:
         """One value per example [n], shaped to multiply the attacked tensor."""
@@ -317,6 +392,11 @@ class Problem:
         for guide in self.guides:
             if guide.memory is not None:
                 guide.memory.begin(len(self.y))
+
+    def _margins(self, part: Tensor, y: Tensor) -> Float[Tensor, " k"]:
+        """Margins of one batch, by the vote of all draws."""
+        with torch.no_grad():
+            return _vote([margin(self.f(part).float(), y)[None] for _ in range(self.eot)])
 
     def _passes(self, count: int) -> list[int]:
         """How many copies of `count` examples each pass holds, so that no pass is larger than the whole problem."""

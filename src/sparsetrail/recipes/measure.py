@@ -25,7 +25,7 @@ from torch import Tensor
 from sparsetrail import __version__
 from sparsetrail._files import write_atomic
 from sparsetrail.attacks import ATTACKS, attack, authors, settings
-from sparsetrail.core import Mode, Rate, Run, Threat, Trail, Victim
+from sparsetrail.core import Mode, Rate, Route, Run, Threat, Trail, Victim
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
 from sparsetrail.report import pack, unpack
@@ -147,6 +147,9 @@ def strike(
     *,
     backward: str | None = None,
     precision: Precision = "fp32",
+    route: Sequence[Route] = (),
+    guide: Trained | None = None,
+    eot: int = 1,
     **knobs: Any,
 ) -> Run:
     """One attack on one model as a cell; pixel-space points are kept beside it."""
@@ -159,6 +162,12 @@ def strike(
         "knobs": knobs,
         "threat": asdict(threat),
     }
+    if route:
+        spec["routes"] = [str(r) for r in route]
+    if guide is not None:
+        spec["guide"] = guide.sha256
+    if eot != 1:
+        spec["eot"] = eot
     done = _read(bench, spec)
     task = f"{attack_name} {threat}: {name}"
     if done is not None:
@@ -174,6 +183,9 @@ def strike(
         seed=bench.seed,
         keep=threat.space == "pixel",
         data=identity(data),
+        route=route or None,
+        guide=None if guide is None else as_victim(guide, guide.path.parent.name, device=bench.device),
+        eot=eot,
         say=lambda done, n: bench.tick(task, done, n, ""),
         stop=bench.stop,
         **knobs,
@@ -252,6 +264,7 @@ def card(model: Trained, name: str, test: Rate, data: Dataset) -> dict[str, Any]
     """What a report says about a model."""
     net = model.card["net"]
     neuron, surrogate = net["neuron"], net["neuron"]["surrogate"]
+    leak = "" if neuron["kind"] == "if" else f" tau {neuron['tau']:g}"
     reset = "soft" if neuron["reset"] is None else f"hard to {neuron['reset']:g}"
     return {
         "name": name,
@@ -261,7 +274,7 @@ def card(model: Trained, name: str, test: Rate, data: Dataset) -> dict[str, Any]
         "stem": net["stem"],
         "steps": net["steps"],
         "parameters": sum(p.numel() for p in model.net.parameters()),
-        "neuron": f"{neuron['kind'].upper()}, threshold {neuron['threshold']:g}, {reset} reset"
+        "neuron": f"{neuron['kind'].upper()}{leak}, threshold {neuron['threshold']:g}, {reset} reset"
         f"{', detached' if neuron['detach_reset'] else ''}, {surrogate['name']}({surrogate['width']:g})",
         "encoder": model.card["encoder"]["name"],
         "encoder settings": ", ".join(f"{k} {v}" for k, v in model.card["encoder"]["knobs"].items()),
@@ -335,7 +348,7 @@ def _spec(bench: Bench, model: Trained, route: str, mode: str, data: Dataset, se
         "route": route,
         "mode": mode,
         "seed": seed,
-        "format": 1,
+        "format": 2,
         "version": __version__,
     }
     return spec | {"batch": bench.batch} if model.encode.random else spec  # fresh draws a batch: it decides the result

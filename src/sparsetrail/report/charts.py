@@ -18,8 +18,14 @@ from sparsetrail.report.tables import TrailGroup, percent, trail_groups
 
 SERIF = "'Iowan Old Style', 'Palatino Linotype', Palatino, 'URW Palladio L', P052, 'Liberation Serif', Georgia, serif"
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
-LIGHT = {"ink": "#22262b", "soft": "#6b7178", "line": "#c9cdd2", "ground": "#ffffff"}
-DARK = {"ink": "#e6e4df", "soft": "#a3a6aa", "line": "#4a4f55", "ground": "#16181b"}
+LIGHT = {
+    "ink": "#22262b", "soft": "#6b7178", "line": "#c9cdd2", "ground": "#ffffff",
+    "good": "#2a7550", "warn": "#8f5b00", "bad": "#b3261e", "left": "#cfd8e3",
+}  # fmt: skip
+DARK = {
+    "ink": "#e6e4df", "soft": "#a3a6aa", "line": "#4a4f55", "ground": "#16181b",
+    "good": "#7cc9a0", "warn": "#e9b44c", "bad": "#f2857c", "left": "#3d4a59",
+}  # fmt: skip
 SERIES = {
     "light": ["#1d4e89", "#e58a1f", "#5aa89a", "#9b3f6c", "#7f7f7f", "#b5a642"],
     "dark": ["#82b4f0", "#f0a24a", "#7fd0c0", "#e191b5", "#b0b0b0", "#d8ca6a"],
@@ -58,6 +64,11 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
         "style": {
             "stage": {"color": c["line"]},
             "stage-name": {"color": c["soft"], "fill": c["soft"], "fontSize": 10.5},
+            **{f"audit-{name}": {"color": c[name]} for name in ("ink", "good", "warn", "bad", "left")},
+            "audit-none": {"color": c["soft"]},
+            "audit-quiet": {"color": c["soft"]},
+            "audit-word": {"color": c["ink"], "fill": c["ink"], "fontSize": 12},
+            "audit-soft": {"color": c["soft"], "fill": c["soft"], "fontSize": 11},
         },
     }
 

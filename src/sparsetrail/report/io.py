@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparsetrail.core import Report, Run
+from sparsetrail.core import Report
 
 SCHEMA = 1
 T = TypeVar("T")
@@ -32,11 +32,7 @@ def to_json(report: Report) -> bytes:
     """
     import msgspec
 
-    bare = dataclasses.replace(report, runs=tuple(dataclasses.replace(run, adversarial=None) for run in report.runs))
-    body = msgspec.to_builtins(bare, enc_hook=_plain)
-    for run in body["runs"]:
-        del run["adversarial"]
-    return msgspec.json.encode({"schema": SCHEMA, **body}) + b"\n"
+    return msgspec.json.encode({"schema": SCHEMA, **_bare(report)}) + b"\n"
 
 
 def from_json(data: bytes | str) -> Report:
@@ -87,15 +83,10 @@ def load(path: str | Path) -> Report:
 
 
 def pack(value: Any) -> Any:
-    """A core dataclass as JSON-ready data; NaN and infinity become null, an adversarial tensor is left out."""
+    """A core dataclass as JSON-ready data; NaN and infinity become null, adversarial tensors are left out."""
     import msgspec
 
-    if isinstance(value, Run):
-        value = dataclasses.replace(value, adversarial=None)
-    body = msgspec.to_builtins(value, enc_hook=_plain)
-    if isinstance(value, Run):
-        del body["adversarial"]
-    return msgspec.json.decode(msgspec.json.encode(body))
+    return msgspec.json.decode(msgspec.json.encode(_bare(value)))
 
 
 def unpack(kind: type[T], body: Any, *, where: str = "$") -> T:
@@ -136,6 +127,17 @@ def _csv(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     writer.writerow(head)
     writer.writerows(rows)
     return out.getvalue()
+
+
+def _bare(value: Any) -> Any:
+    """A core value as plain data, without adversarial tensors however deep the runs lie."""
+    import msgspec
+
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _bare(getattr(value, f.name)) for f in _fields(type(value))}
+    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        return [_bare(part) for part in value]
+    return msgspec.to_builtins(value, enc_hook=_plain)
 
 
 def _plain(value: Any) -> Any:

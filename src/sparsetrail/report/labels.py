@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,26 @@ ATTACKS = {  # names as the literature prints them; any other attack keeps its o
     "rfgsm": "R-FGSM",
     "bim": "BIM",
     "mifgsm": "MI-FGSM",
+    "nifgsm": "NI-FGSM",
     "pgd": "PGD",
+    "eotpgd": "EOT-PGD",
+    "sapgd": "SA-PGD",
     "apgd": "APGD",
+    "apgdt": "APGD-T",
     "fab": "FAB",
     "cw": "C&W",
+    "ddn": "DDN",
+    "fmn": "FMN",
+    "deepfool": "DeepFool",
     "spsa": "SPSA",
     "nes": "NES",
     "square": "Square",
+    "hopskipjump": "HopSkipJump",
+    "boundary": "Boundary",
+    "codebook": "codebook",
+    "sda": "SDA",
+    "transfer": "transfer",
+    "noise": "noise",
 }
 
 
@@ -34,16 +48,32 @@ class Setting:
 
     @property
     def short(self) -> str:
-        """Space, radius and mode: 'pixel 8/255, eval mode'."""
+        """Space, norm, radius and mode: 'pixel 8/255, eval mode', 'encoded L0 200 entries, eval mode'."""
         return f"{self.threat.space} {radius(self.threat)}, {self.mode} mode"
 
     @property
     def sentence(self) -> str:
         """The threat in one sentence, for a reader who meets it for the first time."""
-        size = f"by at most {radius(self.threat)} of the range 0..1"
+        spoken = {  # of each norm: what is changed, in pixel and in encoded space, and by how much
+            "linf": (
+                "every pixel of the image",
+                "every entry of the encoded input, at every step,",
+                f"by at most {size(self.threat)} of the range 0..1",
+            ),
+            "l2": (
+                "the pixels of the image",
+                "the entries of the encoded input, over all steps together,",
+                f"by an L2 distance of at most {size(self.threat)} in all, in units of the range 0..1",
+            ),
+            "l0": (
+                f"at most {size(self.threat)} of the image",
+                f"at most {size(self.threat)} of the encoded input, over all steps together,",
+                "from one end of the range to the other, and no other entry at all",
+            ),
+        }[self.threat.norm]
         what = {
-            "pixel": f"every pixel of the image {size}; the encoder turns the image into spikes as usual",
-            "encoded": f"every entry of the encoded input, at every step, {size}; no image need encode to the result",
+            "pixel": f"{spoken[0]} {spoken[2]}; the encoder turns the image into spikes as usual",
+            "encoded": f"{spoken[1]} {spoken[2]}; no image need encode to the result",
         }[self.threat.space]
         how = {
             "eval": "BatchNorm stays in eval mode while the attack is crafted",
@@ -53,8 +83,15 @@ class Setting:
 
 
 def radius(threat: Threat) -> str:
-    """Radius, and the box where it is not 0..1."""
+    """Radius with its norm, of L-infinity the radius alone: '8/255', 'L2 0.5', 'L0 200 entries'."""
+    return {"linf": "", "l2": "L2 ", "l0": "L0 "}[threat.norm] + size(threat)
+
+
+def size(threat: Threat) -> str:
+    """The radius as a number, and the box where it is not 0..1."""
     box = "" if threat.box == (0.0, 1.0) else f" in [{threat.box[0]:g}, {threat.box[1]:g}]"
+    if threat.norm == "l0":
+        return f"{int(threat.eps)} {'entry' if threat.eps == 1 else 'entries'}{box}"
     exact = as_fraction(threat.eps)
     return f"{exact if '/' in exact or float(exact) == threat.eps else repr(threat.eps)}{box}"
 
@@ -62,7 +99,8 @@ def radius(threat: Threat) -> str:
 def setting(run: Run) -> Setting:
     """The setting a run was made under; a radius that prints as k/255 is k/255, whatever float it came from."""
     exact = as_fraction(run.threat.eps)
-    eps = int(exact[:-4]) / 255 if exact.endswith("/255") else run.threat.eps
+    whole = run.threat.norm == "l0"  # a number of entries, not a radius
+    eps = int(exact[:-4]) / 255 if exact.endswith("/255") and not whole else run.threat.eps
     return Setting(dataclasses.replace(run.threat, eps=eps), run.mode, run.route)
 
 
@@ -115,6 +153,24 @@ def attack_label(run: Run) -> str:
     steps = run.knobs.get("steps")
     count = f"-{steps}" if isinstance(steps, int) and not isinstance(steps, bool) else ""
     return f"{ATTACKS.get(name.lower(), name)}{count}{space}{rest}"
+
+
+def attack_words(run: Run) -> tuple[str, str, str]:
+    """Name, settings and the route that the name of a run tells: ('PGD-7', 'step 0.01, loss margin', 'hart').
+
+    A run of an audit is named by its settings and its route too: 'pgd (steps 7, step 0.01), hart'.
+    """
+    found = re.fullmatch(r"([\w.&-]+)(?: \((.*?)\))?(?:, (.+))?", run.attack)
+    name, told, via = (part or "" for part in found.groups()) if found else (run.attack, "", "")
+    name = attack_label(dataclasses.replace(run, attack=name))
+    if told and not all(part.split()[0] in run.knobs for part in told.split(", ") if part):
+        name += f" ({told})"  # '(authors)' is no setting
+    knobs = [
+        f"{k} {value(v)}" for k, v in run.knobs.items() if v is not None and not (k == "steps" and f"-{v}" in name)
+    ]
+    if run.votes > 1 or run.eot > 1:
+        knobs.append(f"mean of {run.eot} gradients, {run.votes} votes")
+    return name, ", ".join(knobs), via
 
 
 def _exact(run: Run) -> tuple[str, str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrail._files import write_atomic
-from sparsetrail.core import Report
-from sparsetrail.report import charts, tables
+from sparsetrail.core import Audit, Report
+from sparsetrail.report import audit_charts, audits, card, charts, tables
 from sparsetrail.report.images import examples, keep, kept
 from sparsetrail.report.io import RESULT, steps_csv, to_json, trail_csv
 from sparsetrail.report.labels import setting, setting_label, settings, value
@@ -23,8 +23,9 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     """Write `result.json`, `report.md`, `report.html`, `trail.csv` into the folder `out`; each is whole or absent.
 
     `images` are shown on the page only: mappings with `clean`, `adversarial` (uint8 [h w c] or [h w]), `label`,
-    `predicted`, `title`; without them, those of an earlier call are shown again. `trail_steps.csv` is written where a
-    trail kept its time steps. Returns paths by kind: json, md, html, csv, and steps.
+    `predicted`, `title`, and of an audit its place among `report.audits` as `audit`; without them, those of an earlier
+    call are shown again. `trail_steps.csv` is written where a trail kept its time steps, `card.json` where there is an
+    audit. Returns paths by kind: json, md, html, csv, steps and card.
     """
     folder = Path(out)
     images = kept(folder) if images is None else images
@@ -36,6 +37,8 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     }
     if any(row.per_step for trail in report.trails for row in trail.rows):
         texts["steps"] = ("trail_steps.csv", steps_csv(report).encode())
+    if report.audits:
+        texts["card"] = (card.CARD, card.to_json(report))
     folder.mkdir(parents=True, exist_ok=True)
     if images:
         keep(folder, images)
@@ -47,18 +50,30 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: files("sparsetrail.report").joinpath(name).read_text("utf-8")),
     )
     environment.filters["prose"] = _prose
     environment.filters["cell"] = _cell
-    shown, gain = examples(images or ())
+    shown, gain = examples([image for image in images or () if _audit_of(image, report) is None])
     groups = tables.trail_groups(report.trails)
     drawn = _charts(report)
     figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
     compared = [c for c in tables.comparisons(report) if c.figure not in tables.FIGURES]
-    source = files("sparsetrail.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return environment.get_template("page.html.j2").render(
         report=report,
+        audits=[_audit(i, audit, report, images or (), drawn) for i, audit in enumerate(report.audits)],
+        summaries=[
+            {
+                "title": here.short,
+                "grid": audits.summary_grid(here, [audit for _, audit in members]),
+                "members": [_headline(i, audit) for i, audit in members],
+            }
+            for here, members in audits.summaries(report.audits)
+        ],
         accuracy=tables.accuracy(report.runs) if report.runs else None,
         facts=[fact for fact in tables.facts(report.runs) if not fact.startswith("gradient under")],
         threats=threats(report),
@@ -101,7 +116,9 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
 
 def markdown(report: Report) -> str:
     """The report for a reader of plain text: the same order, charts left out, trails by kind of operation."""
-    parts = [f"# {report.title}", *report.summary, "## Accuracy", tables.table(report)]
+    parts = [f"# {report.title}", *report.summary, *audits.markdown(report.audits)]
+    if report.runs or not report.audits:
+        parts += ["## Accuracy", tables.table(report)]
     parts += [f"- **{label}**: {sentence}" for label, sentence in threats(report)]
     figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
     for group in tables.trail_groups(report.trails):
@@ -157,12 +174,84 @@ def threats(report: Report) -> tuple[tuple[str, str], ...]:
 
 def _charts(report: Report) -> dict[str, charts.Spec]:
     """All charts of the page by the id of their place."""
-    out = {"accuracy": charts.accuracy_spec(report.runs)} if report.runs else {}
+    out = audit_charts.drawn(report.audits)
+    if report.runs:
+        out["accuracy"] = charts.accuracy_spec(report.runs)
     for i, group in enumerate(tables.trail_groups(report.trails)):
         out[f"trail-{i}"] = charts.trail_spec(group)
         if (steps := charts.steps_spec(group)) is not None:
             out[f"steps-{i}"] = steps
     return out
+
+
+def _headline(i: int, audit: Audit) -> dict[str, Any]:
+    """Where an audit stands on the page, and its verdict with colour and sign."""
+    tone, sign = audits.VERDICTS[audit.verdict]
+    return {"id": f"audit-{i}", "tone": tone, "sign": sign, "verdict": audit.verdict}
+
+
+def _audit(
+    i: int, audit: Audit, report: Report, images: Sequence[Mapping[str, Any]], drawn: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the page says about one audit."""
+    here, curve = audits.where(audit), audit.curves.get("eps") or {}
+    shown, gain = examples([image for image in images if _audit_of(image, report) == i])
+    known = {} if audit.card in report.models else audit.card  # said once
+    known = {**known, "provenance": audit.provenance} if audit.provenance else known
+    figures = audits.figures(audit)
+    figures_said = ", ".join(figure.text() for figure in figures)
+    attack, n = str(curve.get("attack", "one attack")), curve.get("n")
+    of = f"Accuracy of {attack} by its radius{f', n={n}, with 95 % Wilson intervals' if n else ''}."
+    return _headline(i, audit) | {
+        "victim": audit.victim,
+        "threat": here.short,
+        "sentence": here.sentence,
+        "reason": audit.reason,
+        "figures": figures,
+        "claimed": audit.claim is not None,
+        "fall": audits.fall(audit),
+        "fall_words": f"Clean {tables.percent(audit.clean_accuracy)}, {figures_said}.",
+        "words": audits.words(audit),
+        "battery": audits.battery_grid(audit) if audit.runs else None,
+        "battery_words": f"{audits.title(audit)}: accuracy left after each of {len(audits.battery(audit))} attacks; "
+        "the numbers are in the table below.",
+        "notes": tables.run_notes(audits.battery(audit)),
+        "others": audits.other_grid(audit),
+        "tally": audits.tally(audit),
+        "checks": [
+            {
+                "id": f.id,
+                "name": f.name,
+                "tone": audits.LEVELS[f.level][0],
+                "sign": audits.LEVELS[f.level][1],
+                "level": f.level,
+                "raised": f.level in ("warn", "fail"),
+                "masking": f.masking and f.level in ("warn", "fail"),
+                "value": audits.number(f.value),
+                "limit": f.limit,
+                "evidence": f.evidence,
+                "advice": f.advice,
+            }
+            for f in audits.ordered(audit.findings)
+        ],
+        "loss": f"audit-{i}-loss" in drawn,
+        "band": any(part.get("low") and part.get("high") for part in audit.curves.get("loss") or ()),
+        "eps": f"audit-{i}-eps" in drawn,
+        "eps_words": f"{of} The numbers are in result.json.",
+        "eps_caption": of,
+        "trail": any(trail.victim == audit.victim for trail in report.trails),
+        "examples": shown,
+        "gain": gain,
+        "card": Grid("The audit", ("what", "value"), tuple((k, value(v)) for k, v in _flat(known).items()))
+        if known
+        else None,
+    }
+
+
+def _audit_of(image: Mapping[str, Any], report: Report) -> int | None:
+    """The place of the audit that an image belongs to, None where it belongs to none of this report."""
+    place = str(image.get("audit", ""))
+    return int(place) if place.isdigit() and int(place) < len(report.audits) else None
 
 
 def _trail_words(group: tables.TrailGroup) -> str:
@@ -200,8 +289,8 @@ def _library() -> Any:
 
 
 def _prose(text: str) -> str:
-    """Running text in which no line breaks between a number and its per cent sign."""
-    return re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
+    """Running text in which no line breaks between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=%|s\b|min\b|h\b)", "\u00a0", text)
 
 
 def _cell(text: str) -> Any:

@@ -8,13 +8,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsetrail.core import Claim, Rate, Report, Run, Trail, TrailRow
 from sparsetrail.report.labels import Setting, columns, setting, setting_label, settings, value
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 FIGURES = ("fig1", "fig3")  # claims about trails; all others are about accuracies
 DASH = "\u2013"
@@ -48,7 +45,12 @@ class Grid:
         from tabulate import tabulate
 
         align = ("left",) * self.labels + ("right",) * (len(self.head) - self.labels)
-        return tabulate(self.rows, self.flat_head, tablefmt=tablefmt, colalign=align, disable_numparse=True)
+        head, rows = self.flat_head, self.rows
+        if tablefmt in MARKDOWN[:2]:  # a bar would end the cell, a break the row
+            head, *rows = [
+                tuple(" ".join(text.split("\n")).replace("|", "\\|") for text in row) for row in (head, *rows)
+            ]
+        return tabulate(rows, head, tablefmt=tablefmt, colalign=align, disable_numparse=True)
 
 
 @dataclass(frozen=True)
@@ -424,7 +426,7 @@ def _answers(claim: Claim, where: Setting) -> str:
 
     def same(which: str, mode: str | None) -> bool:
         eps, space = claim.conditions.get(f"eps_{which}"), claim.conditions.get(f"space_{which}")
-        near = eps is not None and math.isclose(eps, where.threat.eps, rel_tol=1e-6)
+        near = eps is not None and math.isclose(eps, where.threat.eps, rel_tol=1e-6) and where.threat.norm == "linf"
         return near and space == where.threat.space and mode in (None, where.mode)
 
     # a text that is silent about BatchNorm is read as eval mode, as everyone else attacks
@@ -514,59 +516,3 @@ def _described(victim: str, card: dict[str, Any], claim: Claim) -> str:
 
 def _bare(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
-
-
-# --- terminal ---------------------------------------------------------------------------------------------------
-
-
-def console(report: Report, console: "Console") -> None:
-    """What a person wants to see at the end: an accuracy table a threat, zero shares by kind of operation."""
-    from rich.text import Text
-
-    for _, grid in per_setting(report.runs):
-        _print(grid, console)
-    if report.runs:
-        console.print(Text(f"95 % Wilson intervals; {'; '.join(facts(report.runs))}", style="dim"))
-    figures = [claim for claim in report.claims if claim.figure in FIGURES]
-    for group in trail_groups(report.trails):
-        grid = kind_grid(group, figures)
-        keep = [i for i, name in enumerate(grid.head) if not name.startswith("forced")]  # at length in the other forms
-        head = tuple(grid.flat_head[i].removeprefix("zero, ") for i in keep)
-        rows = tuple(tuple(row[i] for i in keep) for row in grid.rows)
-        _print(Grid(f"{grid.caption}; {group.title}", head, rows), console)
-
-
-def _print(grid: Grid, console: "Console") -> None:
-    """The grid as one table, or as several under each other where the terminal is too narrow for all columns."""
-    from rich import box
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    def width(i: int) -> int:
-        words = [*grid.head[i].split(), *(line for row in grid.rows for line in str(_two_lines(row[i])).split("\n"))]
-        return max(map(len, words)) + 2
-
-    label = list(range(grid.labels))
-    room = console.width - sum(min(24, width(i)) for i in label)
-    parts: list[list[int]] = [[]]
-    for i in range(grid.labels, len(grid.head)):
-        if parts[-1] and sum(map(width, parts[-1])) + width(i) > room:
-            parts.append([])
-        parts[-1].append(i)
-    for number, part in enumerate(parts):
-        title = Text(grid.caption + (", continued" if number else ""), style="bold")
-        drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for i in label + part:
-            drawn.add_column(Text(grid.head[i], overflow="fold"), justify="left" if i in label else "right")
-        for row in grid.rows:
-            drawn.add_row(*(Text(row[i]) if i in label else _two_lines(row[i]) for i in label + part))
-        console.print(Padding(drawn, (1, 0, 0, 0)))
-
-
-def _two_lines(cell: str) -> Any:
-    """A number, and what stands in brackets behind it dimmed on a second line."""
-    from rich.text import Text
-
-    at = max(cell.find(" ["), cell.find(" ("))
-    return Text(cell) if at < 0 else Text.assemble(cell[:at], (f"\n{cell[at + 1 :]}", "dim"), no_wrap=True)

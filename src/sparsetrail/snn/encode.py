@@ -69,6 +69,14 @@ class Encoder:
             raise ValueError(f"encoder {self.name}: its backward rule is {self.backward} and cannot be changed")
         return ENCODERS[self.name](**(self.knobs | {"backward": backward}))
 
+    def over(self, steps: int) -> "Encoder":
+        """The same encoder for another number of steps."""
+        if steps == self.steps:
+            return self
+        if "steps" not in self.knobs:
+            raise ValueError(f"encoder {self.name}: its number of steps is {self.steps} and cannot be changed")
+        return ENCODERS[self.name](**(self.knobs | {"steps": steps}))
+
 
 class _Coded(torch.autograd.Function):
     """Forward: look the code up. Backward: gradient times the slope of the rule, [256, t], or [t] at any grey level."""

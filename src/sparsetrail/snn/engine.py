@@ -12,6 +12,7 @@ On a CPU with a C compiler (`kernels`), for float32 and float64:
 Sums run in another order than PyTorch's, so in float32 a potential within rounding of the threshold can flip a spike;
 in float64 a network's gradients agree to 1e-10. Modules that somebody watches by hooks, functorch, forward-mode
 derivatives and `NetSpec(exact=True)` take the plain operations. Second derivatives are there; they run plain ones too.
+A `neuron.Rule` changes the backward of a pass and none of its spikes; it has first derivatives only.
 """
 
 import bisect
@@ -24,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float
 from sparsetrail.snn import dense, kernels
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.kernels import pointer
-from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, through_time
+from sparsetrail.snn.neuron import Neuron, NeuronSpec, Rule, apart, fused, kernel, parts, through_time
 
 FEW = 4  # channels up to which a first layer runs the kernels for images
 
@@ -126,8 +128,7 @@ def _serve(*tensors: Tensor | None) -> bool:
 
 def _differentiable(grad: Tensor) -> bool:
     """Must a backward be made of operations that can be differentiated, or mapped over many gradients, themselves?"""
-    of_many = torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
-    return torch.is_grad_enabled() or of_many or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or kernels.batched(grad) or forward_ad._current_level >= 0
 
 
 # ---- convolution ---------------------------------------------------------------------------------------------------
@@ -408,6 +409,8 @@ class _Layer:
     own: bool
     pooling: _Pooling | None
     kernel: Any
+    rule: Rule | None = None
+    number: int = 0
 
 
 class _Fire(torch.autograd.Function):
@@ -451,40 +454,92 @@ class _Fire(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
-        h, y, gamma, beta, mean, inv, scale, winners = ctx.saved_tensors
-        layer, batch, wants = ctx.layer, ctx.batch, ctx.needs_input_grad
-        order, space, mine = layer.order, layer.space, layer.pooling is not None
-        if layer.pooling is not None and grad_s is not None:
-            grad_s = layer.pooling.back(grad_s, winners, h.shape, space)
+        grad_s = _before_pool(ctx, grad_s)
         if grad_h is not None or grad_s is None or _differentiable(grad_s):
             return (*_fire_backward(ctx, grad_s, grad_h), None)
-        grad_s = _last(grad_s)
-        grad_plus = grad_s if wants[1] else None
-        if not (wants[0] or wants[2] or wants[3]):
-            return None, grad_plus, None, None, None
-        _, c, p, q = h.shape
-        steps, frames = len(order), max(order) + 1
-        n = len(h) // steps
-        rows, threads = n * p * q, torch.get_num_threads()
-        mine = mine and grad_plus is None and frames == steps  # a gradient that is ours alone makes room for the next
-        dy = grad_s if mine else _maps(space, frames * n, c, p, q, h)
-        frame, last = kernels.frames(order)
-        sums = torch.zeros(threads, 2, c, dtype=torch.float64, device="cpu") if y is not None else None
-        by = None if batch else scale
-        where = mean if y is not None else None
-        at = map(pointer, (grad_s, h, frame, last, by, y, where, inv, None, None, dy, sums, None))
-        layer.kernel.back(*at, steps, rows, c, threads)
-        d_gamma = d_beta = None
-        if sums is not None:
-            sum_g, sum_gx = sums.sum(0).to(h.dtype)
-            d_gamma = sum_gx if wants[2] else None
-            d_beta = sum_g if wants[3] else None
-            if batch:
-                weight, total = _weights(order), float(steps * rows)
-                at = map(pointer, (dy, y, weight))
-                more = map(pointer, (mean, inv, scale, sum_g, sum_gx))
-                kernels.library(h.dtype).norm_grad(*at, frames, rows, c, *more, total, threads)
-        return dy, grad_plus, d_gamma, d_beta, None
+        return _kernel_backward(ctx, grad_s)
+
+
+class _FireByRule(_Fire):
+    """As _Fire, differentiated by a rule; first derivatives only."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
+        layer, wants, spec = ctx.layer, ctx.needs_input_grad, ctx.layer.spec
+        grad_s = _before_pool(ctx, grad_s)
+        if grad_s is None or not (wants[0] or wants[2] or wants[3]):
+            return None, grad_s if wants[1] else None, None, None, None
+        flat, _, _, _, _, _, scale, _ = ctx.saved_tensors
+        order, rule = layer.order, layer.rule
+        h, grad = (t.reshape(len(order), -1, *t.shape[1:]) for t in (flat, grad_s))
+        slopes = rule.slopes(h, spec, None, layer.number)
+        through = rule.flow == "through"
+        if _differentiable(grad_s) or (not through and (ctx.batch or wants[2] or wants[3])):
+            every = slopes(slice(None))
+            if through:
+                g, _ = through_time(grad, None, h, None, None, spec, every)
+            else:
+                g = apart(grad, every, None, spec, rule.flow)
+            dy, d_gamma, d_beta = _through_norm(ctx, g)
+            return dy, grad_s if wants[1] else None, d_gamma, d_beta, None
+        frames, (_, n, c, p, q) = len(order) if through else max(order) + 1, h.shape
+        into = _maps(layer.space, frames * n, c, p, q, flat)
+        whole, scale = into.unflatten(0, (frames, n)), scale.view(-1, 1, 1)
+        for part in parts(h):
+            if through:
+                whole[:, part] = slopes(part)
+                continue
+            g = apart(grad[:, part], slopes(part), None, spec, rule.flow)
+            if order == tuple(range(frames)):
+                torch.mul(g, scale, out=whole[:, part])
+                continue
+            whole[:, part] = 0
+            for t, f in enumerate(order):
+                whole[f, part] += g[t] * scale
+        if through:
+            return _kernel_backward(ctx, grad_s, into)
+        return into, grad_s if wants[1] else None, None, None, None
+
+
+def _before_pool(ctx, grad_s: Tensor | None) -> Tensor | None:
+    """The gradient of the spikes from that of the pooled map."""
+    pooling, (h, *_, winners) = ctx.layer.pooling, ctx.saved_tensors
+    return grad_s if pooling is None or grad_s is None else pooling.back(grad_s, winners, h.shape, ctx.layer.space)
+
+
+def _kernel_backward(ctx, grad_s: Tensor, slopes: Tensor | None = None):
+    """By the kernels: gradients of the input, of the other map, and of BatchNorm's weight and bias."""
+    h, y, gamma, beta, mean, inv, scale, winners = ctx.saved_tensors
+    layer, batch, wants = ctx.layer, ctx.batch, ctx.needs_input_grad
+    order, space, mine = layer.order, layer.space, layer.pooling is not None
+    grad_s = _last(grad_s)
+    grad_plus = grad_s if wants[1] else None
+    if not (wants[0] or wants[2] or wants[3]):
+        return None, grad_plus, None, None, None
+    _, c, p, q = h.shape
+    steps, frames = len(order), max(order) + 1
+    n = len(h) // steps
+    rows, threads = n * p * q, torch.get_num_threads()
+    mine = mine and grad_plus is None and frames == steps  # a gradient that is ours alone makes room for the next
+    dy = grad_s if mine else _maps(space, frames * n, c, p, q, h)
+    frame, last = kernels.frames(order)
+    sums = torch.zeros(threads, 2, c, dtype=torch.float64, device="cpu") if y is not None else None
+    by = None if batch else scale
+    where = mean if y is not None else None
+    at = map(pointer, (grad_s, h, frame, last, by, y, where, inv, None, None, slopes, dy, sums, None))
+    layer.kernel.back(*at, steps, rows, c, threads)
+    d_gamma = d_beta = None
+    if sums is not None:
+        sum_g, sum_gx = sums.sum(0).to(h.dtype)
+        d_gamma = sum_gx if wants[2] else None
+        d_beta = sum_g if wants[3] else None
+        if batch:
+            weight, total = _weights(order), float(steps * rows)
+            at = map(pointer, (dy, y, weight))
+            more = map(pointer, (mean, inv, scale, sum_g, sum_gx))
+            kernels.library(h.dtype).norm_grad(*at, frames, rows, c, *more, total, threads)
+    return dy, grad_plus, d_gamma, d_beta, None
 
 
 def _running(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -520,13 +575,20 @@ def _weights(order: tuple[int, ...]) -> Tensor:
 
 def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
     """By differentiable operations: for second derivatives, and where the potentials themselves have a gradient."""
-    h, y, gamma, beta, mean, inv, *_ = ctx.saved_tensors
-    norm, spec, order, batch = ctx.layer.norm, ctx.layer.spec, ctx.layer.order, ctx.batch
-    wants, steps, frames = ctx.needs_input_grad, len(order), max(order) + 1
     if grad_s is None and grad_h is None:
         return None, None, None, None
+    h, steps = ctx.saved_tensors[0], len(ctx.layer.order)
     for_s, for_h = (None if g is None else g.reshape(steps, -1, *g.shape[1:]) for g in (grad_s, grad_h))
-    g, _ = through_time(for_s, for_h, h.unflatten(0, (steps, -1)), None, None, spec)
+    g, _ = through_time(for_s, for_h, h.unflatten(0, (steps, -1)), None, None, ctx.layer.spec)
+    dy, d_gamma, d_beta = _through_norm(ctx, g)
+    return dy, grad_s if ctx.needs_input_grad[1] else None, d_gamma, d_beta
+
+
+def _through_norm(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the frames and of BatchNorm's weight and bias from those of the neuron's input [t n c h w]."""
+    _, y, gamma, beta, mean, inv, scale, _ = ctx.saved_tensors
+    norm, order, batch, wants = ctx.layer.norm, ctx.layer.order, ctx.batch, ctx.needs_input_grad
+    steps, frames = len(order), max(order) + 1
     dy = d_gamma = d_beta = None
     if batch:
         inputs = [t for t, want in ((y, wants[0]), (gamma, wants[2]), (beta, wants[3])) if want]
@@ -537,15 +599,17 @@ def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
         found = iter(torch.autograd.grad(out, inputs, g.flatten(0, 1), create_graph=again))
         dy, d_gamma, d_beta = (next(found) if want else None for want in (wants[0], wants[2], wants[3]))
     else:
-        shown = [[t for t in range(steps) if order[t] == f] for f in range(frames)]
-        g = torch.cat([g[times].sum(0) for times in shown])
+        if order == tuple(range(steps)):
+            g = g.reshape(-1, *g.shape[2:])
+        else:
+            g = torch.cat([g[[t for t in range(steps) if order[t] == f]].sum(0) for f in range(frames)])
         view = (1, -1, 1, 1)
         dy = g * (inv if gamma is None else inv * gamma).view(view)
         if wants[2]:
             d_gamma = (g * (y - mean.view(view)) * inv.view(view)).sum((0, 2, 3))
         if wants[3]:
             d_beta = g.sum((0, 2, 3))
-    return dy, grad_s if wants[1] else None, d_gamma, d_beta
+    return dy, d_gamma, d_beta
 
 
 def fire(
@@ -572,10 +636,12 @@ def fire(
         s = s if plus is None else plus + s
         return s if pool is None else pool(s)
     pooling = None if pool is None else _pooling(pool, y)
-    run = kernel(neuron.spec, y)
-    layer = _Layer(norm, neuron.spec, order, neuron.space, own, pooling, run)  # type: ignore[arg-type]
+    spec, rule = neuron.differentiated()
+    run, number = kernel(spec, y, given=rule is not None), 0 if rule is None else rule.number()
+    layer = _Layer(norm, spec, order, neuron.space, own, pooling, run, rule, number)  # type: ignore[arg-type]
     plus = None if plus is None else _last(plus)
-    s = _Fire.apply(_last(y), plus, norm.weight, norm.bias, layer)[0]
+    function = _Fire if rule is None else _FireByRule
+    s = function.apply(_last(y), plus, norm.weight, norm.bias, layer)[0]
     return s if pool is None or pooling is not None else pool(s)
 
 
@@ -587,6 +653,7 @@ def conv_fire(
 
 
 def _can_fire(y: Tensor, norm: nn.Module, neuron: Neuron, plus: Tensor | None) -> bool:
+    spec, rule = neuron.differentiated()
     return (
         type(norm) is nn.BatchNorm2d
         and neuron.run is fused
@@ -596,7 +663,7 @@ def _can_fire(y: Tensor, norm: nn.Module, neuron: Neuron, plus: Tensor | None) -
         and _serve(y, plus, norm.weight, norm.bias, norm.running_mean)
         and (norm.training or norm.running_mean is not None)
         and not (norm.training and not norm.track_running_stats)
-        and kernel(neuron.spec, y) is not None
+        and kernel(spec, y, given=rule is not None) is not None
     )
 
 

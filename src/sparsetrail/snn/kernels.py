@@ -69,9 +69,14 @@ def usable(*tensors: Tensor) -> bool:
         and t.dtype == tensors[0].dtype
         and t.layout == torch.strided
         and not t.is_neg()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and not batched(t)
         for t in tensors
     )
+
+
+def batched(t: Tensor) -> bool:
+    """Does the tensor stand for many, as functorch and `is_grads_batched` have it?"""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 class Shape(ctypes.Structure):
@@ -359,10 +364,10 @@ static inline real before(real h_) {
 /* Back through time: gradient of the spikes -> gradient of the input, per frame [frames rows C], times scale[c];
    `out` may lie over `grad` if every step has its frame. last[t] marks the last step that shows a frame. With `y`, sums
    [threads 2 C] take the sums over everything of g and of g (y - mean) inv, g before scale. rates [threads] take the
-   gradient of a learnt leak *rate; x is the neuron's input then. */
+   gradient of a learnt leak *rate; x is the neuron's input then. `slopes` is ds/dh where SLOPE reads it there. */
 void back(const real *grad, const real *h, const int *frame, const int *last, const real *scale, const real *y,
-          const real *mean, const real *inv, const real *rate, const real *input, real *out, double *sums,
-          double *rates, int steps, long rows, int C, int threads) {
+          const real *mean, const real *inv, const real *rate, const real *input, const real *slopes, real *out,
+          double *sums, double *rates, int steps, long rows, int C, int threads) {
     const real leak = rate ? *rate : 0;
     (void)leak;
     const long size = rows * C, per = CHUNK / C > 0 ? CHUNK / C : 1, chunks = (rows + per - 1) / per;
@@ -411,7 +416,7 @@ void back(const real *grad, const real *h, const int *frame, const int *last, co
 """
 _NEURON_SIGNATURES = {
     "fire": (_POINTER,) * 8 + (_INT, _LONG, _INT, _INT),
-    "back": (_POINTER,) * 13 + (_INT, _LONG, _INT, _INT),
+    "back": (_POINTER,) * 14 + (_INT, _LONG, _INT, _INT),
 }
 
 

@@ -1,18 +1,19 @@
 """Networks by specification: build one, and hand it to the adversary as a `Victim`."""
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparsetrail.core import Victim
+from sparsetrail.core import Memory, Route, Victim
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.engine import Workspace, freeze, has_bf16, watched
 from sparsetrail.snn.graphs import Scores
-from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons
-from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
+from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons, ruled
+from sparsetrail.snn.resnet import DEPTHS, Connect, FoldedNeuron, Pool, SpikingResNet, Stem
+from sparsetrail.snn.routes import NeuronRoute, neuron_route
 
 ARCHITECTURES = tuple(f"{family}_resnet{depth}" for family in ("sew", "spiking") for depth in DEPTHS)
 
@@ -96,6 +97,9 @@ def victim(
     `precision="bf16"` crafts faster and judges in fp32 all the same: on a CPU only the products of the input gradient
     are bf16, the scores stay those of fp32 to the bit; on a GPU convolutions and the last layer run in bf16. ValueError
     where the device has no bf16.
+
+    `victim.by(Route(...))` takes the routes of `routes`, backward rules of the encoder, and other steps: the same
+    weights and code run for T' steps, which is another forward. Routes give first derivatives, and no recordings.
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
@@ -103,46 +107,86 @@ def victim(
     half, space = precision == "bf16", Workspace()
     if half:
         _check_bf16(net)
-    recorded: dict[str, Scores] = {}
-    known: list[tuple] = []
 
-    def run(x: Tensor, way: str, half: bool) -> Tensor:
-        if net.training:
-            raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
-        seen = watched(*net.modules())
+    def by(route: Route) -> Victim:
+        code = encode if route.encoder is None or route.encoder == encode.backward else encode.route(route.encoder)
+        code = code if route.steps is None else code.over(route.steps)
+        rule = None if route.neuron is None else _neurons(net, route.neuron, name)
+        memory = Memory() if rule is not None and rule.remembers else None
+        stretched = None if code.steps == encode.steps else code.steps
+        if stretched and freeze(net) is net:
+            raise ValueError(
+                f"{name}: expected a network of PyTorch's and our own modules to run for {stretched} steps, found "
+                "others; leave the steps of the route out"
+            )
+        recorded: dict[str, Scores] = {}
+        known: list[tuple] = []
 
-        def plain(x: Tensor) -> Tensor:
-            now = net if seen else freeze(net, space, half=half)  # who watches this very network sees it called
-            if compile and now is not net:
-                compile_neurons(now)
-            amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if half and x.is_cuda else None
-            with amp or contextlib.nullcontext():
-                return now(x) if way == "logits" else now.scores(x, encode)  # type: ignore[operator]
+        def run(x: Tensor, task: str, half: bool) -> Tensor:
+            if net.training:
+                raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
+            seen = watched(*net.modules())
 
-        if not x.is_cuda or seen:
-            return plain(x)
-        state = _state(net)
-        if known != [state]:  # a recording follows values in their places, not new tensors or settings
-            known[:] = [state]
-            recorded.clear()
-        key = f"{way} {half}"
-        if key not in recorded:
-            recorded[key] = Scores(plain, axis=1 if way == "logits" else 0)
-        return recorded[key](x)
+            def plain(x: Tensor) -> Tensor:
+                # who watches this very network sees it called
+                now = net if seen and not stretched else freeze(net, space, half=half)
+                if stretched:
+                    _stretch(now, stretched)
+                if compile and now is not net:
+                    compile_neurons(now)
+                amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if half and x.is_cuda else None
+                with amp or contextlib.nullcontext(), ruled(None if rule is None else rule.rule(memory)):
+                    return now(x) if task == "logits" else now.scores(x, code)  # type: ignore[operator]
 
-    return Victim(
-        encode=encode,
-        logits=lambda u: run(u, "logits", half),
-        shortcut=(lambda x: run(x, "scores", half)) if hasattr(net, "scores") and not encode.random else None,
-        exact=(lambda u: run(u, "logits", False)) if half else None,
-        steps=encode.steps,
-        classes=k,
-        name=name,
-        route=describe(net) + (", input gradients in bf16" if half else ""),
-        encoding=f"{encode.name} encoder: {encode.backward}",
-        random=encode.random,
-        module=net,
-    )
+            if not x.is_cuda or seen or rule is not None or stretched:
+                return plain(x)
+            state = _state(net)
+            if known != [state]:  # a recording follows values in their places, not new tensors or settings
+                known[:] = [state]
+                recorded.clear()
+            key = f"{task} {half}"
+            if key not in recorded:
+                recorded[key] = Scores(plain, axis=1 if task == "logits" else 0)
+            return recorded[key](x)
+
+        return Victim(
+            encode=code,
+            logits=lambda u: run(u, "logits", half),
+            shortcut=(lambda x: run(x, "scores", half)) if hasattr(net, "scores") and not code.random else None,
+            exact=(lambda u: run(u, "logits", False)) if half else None,
+            steps=code.steps,
+            classes=k,
+            name=name,
+            route=describe(net, rule)
+            + (f", T={code.steps}" if stretched else "")
+            + (", input gradients in bf16" if half else ""),
+            encoding=f"{code.name} encoder: {code.backward}",
+            random=code.random,
+            module=net,
+            rewire=lambda other: by(_both(route, other)),
+            memory=memory,
+            codebook=code.codebook,
+        )
+
+    return by(Route())
+
+
+def _both(route: Route, other: Route) -> Route:
+    """`other`, and `route` where it leaves things as they are."""
+    return Route(**{f.name: getattr(route if getattr(other, f.name) is None else other, f.name) for f in fields(Route)})
+
+
+def _neurons(net: nn.Module, text: str, name: str) -> NeuronRoute:
+    found = neuron_route(text)
+    if not any(isinstance(m, Neuron) for m in net.modules()):
+        raise ValueError(f"{name}: expected a network of our neurons for the route {text}, found none in it")
+    return found
+
+
+def _stretch(twin: nn.Module, steps: int) -> None:
+    for m in twin.modules():
+        if isinstance(m, SpikingResNet | FoldedNeuron):
+            m.steps = steps
 
 
 def _state(net: nn.Module) -> tuple:
@@ -169,12 +213,8 @@ def _check_bf16(net: nn.Module) -> None:
         )
 
 
-def describe(net: nn.Module) -> str:
+def describe(net: nn.Module, rule: NeuronRoute | None = None) -> str:
     """The gradient route of a network's neurons in words, e.g. 'BPTT atan(2), hard reset detached'."""
     specs = {m.spec for m in net.modules() if isinstance(m, Neuron)}
-    words = []
-    for s in sorted(specs, key=str):
-        reset = "soft" if s.reset is None else "hard"
-        where = "detached" if s.detach_reset else "in the graph"
-        words.append(f"BPTT {s.surrogate.name}({s.surrogate.width:g}), {reset} reset {where}")
-    return " + ".join(words) or "own gradient"
+    words = [(rule or NeuronRoute("own")).words(s) for s in sorted(specs, key=str)]
+    return " + ".join(dict.fromkeys(words)) or "own gradient"

@@ -9,20 +9,24 @@ Per step, with v the potential left by the last step (v_reset at the start, 0 fo
 
 with r the reset potential (0 for a soft reset). `reference` is that, step by step, with autograd; `fused` is one
 forward and one backward over all steps that keeps a single tensor, the charged potential h. On a CPU with a C compiler
-both are kernels generated from the same `charge`, `discharge` and surrogate; on a GPU `compiled` does that.
+both are kernels generated from the same `charge`, `discharge` and surrogate; on a GPU `compiled` does that. A `Rule`
+puts another backward behind the same spikes (`routes`).
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import once_differentiable
 
 from sparsetrail._shapes import Float
 from sparsetrail.snn import kernels
@@ -134,7 +138,8 @@ class _Fused(torch.autograd.Function):
         frame, last = kernels.frames(tuple(range(len(charged))))
         x = None if x is None else x.contiguous()
         of_leak = None if leak is None else torch.zeros(torch.get_num_threads(), dtype=torch.float64, device="cpu")
-        at = map(kernels.pointer, (grad_s, charged, frame, last, None, None, None, None, leak, x, out, None, of_leak))
+        at = (grad_s, charged, frame, last, None, None, None, None, leak, x, None, out, None, of_leak)
+        at = map(kernels.pointer, at)
         k.back(*at, len(charged), size, 1, torch.get_num_threads())
         if leak is None or of_leak is None:
             return out, None, None
@@ -146,41 +151,44 @@ class _Fused(torch.autograd.Function):
         return _along_time(tangent_x, tangent_leak, charged, x, leak, ctx.spec)
 
 
-def kernel(spec: NeuronSpec, x: Tensor, leak: Tensor | None = None, *more: Tensor) -> Any:
-    """The kernels of a neuron if they serve these tensors: plain ones on the CPU, float32 or float64; else None."""
+def kernel(spec: NeuronSpec, x: Tensor, leak: Tensor | None = None, *more: Tensor, given: bool = False) -> Any:
+    """The kernels of a neuron if they serve these tensors: plain ones on the CPU, float32 or float64; else None.
+
+    With `given`, the slopes are handed to `back` instead of computed from the surrogate.
+    """
     if (spec.kind == "plif") != (leak is not None) or (leak is not None and leak.numel() != 1):
         return None
     tensors = (x, *more) if leak is None else (x, leak, *more)
     if not kernels.available(x.dtype) or not kernels.usable(*tensors):
         return None
-    return _compile(spec, x.dtype, SURROGATES[spec.surrogate.name])
+    return _compile(spec, x.dtype, SURROGATES[spec.surrogate.name], given)
 
 
 @functools.cache
-def _compile(spec: NeuronSpec, dtype: torch.dtype, _surrogate: Callable) -> Any:
+def _compile(spec: NeuronSpec, dtype: torch.dtype, _surrogate: Callable, given: bool) -> Any:
     """The surrogate is part of the key: a name can be given another function."""
     try:
-        steps = steps_in_c(spec)
+        steps = steps_in_c(spec, given=given)
     except Exception as error:  # whatever a step does that symbols cannot follow
         kernels.say_once(f"{spec.kind}, {spec.surrogate.name}: the plain path serves, slower and the same ({error})")
         return None
     return kernels.neuron(steps, dtype)
 
 
-def steps_in_c(spec: NeuronSpec) -> dict[str, Any]:
+def steps_in_c(spec: NeuronSpec, *, given: bool = False) -> dict[str, Any]:
     """One step of the neuron forward and back, as the functions below write it with symbols for tensors."""
     names: list[Value] = [kernels.Symbol(name) for name in ("x", "v", "h_", "s_", "slope")]
     x, v, h, s, slope = names
     learnt = spec.kind == "plif"
     leak: Value = kernels.Symbol("leak") if learnt else None
-    keep, gain = _gains(leak, spec)
+    keep, gain = gains(leak, spec)
     spike = h >= spec.threshold
     return {
         "REST": spec.rest,
         "CHARGE": charge(x, v, spec, leak),
         "SPIKE": spike,
         "DISCHARGE": discharge(h, s, spec),
-        "SLOPE": spec.surrogate(h - spec.threshold),
+        "SLOPE": kernels.Symbol("slopes[at + i]") if given else spec.surrogate(h - spec.threshold),
         "KEPT": _kept(h, slope, (h - spec.threshold) >= 0, spec),
         "KEEP": keep,
         "GAIN": gain,
@@ -218,7 +226,7 @@ def _kept(h: Value, slope: Value, s: Value, spec: NeuronSpec) -> Value:
     return path + slope * (-spec.threshold if spec.reset is None else spec.reset - h)
 
 
-def _gains(leak: Value, spec: NeuronSpec) -> tuple[Any, Any]:
+def gains(leak: Value, spec: NeuronSpec) -> tuple[Any, Any]:
     """dh/dv and dh/dx of the charge."""
     if spec.kind == "if":
         return 1.0, 1.0
@@ -238,15 +246,18 @@ def _lever(v: Value, x: Value, spec: NeuronSpec) -> Value:
     return spec.rest - v if x is None else x - (v - spec.rest)
 
 
-def through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a sequence's input and of the leak from those of its spikes and charged potentials; plain steps."""
-    keep, gain = _gains(leak, spec)
+def through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec, slopes=None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a sequence's input and of the leak from those of its spikes and charged potentials; plain steps.
+
+    `slopes` are ds/dh of every step where the surrogate does not give them.
+    """
+    keep, gain = gains(leak, spec)
     carry: Any = None
     out: list[Tensor] = []
     grad_leak: Any = 0.0
     for t in range(len(charged) - 1, -1, -1):
         h = charged[t]
-        slope = spec.surrogate(h - spec.threshold)
+        slope = spec.surrogate(h - spec.threshold) if slopes is None else slopes[t]
         g = None if grad_s is None else grad_s[t] * slope
         if carry is not None:
             path = _kept(h, slope, _gate(h, spec), spec)
@@ -263,7 +274,7 @@ def through_time(grad_s, grad_h, charged, x, leak, spec: NeuronSpec) -> tuple[Te
 
 
 def _along_time(tangent_x, tangent_leak, charged, x, leak, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
-    keep, gain = _gains(leak, spec)
+    keep, gain = gains(leak, spec)
     carry: Any = 0.0
     spikes, potentials = [], []
     for t in range(len(charged)):
@@ -282,6 +293,105 @@ def _along_time(tangent_x, tangent_leak, charged, x, leak, spec: NeuronSpec) -> 
 def fused(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = None) -> Float[Tensor, "t ..."]:
     """Spikes of a sequence by one forward and one backward; spikes equal `reference` exactly, gradients to rounding."""
     return _Fused.apply(x.to(state_dtype(x)), leak, spec)[0].to(x.dtype)
+
+
+Flow = Literal["through", "alone", "mean"]
+Slopes = Callable[[slice], Tensor]  # ds/dh of some images [t n ...], or [1 n ...] where all steps share it
+
+
+@dataclass(eq=False)
+class Rule:
+    """Another backward behind the same spikes, for one call of a network.
+
+    `respec` changes what the backward reads of a spec. `slopes` gives ds/dh from a layer's charged potentials
+    [t n c ...], its spec, its leak and its number in the call; None leaves that to the surrogate. `flow` is how a
+    gradient passes between steps: `through` time, each step `alone`, or its `mean` over the steps.
+    """
+
+    respec: Callable[[NeuronSpec], NeuronSpec]
+    slopes: Callable[[Tensor, NeuronSpec, Value, int], Slopes] | None = None
+    flow: Flow = "through"
+    count: int = 0
+
+    def number(self) -> int:
+        """The number of the next layer of the call."""
+        self.count += 1
+        return self.count - 1
+
+
+_rule: contextvars.ContextVar[Rule | None] = contextvars.ContextVar("rule", default=None)
+
+
+@contextlib.contextmanager
+def ruled(rule: Rule | None) -> Iterator[None]:
+    """Inside this block, in this thread, all neurons are differentiated by the rule; no network is touched."""
+    token = _rule.set(rule)
+    try:
+        yield
+    finally:
+        _rule.reset(token)
+
+
+def parts(h: Float[Tensor, "t n ..."]) -> Iterator[slice]:
+    """Images by few, so that what is computed of them stays in the cache: half the time of whole tensors."""
+    each = h.shape[1] if h.is_cuda else max(1, 2**16 * h.shape[1] // max(1, h.numel()))
+    return (slice(i, i + each) for i in range(0, h.shape[1], each))
+
+
+def apart(grad: Tensor, slopes: Tensor, leak: Value, spec: NeuronSpec, flow: Flow) -> Tensor:
+    """The gradient of the input from that of the spikes where nothing passes from step to step."""
+    _, gain = gains(leak, spec)
+    g = grad * slopes
+    if flow == "mean":
+        g = g.mean(0, keepdim=True).expand_as(g)
+    return g if isinstance(gain, float) and gain == 1.0 else g * gain
+
+
+def in_order_of(t: Tensor, like: Tensor) -> Tensor:
+    """The same values, in memory as those of `like` lie."""
+    return t if t.stride() == like.stride() and t.shape == like.shape else torch.empty_like(like).copy_(t)
+
+
+class _Ruled(torch.autograd.Function):
+    """All steps at once, differentiated by a rule; first derivatives of the input only."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, leak: Tensor | None, spec: NeuronSpec, rule: Rule, number: int) -> Tensor:
+        k = kernel(spec, x, leak, given=True)
+        if k is None:
+            s, h = _sequence(x, leak, spec)
+        else:
+            dense = x.stride() == torch.empty_like(x).stride() and x.stride(0) * len(x) == x.numel()
+            x = x if dense else x.contiguous()
+            s, h = torch.empty_like(x), torch.empty_like(x)
+            frame, _ = kernels.frames(tuple(range(len(x))))
+            at = map(kernels.pointer, (x, frame, None, None, None, leak, s, h))
+            k.fire(*at, len(x), x.numel() // len(x), 1, torch.get_num_threads())
+        ctx.rule, ctx.spec, ctx.number = rule, spec, number
+        ctx.save_for_backward(h, leak)
+        return s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (h, leak), spec, rule = ctx.saved_tensors, ctx.spec, ctx.rule
+        slopes = rule.slopes(h, spec, leak, ctx.number)
+        if rule.flow != "through" and kernels.batched(grad):
+            return apart(grad, slopes(slice(None)), leak, spec, rule.flow), None, None, None, None
+        whole = torch.empty_like(h)
+        for part in parts(h):
+            its = slopes(part)
+            whole[:, part] = its if rule.flow == "through" else apart(grad[:, part], its, leak, spec, rule.flow)
+        if rule.flow != "through":
+            return whole, None, None, None, None
+        k = kernel(spec, h, leak, grad, given=True)
+        if k is None or h.stride(0) * len(h) != h.numel():
+            return through_time(grad, None, h, None, leak, spec, whole)[0], None, None, None, None
+        grad, out = in_order_of(grad, h), torch.empty_like(h)
+        frame, last = kernels.frames(tuple(range(len(h))))
+        at = (grad, h, frame, last, None, None, None, None, leak, None, whole, out, None, None)
+        k.back(*map(kernels.pointer, at), len(h), h.numel() // len(h), 1, torch.get_num_threads())
+        return out, None, None, None, None
 
 
 class _Compiled(_Fused):
@@ -353,8 +463,21 @@ class Neuron(nn.Module):
         if spec.kind == "plif":
             self.w = nn.Parameter(torch.tensor(-math.log(spec.tau - 1)))
 
+    def differentiated(self) -> tuple[NeuronSpec, Rule | None]:
+        """The spec, and the rule that gives the slopes, by which this layer is differentiated here and now."""
+        rule = _rule.get()
+        if rule is None:
+            return self.spec, None
+        return rule.respec(self.spec), None if rule.slopes is None else rule
+
     def forward(self, x: Float[Tensor, "t ..."]) -> Float[Tensor, "t ..."]:
-        return self.run(x, self.spec, torch.sigmoid(self.w) if self.spec.kind == "plif" else None)
+        spec, rule = self.differentiated()
+        leak = torch.sigmoid(self.w) if spec.kind == "plif" else None
+        if rule is None:
+            return self.run(x, spec, leak)
+        leak = None if leak is None else leak.detach()
+        some = x if x.ndim > 1 else x[:, None]
+        return _Ruled.apply(some.to(state_dtype(x)), leak, spec, rule, rule.number()).to(x.dtype).view_as(x)
 
     def extra_repr(self) -> str:
         return str(self.spec)

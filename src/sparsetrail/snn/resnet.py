@@ -50,7 +50,8 @@ class FoldedNeuron(Neuron):
         self.steps = steps
 
     def forward(self, x: Float[Tensor, "m ..."]) -> Float[Tensor, "m ..."]:
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        if last and self.differentiated()[1] is None:  # a rule knows its channels by their axis
             # in memory order: otherwise the spikes come back channels first and the next convolution copies them
             s = super().forward(x.permute(0, 2, 3, 1).unflatten(0, (self.steps, -1)))
             return s.flatten(0, 1).permute(0, 3, 1, 2)

@@ -50,6 +50,16 @@ def exponential_derivative(x: Value, alpha: float) -> Value:
     return (alpha / 2) * torch.exp(-alpha * x.abs())
 
 
+def unit_exponential_derivative(x: Value, gamma: float) -> Value:
+    """exp(-gamma |x|): peak 1, integral 2/gamma. As Ozdenizci & Legenstein 2024 attack, arXiv:2311.09266."""
+    return torch.exp(-gamma * x.abs())
+
+
+def damped_exponential_derivative(x: Value, gamma: float) -> Value:
+    """0.3 exp(-gamma |x|): peak 0.3, integral 0.6/gamma. As Ozdenizci & Legenstein 2024 attack, arXiv:2311.09266."""
+    return 0.3 * torch.exp(-gamma * x.abs())
+
+
 def straight_through_derivative(x: Value, width: float) -> Value:
     """1/width everywhere: the straight-through estimator. Bengio et al. 2013, arXiv:1308.3432. Integral infinite."""
     return torch.full_like(x, 1 / width)
@@ -63,6 +73,8 @@ SURROGATES: dict[str, Callable[[Value, float], Value]] = {
     "gaussian": gaussian_derivative,
     "fast_sigmoid": fast_sigmoid_derivative,
     "exponential": exponential_derivative,
+    "unit_exponential": unit_exponential_derivative,
+    "damped_exponential": damped_exponential_derivative,
     "straight_through": straight_through_derivative,
 }
 

@@ -1,0 +1,116 @@
+"""The attacks of an audit, from cheap to expensive; each is run on the images that still stand."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparsetrail.attacks import ATTACKS, settings
+from sparsetrail.core import Route, Threat, Victim
+from sparsetrail.snn.routes import ENSEMBLE
+
+Budget = Literal["quick", "standard", "thorough"]
+Kind = Literal["default", "gradient", "route", "code", "time", "transfer", "black box", "noise"]
+# one surrogate of every shape and the extremes of width; `thorough` runs all of them
+SHAPES = ("triangle:1", "rectangle:1", "exponential:2", "sigmoid:4", "straight_through:1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One attack of the battery: what it is called, how it is run, and which question it answers."""
+
+    label: str
+    attack: str
+    kind: Kind
+    knobs: Mapping[str, Any]
+    routes: tuple[Route, ...] = ()
+    guide: Victim | None = None
+
+    @property
+    def calls(self) -> int:
+        """Forward and backward passes an image can cost, about."""
+        knobs = settings(ATTACKS[self.attack]) | dict(self.knobs)
+        names = ("steps", "restarts", "draws", "queries", *(["targets"] if knobs.get("loss") == "targeted" else []))
+        count = math.prod(knobs[k] for k in names if knobs.get(k))
+        return max(1, count) * max(1, len(self.routes)) * (2 if self.guide else 1)
+
+
+def battery(
+    victim: Victim, threat: Threat, budget: Budget = "standard", *, guides: Sequence[Victim] = (), gradient: bool = True
+) -> list[Stage]:
+    """The attacks of an audit, the default one first, then cheap to expensive; only what the victim allows.
+
+    `gradient` says whether a gradient reaches the attacked tensor; without one, only attacks that need none are left.
+    """
+    eps, much = threat.eps, {"quick": 0.2, "standard": 1.0, "thorough": 2.0}[budget]
+    if threat.norm == "l0":
+        return [_stage("sda", "default", budget=int(500 * min(1.0, much)))] if gradient else []
+
+    def n(count: int) -> int:
+        return max(2, int(count * much))
+
+    linf, coded = threat.norm == "linf", victim.codebook is not None and threat.space == "pixel"
+    stages: list[Stage] = []
+    if gradient:
+        # the paper's PGD-7 of step 0.01 at 8/255, scaled to the radius
+        stages.append(_stage("pgd", "default", steps=7, step=0.31875 * eps))
+        stages.append(_stage("fgsm", "gradient"))
+        code = "codebook" if coded and linf else "pgd"
+        best: dict[str, Any] = {"steps": n(20)}
+        if code == "pgd":
+            best |= {"step": eps / 4, "loss": "margin"}
+        if coded and linf:
+            stages.append(_stage("codebook", "code", steps=n(20)))
+            stages.append(_stage("codebook", "code", steps=n(20), loss="margin", restarts=2))
+        stages.append(_stage("pgd", "gradient", steps=n(40), step=eps / 8, loss="margin"))
+        rewired = victim.rewire is not None
+        if coded and rewired:
+            stages.append(_stage("pgd", "code", Route(encoder="secant"), steps=n(40), step=eps / 8))
+        secant = "secant" if coded else None
+        if rewired:
+            stages.append(_stage("sapgd", "route", Route(neuron="assg", encoder=secant), steps=n(100)))
+            surrogates = ENSEMBLE if budget == "thorough" else SHAPES
+            for name in dict.fromkeys(("assg", "hart", "rga", "bptr", "pdsg", "own+reset", "own+detach", *surrogates)):
+                stages.append(_stage(code, "route", Route(neuron=name), **best))
+            both = (Route(), Route(neuron="hart"))
+            stages.append(_stage(code, "route", *both, **best))
+            if threat.space == "pixel" and budget != "quick":
+                steps = {victim.steps // 2, 2 * victim.steps} - {0, victim.steps}
+                stages += [_stage("pgd", "time", Route(steps=s), steps=n(10), step=eps / 4) for s in sorted(steps)]
+        if budget != "quick":
+            own = (Route(encoder=secant),) if coded and rewired else ()
+            stages.append(_stage("apgd", "gradient", *own, steps=n(100), loss="ce"))
+            targets = min(9, victim.classes - 1)
+            stages.append(_stage("apgd", "gradient", *own, steps=n(50), loss="targeted", targets=targets))
+    for guide in guides:
+        knobs = {"steps": n(20), "step": eps / 4, "loss": "margin"}
+        if guide.codebook is not None and coded and linf:
+            stages.append(_stage("codebook", "transfer", guide=guide, steps=n(20)))
+        stages.append(_stage("pgd", "transfer", guide=guide, **knobs))
+    if linf:
+        stages.append(_stage("square", "black box", queries={"quick": 200, "standard": 1000, "thorough": 5000}[budget]))
+    if not gradient:
+        stages.append(_stage("spsa", "black box", steps=n(20)))
+    stages.append(_stage("noise", "noise", draws=n(100), corners=True))
+    stages.append(_stage("noise", "noise", draws=n(100)))
+    return [s for s in stages if all(_knows(victim, r) for r in s.routes)]
+
+
+def _knows(victim: Victim, route: Route) -> bool:
+    """Can this victim be differentiated so? A foreign one may know surrogates and no more."""
+    try:
+        victim.by(route)
+    except ValueError:
+        return False
+    return True
+
+
+def _stage(attack: str, kind: Kind, *routes: Route, guide: Victim | None = None, **knobs: Any) -> Stage:
+    allowed = settings(ATTACKS[attack])
+    knobs = {k: v for k, v in knobs.items() if k in allowed}
+    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in knobs.items()]
+    via = " + ".join(map(str, routes)) if routes else f"from {guide.name}" if guide else ""
+    label = f"{attack} ({', '.join(words)})" if words else attack
+    return Stage(
+        label=f"{label}, {via}" if via else label, attack=attack, kind=kind, knobs=knobs, routes=routes, guide=guide
+    )

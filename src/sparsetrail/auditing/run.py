@@ -1,0 +1,432 @@
+"""Judge a robustness claim: checks, a battery of attacks from cheap to expensive, the worst case per image, a verdict.
+
+Every attack is run on the images that still stand, batch by batch; what is done is kept in a store, so that the same
+call continues. An image that fell is shown to the victim once more, alone and rounded to grey levels, before it counts.
+The rules of the verdict are those of docs/findings.md.
+"""
+
+import functools
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sparsetrail.attacks import ATTACKS, attack
+from sparsetrail.auditing.battery import Budget, Kind, Stage, battery
+from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
+from sparsetrail.checks import CHECKS, Case
+from sparsetrail.core import Audit, Finding, Rate, Run, Threat, Victim, correct, margin
+
+T = TypeVar("T")
+SAMPLE = {"quick": 32, "standard": 128, "thorough": 256}  # images the checks look at
+WHOLE = ("S6", "C9", "C10", "C11", "C13", "C15", "C18", "C21")  # asked here of all images, not of the sample
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Where finished parts are kept: by what decides them, as core dataclasses."""
+
+    def get(self, key: Mapping[str, Any], kind: type[T]) -> T | None:
+        """The part of a key, None where it is not there yet."""
+
+    def put(self, key: Mapping[str, Any], value: Any) -> None:
+        """Keep it."""
+
+
+class Forgetful:
+    """A store that keeps nothing."""
+
+    def get(self, key: Mapping[str, Any], kind: type[T]) -> T | None:
+        """Nothing."""
+        return None
+
+    def put(self, key: Mapping[str, Any], value: Any) -> None:
+        """Not kept."""
+
+
+def audit(
+    victim: Victim,
+    threat: Threat,
+    x: Tensor,
+    y: Tensor,
+    *,
+    budget: Budget = "standard",
+    claim: float | None = None,
+    claim_source: str = "",
+    guides: Sequence[Victim] = (),
+    control: Victim | None = None,
+    fresh: Callable[[], Victim] | None = None,
+    eot: int | None = None,
+    minutes: float | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    card: Mapping[str, Any] | None = None,
+    data: str = "",
+    provenance: Mapping[str, Any] | None = None,
+    store: Store | None = None,
+    identity: str = "",
+    say: Callable[[str, int, int, str], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Audit, dict[int, Tensor]]:
+    """Audit `victim` under `threat` on images `x` [n c h w] in 0..1 with labels `y` [n]; and the adversarials found.
+
+    `claim` is the robust accuracy 0..1 that is claimed; without one the default attack's stands in for it. `guides` are
+    other victims to transfer from, `control` an undefended victim of the same kind that must fall. `fresh` makes the
+    victim anew for the last judgement. `eot` gradients are averaged at every step (10 for a victim that draws noise).
+    After `minutes` no further attack is begun. `store` keeps finished parts under `identity`, which must tell victims
+    and data apart. `say(task, done, of, note)` reports, `stop()` is asked between batches (KeyboardInterrupt follows).
+
+    Adversarials come by position in `x`, in the attacked tensor's shape without the image axis. ValueError where input
+    is not fit; nothing is attacked then.
+    """
+    if claim is not None and not 0 <= claim <= 1:
+        raise ValueError(f"claim: expected a robust accuracy within 0..1, got {claim}; write 0.45 for 45 %")
+    if budget not in SAMPLE:
+        raise ValueError(f"budget: expected one of {', '.join(SAMPLE)}, got {budget!r}")
+    if threat.eps == 0:
+        raise ValueError("eps: expected a radius above 0, got 0; there is nothing to audit")
+    work = _Work(
+        victim, threat, x, y, store or Forgetful(), identity, budget, batch, seed,
+        eot or (10 if victim.random else 1), tuple(indices or range(len(y))), data, say or _quiet, stop or _never,
+    )  # fmt: skip
+    started = time.monotonic()
+    deadline = math.inf if minutes is None else started + 60 * minutes
+    findings = [work.check(name) for name in CHECKS if not name.startswith("C") and name not in WHOLE]
+    broken = [f for f in findings if f.id.startswith("S") and f.level == "fail"]
+    reaches = not any(f.id == "G3" and f.level == "fail" for f in findings)
+    stages = battery(victim, threat, budget, guides=guides, gradient=reaches)
+    if broken:  # what is measured on a broken evaluation is worth nothing: the default attack shows what was claimed
+        stages = stages[:1]
+    ledger, complete = work.play(stages, deadline)
+    if not broken:
+        for name in (c for c in CHECKS if c.startswith("C") and c not in WHOLE):
+            if time.monotonic() > deadline:
+                complete = False
+                break
+            findings.append(work.check(name))
+        findings += battery_findings(ledger.broken_by, ledger.kinds, stages)
+        findings.append(_control(work, control, budget))
+    findings += work.verify(ledger, (fresh or (lambda: victim))())
+    findings.append(sample_size(len(y)))
+    default = ledger.default
+    verdict, why = judge(findings, default, ledger.standing, ledger.clean, claim, complete)
+    found = Audit(
+        victim=victim.name,
+        card=dict(card or {}),
+        threat=threat,
+        data=data,
+        indices=work.indices,
+        clean=tuple(ledger.clean),
+        default=tuple(default),
+        worst=tuple(ledger.standing),
+        broken_by=tuple(ledger.broken_by),
+        runs=tuple(ledger.runs),
+        findings=tuple(findings),
+        curves=work.curves(reaches and not broken and time.monotonic() <= deadline),
+        verdict=verdict,
+        reason=why,
+        claim=claim,
+        claim_source=claim_source,
+        default_attack=stages[0].label if stages else "none",
+        budget=budget,
+        complete=complete and not broken,
+        seconds=sum(r.seconds for r in ledger.runs),
+        provenance={
+            **(provenance or {}),
+            "wall seconds of this call": round(time.monotonic() - started, 1),
+            "image indices sha256": hashlib.sha256(str(work.indices).encode()).hexdigest()[:16],
+        },
+    )
+    return found, ledger.points
+
+
+def _quiet(task: str, done: int, of: int, note: str) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass
+class _Ledger:
+    """What is known of every image so far."""
+
+    clean: list[bool]
+    default: list[bool]
+    standing: list[bool]
+    broken_by: list[str | None]
+    runs: list[Run]
+    kinds: list[Kind]
+    points: dict[int, Tensor]
+
+
+@dataclass
+class _Work:
+    """One audit under way."""
+
+    victim: Victim
+    threat: Threat
+    x: Tensor
+    y: Tensor
+    store: Store
+    identity: str
+    budget: Budget
+    batch: int
+    seed: int
+    eot: int
+    indices: tuple[int, ...]
+    data: str
+    say: Callable[[str, int, int, str], None]
+    stop: Callable[[], bool]
+
+    def key(self, **more: Any) -> dict[str, Any]:
+        """What decides a part of this audit."""
+        t = self.threat
+        return {
+            "audit": self.identity,
+            "route": self.victim.path(t.space),
+            "threat": [t.norm, t.eps, t.space, *t.box],
+            "seed": self.seed,
+            "eot": self.eot,
+        } | more
+
+    def kept(self, key: dict[str, Any], kind: type[T], make: Callable[[], T]) -> T:
+        """The part of a key from the store, or made and kept."""
+        found = self.store.get(key, kind)
+        if found is None:
+            if self.stop():
+                raise KeyboardInterrupt
+            found = make()
+            self.store.put(key, found)
+        return found
+
+    @functools.cached_property
+    def case(self) -> Case:
+        """The images the checks look at; one case, since checks share what they ask for."""
+        k = SAMPLE[self.budget]
+        return Case(
+            victim=self.victim, threat=self.threat, x=self.x[:k], y=self.y[:k], seed=self.seed, eot=self.eot,
+            batch=self.batch,
+        )  # fmt: skip
+
+    def check(self, name: str) -> Finding:
+        """One check on the sample."""
+        checks = list(CHECKS)
+        self.say("checks", checks.index(name), len(checks), name)
+        found = self.kept(
+            self.key(check=name, images=self.indices[: SAMPLE[self.budget]]), Finding, lambda: CHECKS[name](self.case)
+        )
+        self.say("checks", checks.index(name) + 1, len(checks), f"{name}: {found.level}")
+        return found
+
+    def play(self, stages: Sequence[Stage], deadline: float) -> tuple[_Ledger, bool]:
+        """Run the battery on the images standing; has all of it been run?"""
+        clean = self.clean()
+        ledger = _Ledger(clean, list(clean), list(clean), [None] * len(clean), [], [], {})
+        pace: list[tuple[float, float]] = []
+        for i, stage in enumerate(stages):
+            if time.monotonic() > deadline:
+                return ledger, False
+            rows = [j for j, held in enumerate(ledger.standing) if held]
+            if not rows:
+                break
+            bound = self._left(stages[i:], len(rows), pace)
+            parts = []
+            for at in range(0, len(rows), self.batch):
+                some = rows[at : at + self.batch]
+                note = f"{len(rows)} standing{bound}"
+                self.say(f"{i + 1}/{len(stages)} {stage.label}", at, len(rows), note)
+                parts.append(self.part(stage, some))
+            run = join(parts)
+            ran = sum(p.seconds for p in parts)
+            pace.append((ran, stage.calls * len(rows)))
+            assert run.adversarial is not None
+            points = run.adversarial.movedim(self.threat.axis, 0)
+            for j, held, point in zip(rows, run.robust, points, strict=True):
+                if not held:
+                    ledger.standing[j], ledger.broken_by[j], ledger.points[j] = False, stage.label, point.clone()
+            if stage.kind == "default":
+                ledger.default = list(ledger.standing)
+            ledger.runs.append(replace(run, attack=stage.label, adversarial=None))
+            ledger.kinds.append(stage.kind)
+            left = sum(ledger.standing)
+            self.say(f"{i + 1}/{len(stages)} {stage.label}", len(rows), len(rows), f"{len(rows)} -> {left} standing")
+        return ledger, True
+
+    def _left(self, stages: Sequence[Stage], standing: int, pace: Sequence[tuple[float, float]]) -> str:
+        """How long the rest takes at most, if no further image falls."""
+        seconds, calls = (sum(p) for p in zip(*pace, strict=True)) if pace else (0.0, 0.0)
+        if not calls:
+            return ""
+        rest = sum(s.calls for s in stages) * standing * seconds / calls
+        return f", at most {rest / 60:.0f} min left" if rest > 90 else f", at most {rest:.0f} s left"
+
+    def clean(self) -> list[bool]:
+        """Which images are classified correctly, by most of ten calls for a victim that draws noise."""
+        f, votes = self.victim.judge("pixel"), 10 if self.victim.random else 1
+        flags: list[bool] = []
+        with torch.no_grad():
+            for i in range(0, len(self.y), self.batch):
+                xs, ys = self.x[i : i + self.batch], self.y[i : i + self.batch]
+                right = torch.stack([correct(f(xs).float(), ys) for _ in range(votes)]).sum(0) * 2 > votes
+                flags += right.tolist()
+        return flags
+
+    def part(self, stage: Stage, rows: list[int]) -> Run:
+        """One stage on one batch of images."""
+        places = tuple(self.indices[j] for j in rows)
+        key = self.key(
+            attack=stage.attack, knobs=dict(stage.knobs), routes=[str(r) for r in stage.routes], images=places,
+            guide=stage.guide.name if stage.guide else "",
+        )  # fmt: skip
+
+        def make() -> Run:
+            at = torch.tensor(rows, device=self.x.device)
+            return attack(
+                ATTACKS[stage.attack], self.victim, self.threat, self.x[at], self.y[at],
+                route=stage.routes or None, guide=stage.guide, eot=self.eot, batch=self.batch, seed=self.seed,
+                keep=True, indices=places, data=self.data, **stage.knobs,
+            )  # fmt: skip
+
+        return self.kept(key, Run, make)
+
+    def verify(self, ledger: _Ledger, victim: Victim) -> list[Finding]:
+        """Show every adversarial to `victim` once more, alone; what does not hold is taken back."""
+        bad = verify(victim, self.threat, self.x, self.y, ledger.points)
+        for j in bad:
+            ledger.standing[j], ledger.broken_by[j] = True, None
+            ledger.default[j] = ledger.clean[j]
+            del ledger.points[j]
+        total = len(bad) + len(ledger.points)
+        why = "; ".join(f"{k} {v}" for k, v in sorted(Counter(bad.values()).items()))
+        return [
+            Finding(
+                id="S6",
+                name="adversarials verified again",
+                level="fail" if bad else "pass" if total else "not applicable",
+                value=float(len(bad)),
+                limit="0",
+                evidence=f"{total - len(bad)} of {total} adversarials hold, shown alone" + (f": {why}" if bad else ""),
+                advice="an image alone must score as in a batch, and twice the same; see S3, S4, S5" if bad else "",
+            )
+        ]
+
+    def curves(self, gradient: bool) -> dict[str, Any]:
+        """Mean margin by step and accuracy by radius, on the sample, for the page."""
+        if not gradient or self.threat.norm != "linf":
+            return {}
+        key = self.key(curves=1, images=self.indices[: SAMPLE[self.budget]])
+        case, eps = self.case, self.threat.eps
+        out: dict[str, Any] = {"loss": []}
+        for name, knobs in (
+            ("pgd", {"steps": 40, "step": eps / 8}), ("sapgd", {"steps": 40}), ("apgd", {"steps": 40}),
+            ("codebook", {"steps": 40}),
+        ):  # fmt: skip
+            if name == "codebook" and (self.victim.codebook is None or self.threat.space == "encoded"):
+                continue
+            run = self.kept(key | {"curve": name}, Run, lambda name=name, knobs=knobs: self._whole(case, name, knobs))
+            steps = list(range(len(run.trace)))
+            out["loss"].append({"label": name, "steps": steps, "mean": list(run.trace)})
+        radii = [0.0, *(k / 255 for k in (1, 2, 4, 8, 16, 32, 64, 128, 255))]
+        accuracy = []
+        for radius in radii:
+            knobs = {"steps": 10, "step": radius / 4}
+            run = self.kept(
+                key | {"radius": radius}, Run,
+                lambda radius=radius, knobs=knobs: self._whole(case, "pgd", knobs, replace(self.threat, eps=radius)),
+            )  # fmt: skip
+            accuracy.append(run.accuracy.value)
+        out["eps"] = {"attack": "pgd (steps 10, step eps/4)", "eps": radii, "accuracy": accuracy, "n": len(case.y)}
+        return out
+
+    def _whole(self, case: Case, name: str, knobs: dict[str, Any], threat: Threat | None = None) -> Run:
+        drop = threat is not None
+        return attack(
+            ATTACKS[name], case.victim, threat or case.threat, case.x, case.y, batch=self.batch, seed=self.seed,
+            eot=self.eot, drop=drop, **knobs,
+        )  # fmt: skip
+
+
+def join(parts: Sequence[Run]) -> Run:
+    """Runs of one attack on several batches as one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    zero = [(p.zero_gradient, p.n) for p in parts if p.zero_gradient is not None]
+    length = min(len(p.trace) for p in parts)
+    total = sum(p.n for p in parts)
+    axis = first.threat.axis
+    return replace(
+        first,
+        clean=sum((p.clean for p in parts), ()),
+        robust=sum((p.robust for p in parts), ()),
+        indices=sum((p.indices or () for p in parts), ()),
+        ties=sum(p.ties for p in parts),
+        forwards=sum(p.forwards for p in parts),
+        backwards=sum(p.backwards for p in parts),
+        dead_examples=sum(p.dead_examples for p in parts),
+        nonfinite=sum(p.nonfinite for p in parts),
+        silent=sum(p.silent for p in parts),
+        zero_gradient=sum(z * n for z, n in zero) / sum(n for _, n in zero) if zero else None,
+        trace=tuple(sum(p.trace[i] * p.n for p in parts) / total for i in range(length)),
+        seconds=sum(p.seconds for p in parts),
+        adversarial=torch.cat([p.adversarial for p in parts if p.adversarial is not None], axis)
+        if first.adversarial is not None
+        else None,
+    )
+
+
+def verify(
+    victim: Victim, threat: Threat, x: Tensor, y: Tensor, points: Mapping[int, Tensor], *, votes: int = 10
+) -> dict[int, str]:
+    """Adversarials that do not hold, by position in `x`, with the reason; each is shown alone, in float32.
+
+    A point must be finite, inside ball and box, in pixel space a grey-level image where `x` is one, and classified
+    strictly wrong, by most of `votes` calls where the victim draws noise.
+    """
+    judge, axis, bad = victim.judge(threat.space), threat.axis, {}
+    with torch.no_grad():
+        for j, point in points.items():
+            u = point.to(x).unsqueeze(axis)
+            clean = x[j : j + 1]
+            u0 = clean if threat.space == "pixel" else victim.encode(clean)
+            level = u * 255
+            grid = threat.space == "pixel" and bool(((clean * 255) - (clean * 255).round()).abs().max() < 1e-3)
+            calls = votes if victim.random else 1
+            m = torch.stack([margin(judge(u).float(), y[j : j + 1]) for _ in range(calls)]).median(0).values
+            if not bool(u.isfinite().all()):
+                bad[j] = "not finite"
+            elif not victim.random and not bool(threat.contains(u, u0).all()):
+                bad[j] = "outside ball or box"
+            elif grid and not bool((level - level.round()).abs().max() < 1e-3):
+                bad[j] = "off the grey levels"
+            elif not bool(m > 0):
+                bad[j] = "not adversarial"
+    return bad
+
+
+def _control(work: _Work, control: Victim | None, budget: Budget) -> Finding:
+    """C18: an undefended victim of the same kind must fall to the same attack, or the attack is too weak."""
+    name, limit = "an undefended control falls", "at most 5 % left"
+    if control is None or work.threat.norm != "linf":
+        return Finding(id="C18", name=name, level="not applicable", value=None, limit=limit, evidence="none was given")
+    other = replace(work, victim=control, identity=f"{work.identity} control {control.name}")
+    stages = [s for s in battery(control, work.threat, "quick") if s.kind in ("default", "gradient", "code")]
+    k = SAMPLE[budget]
+    other.x, other.y, other.indices = work.x[:k], work.y[:k], work.indices[:k]
+    ledger, _ = other.play(stages, math.inf)
+    left = Rate(sum(ledger.standing), len(ledger.standing))
+    weak = left.interval()[0] > 0.05
+    return Finding(
+        id="C18", name=name, level="warn" if weak else "pass", value=left.value, limit=limit,
+        evidence=f"{control.name} keeps {left}",
+        advice="radius too small or attack too weak to tell a defended from an undefended victim" if weak else "",
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""What an audit concludes: findings of the battery, and the verdict by the rules of docs/findings.md."""
+
+import math
+from collections.abc import Sequence
+
+from sparsetrail.auditing.battery import Kind, Stage
+from sparsetrail.core import Finding, Rate
+from sparsetrail.core.results import Verdict
+
+NOT_RUN = "not run: nothing stood, nothing of the kind was given, or this victim does not allow it"
+FEW = 100  # images below which nothing is concluded
+
+
+def judge(
+    findings: Sequence[Finding],
+    default: Sequence[bool],
+    worst: Sequence[bool],
+    clean: Sequence[bool],
+    claim: float | None,
+    complete: bool,
+) -> tuple[Verdict, str]:
+    """The verdict and its reason, by the rules of docs/findings.md."""
+    n = len(worst)
+    failed = [f for f in findings if f.level == "fail"]
+    sanity = [f for f in failed if f.id.startswith("S")]
+    if sanity:
+        return "inconclusive", f"the evaluation itself is not sound: {_names(sanity)}; mend that first"
+    masking = [f for f in failed if f.masking]
+    now, before = Rate(sum(worst), n), Rate(sum(default), n)
+    fell = f"{100 * (before.value - now.value):.1f} points below the default attack's {100 * before.value:.1f} %"
+    if masking:
+        return "masked", f"the gradient does not show the way: {_names(masking)}; the worst case, {now}, is {fell}"
+    if claim is None:
+        lost = sum(a and not b for a, b in zip(default, worst, strict=True))
+        if lost / n > 0.01 and 0.5**lost < 0.05:  # every discordant image fell: exact one-sided sign test
+            return "overstated", f"the default attack is too weak: the worst case, {now}, is {fell}"
+    elif now.value < claim - 0.01 and _tail(now.k, n, claim) < 0.05:
+        return "overstated", f"{100 * claim:.1f} % were claimed, the worst case is {now}"
+    if not any(clean):
+        return "inconclusive", "no image is classified correctly: there is nothing to attack"
+    if n < FEW:
+        return "inconclusive", f"{n} images are too few to support a claim; expected at least {FEW}, better 1000"
+    if not complete:
+        return "inconclusive", f"the battery did not finish; so far {now}"
+    others = [f for f in failed if not f.masking]
+    beside = f"; weaknesses of weaker attacks: {_names(others)}" if others else ""
+    what = f"the default attack's {100 * before.value:.1f} %" if claim is None else f"the claimed {100 * claim:.1f} %"
+    return "supported", f"nothing in the battery beats {what} by more than chance: {now}{beside}"
+
+
+def _tail(k: int, n: int, p: float) -> float:
+    """P(X <= k) for X binomial(n, p)."""
+    if p <= 0 or p >= 1:
+        return 1.0 if p <= 0 or k >= n else 0.0
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
+        for i in range(k + 1)
+    ]
+    return min(1.0, sum(map(math.exp, logs)))
+
+
+def _names(findings: Sequence[Finding]) -> str:
+    return ", ".join(f"{f.name} ({f.id})" for f in findings)
+
+
+def battery_findings(broken_by: Sequence[str | None], ran: Sequence[Kind], stages: Sequence[Stage]) -> list[Finding]:
+    """C9, C10, C11, C13, C15: which kind of attack broke what the ones before it had left."""
+    n, kinds = len(broken_by), {s.label: s.kind for s in stages}
+
+    def finding(id: str, name: str, kind: Kind, warn: float, fail: float, advice: str, masking: bool) -> Finding:
+        asked = kind in ran
+        count = sum(b is not None and kinds[b] == kind for b in broken_by)
+        share = count / n
+        few = count < 3  # one or two images are chance, whatever share of a small sample they are
+        level = "fail" if share > fail and not few else "warn" if share > warn else "pass"
+        return Finding(
+            id=id, name=name, level=level if asked else "not applicable", value=share if asked else None,
+            limit=f"warn above {100 * warn:g} %, fail above {100 * fail:g} % of all images (and three of them)",
+            evidence=f"{count} of {n} images fell to it alone, after all attacks before it" if asked else NOT_RUN,
+            advice=advice if asked and level != "pass" else "", masking=masking,
+        )  # fmt: skip
+
+    return [
+        finding("C9", "another backward does better", "route", 0.01, 0.05,
+                "report the worst case over surrogates, never one of them", False),
+        finding("C15", "the code can be attacked better", "code", 0.002, 0.01,
+                "attack a discrete encoder by its codebook, not by a straight-through gradient", False),
+        finding("C10", "transfer beats the own gradient", "transfer", 0.002, 0.01,
+                "the victim's gradient points elsewhere; look at G1 to G7", True),
+        finding("C11", "black box beats the gradient", "black box", 0.002, 0.01,
+                "scores alone lead where the gradient does not: it is masked", True),
+        finding("C13", "noise beats the gradient", "noise", 0.002, 0.01,
+                "random points fool what gradients did not: the gradient is masked", True),
+    ]  # fmt: skip
+
+
+def sample_size(n: int) -> Finding:
+    """C21: how many images a share rests on."""
+    half = 100 * max(hi - lo for lo, hi in [Rate(n // 2, n).interval()]) / 2
+    return Finding(
+        id="C21", name="sample size", level="pass" if n >= 1000 else "warn", value=float(n), limit="1000 or more",
+        evidence=f"n={n}: at 50 % the interval is +-{half:.1f} points",
+        advice="" if n >= 1000 else "take 1000 images or more for a claim",
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+"""What chance alone explains: exact sign test, lower and upper ends of a share, rank correlation."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsetrail._shapes import Bool, Float
+from sparsetrail.core import Rate
+
+
+def sign_test(more: int, less: int) -> float:
+    """One-sided p that of `more` + `less` discordant images at least `more` fall on one side of a fair coin.
+
+    McNemar 1947, Psychometrika 12:153, in its exact form.
+    """
+    n = more + less
+    return sum(math.comb(n, k) for k in range(more, n + 1)) / 2**n
+
+
+def discordant(a: Bool[Tensor, " n"], b: Bool[Tensor, " n"]) -> tuple[int, int]:
+    """How many images only `a` holds, and only `b`."""
+    return int((a & ~b).sum()), int((b & ~a).sum())
+
+
+def at_least(k: int, n: int) -> float:
+    """Lower end of the 95 % Wilson interval of k of n."""
+    return Rate(k, n).interval()[0]
+
+
+def at_most(k: int, n: int) -> float:
+    """Upper end of the 95 % Wilson interval of k of n."""
+    return Rate(k, n).interval()[1]
+
+
+def ranks(v: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+    """Ranks within each row, ties at their mean."""
+    below = (v[:, None, :] < v[:, :, None]).sum(2)
+    equal = (v[:, None, :] == v[:, :, None]).sum(2)
+    return below + (equal - 1) / 2
+
+
+def spearman(a: Float[Tensor, "n r"], b: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
+    """Rank correlation of each row of `a` with that of `b`; 0 where a row is constant. Spearman 1904."""
+    x, y = ranks(a).double(), ranks(b).double()
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    size = x.norm(dim=1) * y.norm(dim=1)
+    return torch.where(size > 0, (x * y).sum(1) / size.clamp(min=1e-30), 0.0).to(a.dtype)

@@ -1,0 +1,327 @@
+"""S: is the evaluation itself sound? A failure here makes every number that follows meaningless."""
+
+import hashlib
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sparsetrail.attacks import attack, noise, pgd
+from sparsetrail.checks.case import Case, Outcome, Skip, check, flags, graded
+from sparsetrail.core import Linf, Run, Victim, margin
+
+
+@check("S0", "finite scores")
+def finite_scores(case: Case) -> Outcome:
+    """Scores are finite at clean images, at corners of the ball and at adversarial points. Any other fails."""
+    corner = case.within(case.u0 + case.corner * case.draw(case.u0, signs=True), case.u0)
+    points = {"clean": case.u0, "corner": corner}
+    if bool(case.z.isfinite().all()):
+        points["attacked"] = _points(case.usual)
+    bad = {k: int((~case.scores(u).isfinite()).any(1).sum()) for k, u in points.items()}
+    total = sum(bad.values())
+    where = ", ".join(f"{v} of {case.n} {k}" for k, v in bad.items())
+    return Outcome(
+        graded(False, total > 0),
+        total,
+        "0",
+        f"images with a NaN or infinite score: {where}",
+        "find the operation that overflows or divides by zero; a NaN is never a success here, so it hides adversarials",
+    )
+
+
+@check("S1", "valid adversarials")
+def own_adversarials(case: Case) -> Outcome:
+    """The points of the case's own attack stand up to `validity`."""
+    return validity(case, case.usual)
+
+
+def validity(case: Case, run: Run) -> Outcome:
+    """Adversarials are finite, in ball and box (1e-6), and still fool once rounded to 256 grey levels. Any other fails.
+
+    Croce & Hein 2020, arXiv:2003.01690 (final check of AutoAttack's code); rounding as an image file rounds.
+    """
+    if run.adversarial is None:
+        raise Skip("the run kept no adversarial points (keep=True)")
+    u = run.adversarial.to(case.u0)
+    fooled = flags(run.clean) & ~flags(run.robust)
+    outside = ~run.threat.contains(u, case.u0).cpu()
+    lost = torch.zeros_like(fooled)  # stays so for a random victim: votes on a point near the boundary waver
+    if not case.victim.random and case.threat.space == "pixel" and _grey(case.x) and case.threat.box == (0.0, 1.0):
+        rounded = run.threat.snap(u.nan_to_num(), case.u0)
+        with torch.no_grad():
+            z = torch.cat([case.victim.judge("pixel")(part).float() for part in rounded.split(case.batch)])
+        lost = fooled & (margin(z, case.y) <= 0).cpu()
+    bad = int((outside | lost).sum())
+    return Outcome(
+        graded(False, bad > 0),
+        bad,
+        "0",
+        f"{int(outside.sum())} of {case.n} points outside ball or box or not finite; {int(lost.sum())} of "
+        f"{int(fooled.sum())} adversarials no longer fool when rounded to grey levels",
+        "project to the ball and round before judging; count what then fools",
+    )
+
+
+@check("S2", "nothing changes while scoring")
+def unchanged(case: Case) -> Outcome:
+    """Weights, buffers and mode are the same before and after scores and gradients. Change, or train mode, fails."""
+    module = case.victim.module
+    if module is None:
+        raise Skip("the victim names no module to look at")
+    training = sum(m.training for m in module.modules()) if case.victim.mode == "eval" else 0
+    before, modes = _digest(module), [m.training for m in module.modules()]
+    if not module.training:
+        case.scores(case.u0)
+        case.reach(case.u0, case.y)
+    after = _digest(module)
+    moved = [k for k in before if before[k] != after.get(k)] + [k for k in after if k not in before]
+    switched = sum(a != b.training for a, b in zip(modes, module.modules(), strict=True))
+    words = f"; first {moved[0]}" if moved else ""
+    return Outcome(
+        graded(False, bool(moved or training or switched)),
+        len(moved),
+        "0",
+        f"{len(moved)} of {len(before)} tensors changed{words}; {training} modules in train mode, {switched} switched",
+        "call net.eval() and keep running statistics fixed while attacking; restore the weights from their file",
+    )
+
+
+@check("S3", "no state from one batch to the next")
+def state_reset(case: Case) -> Outcome:
+    """logits(u), logits(v), logits(u) again: first and third equal to 1e-5. (Forgotten reset: SpikingJelly #594.)"""
+    if case.victim.random:
+        raise Skip("the victim draws noise: equal scores are not expected")
+    with torch.no_grad():
+        u = case.victim.encode(case.x)
+        a = case.victim.logits(u).float()
+        case.victim.logits(u.flip(u.ndim - 1).flip(0))
+        b = case.victim.logits(u).float()
+    gap = _gap(a, b)
+    return Outcome(
+        graded(False, not gap <= 1e-5),
+        gap,
+        "1e-5 of the largest score",
+        f"scores of the same {case.n} inputs differ by {gap:.2g} after another batch was scored in between",
+        "reset every membrane and counter at the start of each forward (undeclared noise looks the same, see S4)",
+    )
+
+
+@check("S3e", "no state in the encoder")
+def encoder_reset(case: Case) -> Outcome:
+    """encode(x), encode(x'), encode(x) again: first and third equal to 1e-5. A phase code that counts on fails."""
+    if case.victim.random:
+        raise Skip("the victim draws noise: equal codes are not expected")
+    with torch.no_grad():
+        a = case.victim.encode(case.x).float()
+        case.victim.encode(1 - case.x)
+        b = case.victim.encode(case.x).float()
+    gap = _gap(a, b)
+    return Outcome(
+        graded(False, not gap <= 1e-5),
+        gap,
+        "1e-5",
+        f"the encoder gives the same {case.n} images another code, by {gap:.2g}, after it coded others in between",
+        "reset the encoder's counter before each batch (undeclared noise in it looks the same, see S4)",
+    )
+
+
+@check("S4", "the same scores twice")
+def determinism(case: Case) -> Outcome:
+    """Five forwards from pixels; scores of length one differ by no more than 1e-4 (AutoAttack's checks.py)."""
+    with torch.no_grad():
+        z = [nn.functional.normalize(case.victim.scores(case.x).float(), dim=1) for _ in range(5)]
+    gap = max(float((v - z[0]).norm(dim=1).max()) for v in z[1:])
+    random = not gap <= 1e-4
+    declared = case.victim.random
+    return Outcome(
+        graded(False, random and not declared),
+        gap,
+        "1e-4 unless declared random",
+        f"5 forwards of {case.n} images differ by {gap:.2g}; declared {'random' if declared else 'deterministic'}",
+        "declare Victim(random=True) and attack with eot > 1, or remove what draws (or what is not reset, see S3)",
+    )
+
+
+@check("S5", "an image is scored alone")
+def batch_invariance(case: Case) -> Outcome:
+    """Scores alone, permuted and beside strangers equal those in the batch, to 1e-4 or ten times what rounding does.
+
+    What rounding does is measured: the input changed in its last bit. A spike within rounding of the threshold may
+    flip when a library sums in another order, which is no fault. (foolbox #243, TRADES #3.)
+    """
+    if case.victim.random:
+        raise Skip("the victim draws noise: equal scores are not expected")
+    axis, u = case.axis, case.u0.narrow(case.axis, 0, min(case.n, case.batch))
+    count = u.shape[axis]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(case.seed)).to(u.device)
+    with torch.no_grad():
+        z = case.f(u).float()
+        few = min(8, count)
+        alone = torch.cat([case.f(part).float() for part in u.narrow(axis, 0, few).split(1, axis)])
+        shuffled = case.f(u.index_select(axis, order)).float()
+        padded = case.f(torch.cat([u, case.boxed(1 - u)], axis)).float()[:count]
+        last_bit = case.f(u * (1 + 2**-23 * case.draw(u, 1, signs=True))).float()
+    gaps = {"alone": _gap(z[:few], alone), "permuted": _gap(z[order], shuffled), "padded": _gap(z, padded)}
+    slack = max(1e-4, 10 * _gap(z, last_bit))
+    worst = max(gaps, key=lambda k: gaps[k])
+    return Outcome(
+        graded(False, not gaps[worst] <= slack),
+        gaps[worst],
+        f"{slack:.2g} of the largest score",
+        ", ".join(f"{k} {v:.2g}" for k, v in gaps.items()) + f": change of the scores of {count} images",
+        "use running statistics in eval mode, and nothing else that mixes the images of a batch",
+    )
+
+
+@check("S6", "adversarials judged alone")
+def judged_alone(case: Case) -> Outcome:
+    """What fooled the victim in a batch fools it in a batch of one, by encode and logits without shortcut. All but
+    chance of it, which is rounding of a near tie: more than one image in twenty fails. (AutoAttack #74.)"""
+    run, space = case.usual, case.threat.space
+    if case.victim.random:
+        raise Skip("the victim draws noise: points are judged by votes")
+    fooled = (flags(run.clean) & ~flags(run.robust)).nonzero()[:32, 0].to(case.x.device)
+    if len(fooled) == 0:
+        raise Skip("the attack fooled no image")
+    u, logits = _points(run).to(case.u0).index_select(case.axis, fooled), case.victim.exact or case.victim.logits
+    with torch.no_grad():
+        z = [logits(part if space == "encoded" else case.victim.encode(part)) for part in u.split(1, case.axis)]
+    lost = int((margin(torch.cat(z).float(), case.y[fooled]) <= 0).sum())
+    return Outcome(
+        graded(lost > 0, lost > max(1, len(fooled) // 20)),
+        lost,
+        "0; 1 in 20 for near ties",
+        f"{lost} of {len(fooled)} adversarials do not fool when scored one by one, without the shortcut",
+        "find what makes a score depend on the batch (S5), on earlier batches (S3) or on the shortcut",
+    )
+
+
+@check("S7", "radius zero changes nothing")
+def radius_zero(case: Case) -> Outcome:
+    """An attack of radius 0 leaves clean accuracy, image by image. (torchattacks #124.)"""
+    if case.victim.random:
+        raise Skip("the victim draws noise: accuracy differs from draw to draw")
+    run = case.run(noise, threat=replace(case.threat, eps=0.0), draws=2)
+    moved = int((flags(run.clean) != flags(run.robust)).sum())
+    off = int((flags(run.clean) != case.right.cpu()).sum())
+    return Outcome(
+        graded(False, moved + off > 0),
+        moved + off,
+        "0",
+        f"{moved} of {case.n} images judged otherwise after an attack of radius 0; {off} not as first scored",
+        "scores depend on more than the input: look at S2, S3, S4 and S5",
+    )
+
+
+@check("S8", "ties between scores")
+def ties(case: Case) -> Outcome:
+    """Share of images whose two best scores are equal, over clean and attacked points; over 0.5 % warns."""
+    z = torch.cat([case.z, case.scores(_points(case.usual).to(case.u0))])
+    top = z.topk(2, 1).values
+    tied = int((top[:, 0] == top[:, 1]).sum())
+    return Outcome(
+        graded(tied / len(z) > 0.005, False),
+        tied / len(z),
+        "0.005",
+        f"{tied} of {len(z)} score rows have two equal best scores",
+        "a tie counts as robust where the clean image won outright; read out potentials or rates of finer steps",
+    )
+
+
+@check("S9", "scores are logits of the right classes")
+def kind_of_scores(case: Case) -> Outcome:
+    """One score a class, else fails; no probabilities, which warn: their loss saturates (AutoAttack's checks.py)."""
+    with torch.no_grad():
+        z = case.f(case.u0).detach().float()
+    shaped = z.shape == (case.n, case.victim.classes)
+    off = float((z.sum(1) - 1).abs().max()) if shaped else math.nan
+    probabilities = shaped and bool((z >= 0).all()) and off < 1e-3
+    return Outcome(
+        graded(probabilities, not shaped),
+        z.shape[1] if z.ndim == 2 else None,
+        f"{case.victim.classes} scores, not probabilities",
+        f"scores {tuple(z.shape)} for {case.n} images and {case.victim.classes} classes"
+        + (f"; none negative, sums within {off:.1g} of 1" if probabilities else ""),
+        "return what goes into the softmax" if shaped else "let Victim(classes=...) be the number of scores",
+    )
+
+
+@check("S10", "no optimisation inside the forward")
+def optimisation(case: Case) -> Outcome:
+    """Derivatives that a forward takes by itself, counted; any fails: its gradient is that of one step of a search.
+
+    Croce et al. 2022, arXiv:2202.13711: such defences need attacks of their own.
+    """
+    with _Derivatives() as seen, torch.enable_grad():
+        case.f(case.u0.narrow(case.axis, 0, min(4, case.n)).clone().requires_grad_())
+    return Outcome(
+        graded(False, seen.count > 0),
+        seen.count,
+        "0",
+        f"{seen.count} calls of autograd within one forward",
+        "the battery is not made for a victim that searches at test time: attack it by what it optimises",
+    )
+
+
+@check("S11", "the attack solves a linear problem")
+def self_test(case: Case) -> Outcome:
+    """PGD reaches the closed-form worst margin of a linear classifier, in this threat's space, to 1e-4."""
+    if case.threat.norm != "linf":
+        raise Skip("closed form written for L-infinity")
+    g = torch.Generator().manual_seed(case.seed)
+    w, x = torch.randn(2, 27, generator=g), torch.rand(16, 3, 3, 3, generator=g) * 0.4 + 0.3
+    linear = Victim(
+        encode=lambda x: x.unsqueeze(0), logits=lambda u: u.movedim(1, 0).flatten(1) @ w.T, steps=1, classes=2
+    )
+    y = linear.scores(x).argmax(1)
+    run = attack(pgd, linear, Linf(0.05, space=case.threat.space), x, y, drop=False, keep=True, steps=20, step=0.02)
+    found = margin(linear.of(case.threat.space)(_points(run)), y)
+    best = margin(linear.scores(x), y) + 0.05 * (w[0] - w[1]).abs().sum()
+    gap = float((best - found).abs().max())
+    return Outcome(
+        graded(False, not gap <= 1e-4),
+        gap,
+        "1e-4",
+        f"PGD ends {gap:.2g} from the closed form on {len(y)} points of a linear classifier",
+        "the attack itself is broken on this machine: reinstall, run the tests",
+    )
+
+
+class _Derivatives(TorchFunctionMode):
+    """Counts the calls of autograd made inside."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _points(run: Run) -> Tensor:
+    assert run.adversarial is not None
+    return run.adversarial
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference, in units of the largest entry where that exceeds 1; two NaN are equal."""
+    a, b = a.detach(), b.detach()  # an exported network may hand out scores that ask for a gradient
+    size = a.nan_to_num().abs().max().clamp(min=1)
+    return float(((a - b).abs() / size).nan_to_num(math.inf).where(a.isfinite() | b.isfinite(), 0.0).max())
+
+
+def _digest(module: nn.Module) -> dict[str, str]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {
+        k: hashlib.sha256(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for k, v in named
+    }
+
+
+def _grey(x: Tensor) -> bool:
+    level = x.double() * 255
+    return bool(((level - level.round()).abs() < 1e-3).all())

@@ -1,0 +1,278 @@
+"""An audit as kept work: the model or a foreign victim, one threat or several side by side, adversarials as a file."""
+
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsetrail._files import write_atomic
+from sparsetrail.auditing import Budget, audit, verify
+from sparsetrail.core import Audit, Rate, Report, Run, Threat, Trail, Victim, as_fraction
+from sparsetrail.data import Dataset, pixels
+from sparsetrail.models import Trained, load_model
+from sparsetrail.recipes.measure import Bench, Precision, as_victim, card, clean, follow, identity, provenance
+from sparsetrail.report import pack, unpack
+from sparsetrail.snn.weights import load_weights, save_weights
+
+T = TypeVar("T")
+SHOWN = 6  # adversarial images on the page
+CONTRACT = {"value grid": "256 grey levels", "reset contract": "stateless: one call takes the whole sequence"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is audited: a victim that can be made again, and what identifies it; `model` where it is one of ours."""
+
+    name: str
+    make: Callable[[], Victim]
+    identity: str
+    model: Trained | None = None
+
+
+def target(text: str, *, device: str = "cpu", precision: Precision = "fp32") -> Target:
+    """A run folder, a model.safetensors, or `file.py:function`, a function without arguments that returns a `Victim`.
+
+    ValueError says which of the three was expected. The Python file is run: it is your own code.
+    """
+    file, _, function = text.rpartition(":")
+    if file.endswith(".py"):
+        return _foreign(Path(file), function)
+    path = Path(text)
+    if not path.exists():
+        raise ValueError(
+            f"{text}: expected a run folder, a model.safetensors or file.py:function that returns a Victim, found "
+            "nothing there"
+        )
+    folder = path if path.is_dir() else path.parent
+    name, model = folder.resolve().name, load_model(path)
+
+    def make() -> Victim:
+        return as_victim(load_model(path), name, device=device, precision=precision)
+
+    return Target(name=name, make=make, identity=model.sha256, model=model)
+
+
+def _foreign(path: Path, function: str) -> Target:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a Python file with the function {function}, found no file")
+    code = path.read_bytes()
+
+    def make() -> Victim:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        build = getattr(module, function, None)
+        if build is None:
+            raise ValueError(f"{path}: expected a function {function}, found none of that name")
+        victim = build()
+        if not isinstance(victim, Victim):
+            raise ValueError(f"{path}:{function}: expected a sparsetrail Victim, got {type(victim).__name__}")
+        return victim
+
+    return Target(name=f"{path.stem}:{function}", make=make, identity=hashlib.sha256(code).hexdigest())
+
+
+class Cells:
+    """A store of finished parts as files: one JSON a part, adversarial tensors beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Where the part of a key lies."""
+        text = json.dumps(key, sort_keys=True, default=str)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+    def get(self, key: Mapping[str, Any], kind: type[T]) -> T | None:
+        """The part of a key; ValueError where its file is damaged."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            held = json.loads(path.read_text())
+            found = unpack(kind, held["part"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a part of an audit, found {error!r}; move the file away") from None
+        if isinstance(found, Run) and held["tensor"]:
+            points = load_weights(path.with_suffix(".safetensors"))[0]["adversarial"]
+            found = replace(found, adversarial=points)  # type: ignore[type-var]
+        return found
+
+    def put(self, key: Mapping[str, Any], value: Any) -> None:
+        """Keep a part; the tensor first, so that a part that is there is whole."""
+        path, points = self.path(key), getattr(value, "adversarial", None)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if points is not None:
+            save_weights(path.with_suffix(".safetensors"), {"adversarial": points}, {"kind": "adversarial"})
+        body = {"key": json.loads(json.dumps(key, default=str)), "part": pack(value), "tensor": points is not None}
+        write_atomic(path, json.dumps(body).encode())
+
+
+def run(
+    bench: Bench,
+    what: Target,
+    threats: Sequence[Threat],
+    data: Dataset,
+    *,
+    budget: Budget = "standard",
+    claim: float | None = None,
+    claim_source: str = "",
+    guides: Sequence[Target] = (),
+    control: Target | None = None,
+    eot: int | None = None,
+    minutes: float | None = None,
+    traced: int = 64,
+    command: str = "sparsetrail audit",
+) -> tuple[Report, list[dict[str, Any]]]:
+    """Audit a target under every threat, one after the other; the report, and example images for its page.
+
+    Finished parts and the adversarials found are kept in `bench.out`; nothing is averaged over threats. `claim` is
+    only for one threat: a figure is claimed under one.
+    """
+    if claim is not None and len(threats) > 1:
+        raise ValueError("claim: expected one threat to lay the claim beside, got several; audit them one by one")
+    started = time.monotonic()
+    victim = what.make()
+    x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
+    _fits(victim, x, data)
+    cells = Cells(bench.out / "cells")
+    name = f"{what.identity} {data.sha256} {_fingerprint(victim, x)}"
+    about: dict[str, Any] = {}
+    trails: list[Trail] = []
+    if what.model is not None:
+        about = card(what.model, what.name, clean(bench, what.model, what.name, data), data)
+        some = replace_images(data, traced)
+        trails.append(follow(bench, what.model, what.name, some))
+    audits: list[Audit] = []
+    images: list[dict[str, Any]] = []
+    for threat in threats:
+        found, points = audit(
+            victim, threat, x, y, budget=budget, claim=claim, claim_source=claim_source,
+            guides=[g.make() for g in guides], control=None if control is None else control.make(), fresh=what.make,
+            eot=eot, minutes=minutes, batch=bench.batch, seed=bench.seed, card=about, data=identity(data),
+            provenance=provenance(bench, started, command) | CONTRACT, store=cells, identity=name, say=bench.tick,
+            stop=bench.stop,
+        )  # fmt: skip
+        audits.append(_keep(bench, what, data, found, points))
+        images += [i | {"audit": len(audits) - 1} for i in _examples(victim, found, points, data, bench.device)]
+    report = Report(
+        title=f"Audit of {what.name}",
+        summary=tuple(sentence(a) for a in audits),
+        models=(about,) if about else (),
+        runs=(),
+        trails=tuple(trails),
+        claims=(),
+        provenance=provenance(bench, started, command),
+        audits=tuple(audits),
+    )
+    return report, images
+
+
+def replace_images(data: Dataset, n: int) -> Dataset:
+    """The first images of a set, or all of a smaller one."""
+    from sparsetrail.data import take
+
+    return data if n >= len(data.labels) else take(data, n, seed=0)
+
+
+def sentence(a: Audit) -> str:
+    """An audit in one sentence: verdict, threat, the three figures."""
+    claim = "" if a.claim is None else f"claimed {100 * a.claim:.1f} %, "
+    return (
+        f"{a.verdict}, {a.threat}, n={a.n}: clean {a.clean_accuracy.value:.1%}, {claim}default attack leaves "
+        f"{a.default_accuracy.value:.1%}, worst case {a.accuracy}. {a.reason[:1].upper()}{a.reason[1:]}."
+    )
+
+
+def adversarial_file(folder: Path, threat: Threat) -> Path:
+    """Where the adversarials of an audit lie."""
+    return folder / f"adversarial-{threat.space}-{threat.norm}-{as_fraction(threat.eps).replace('/', 'of')}.safetensors"
+
+
+def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> tuple[Rate, dict[int, str]]:
+    """Show every kept adversarial of an audit to the model made anew, one by one; how many hold, and why others do not.
+
+    ValueError where none are kept, or those of other data.
+    """
+    path = adversarial_file(bench.out, threat)
+    if not path.exists():
+        raise ValueError(f"{path}: expected the adversarials of an audit, found none; run the audit first")
+    held, about, _ = load_weights(path)
+    if about["data"] != data.sha256:
+        raise ValueError(f"{path}: expected adversarials of {data.name} with this --n, found those of other data")
+    points = dict(zip(held["indices"].tolist(), held["adversarial"], strict=True))
+    x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
+    bad = verify(what.make(), threat, x, y, points)
+    return Rate(len(points) - len(bad), max(1, len(points))), bad
+
+
+def _keep(bench: Bench, what: Target, data: Dataset, found: Audit, points: Mapping[int, Tensor]) -> Audit:
+    """The adversarials as one file, its content hash in the audit."""
+    if not points:
+        return found
+    order = sorted(points)
+    tensors = {
+        "adversarial": torch.stack([points[j].cpu() for j in order]),
+        "indices": torch.tensor(order),
+        "labels": data.labels.cpu()[order],
+    }
+    about = {
+        "kind": "adversarial", "victim": what.identity, "data": data.sha256, "threat": str(found.threat),
+    }  # fmt: skip
+    sha = save_weights(adversarial_file(bench.out, found.threat), tensors, about)
+    return replace(found, provenance=found.provenance | {"adversarial tensor sha256": sha})
+
+
+def _examples(
+    victim: Victim, found: Audit, points: Mapping[int, Tensor], data: Dataset, device: str
+) -> list[dict[str, Any]]:
+    if found.threat.space != "pixel":
+        return []
+    rows = sorted(points)[:SHOWN]
+    out = []
+    for j in rows:
+        with torch.no_grad():
+            k = int(victim.scores(points[j][None].to(device)).argmax(1))
+        out.append(
+            {
+                "clean": data.images[j].movedim(0, -1).squeeze(-1).numpy(),
+                "adversarial": (points[j].cpu() * 255).round().to(torch.uint8).movedim(0, -1).squeeze(-1).numpy(),
+                "label": data.classes[int(data.labels[j])],
+                "predicted": data.classes[k],
+                "title": f"{found.threat}: {found.broken_by[j]}",
+            }
+        )
+    return out
+
+
+def _fits(victim: Victim, x: Tensor, data: Dataset) -> None:
+    if victim.classes != len(data.classes):
+        raise ValueError(
+            f"{victim.name}: expected {victim.classes} classes, found {len(data.classes)} in {data.name}; name its own "
+            "set with --data"
+        )
+    try:
+        with torch.no_grad():
+            z = victim.scores(x[:2])
+    except RuntimeError as error:
+        raise ValueError(f"{victim.name} does not take images {tuple(x[:2].shape)} of {data.name}: {error}") from None
+    if tuple(z.shape) != (len(x[:2]), victim.classes):
+        raise ValueError(
+            f"{victim.name}: expected scores {(len(x[:2]), victim.classes)}, got {tuple(z.shape)} for {data.name}"
+        )
+
+
+def _fingerprint(victim: Victim, x: Tensor) -> str:
+    """What tells two victims of the same code apart: their scores of a few images."""
+    if victim.random:
+        return "random"
+    with torch.no_grad():
+        return hashlib.sha256(victim.scores(x[:8]).float().cpu().numpy().tobytes()).hexdigest()[:16]

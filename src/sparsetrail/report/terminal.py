@@ -1,0 +1,92 @@
+"""A report in the terminal: what a person wants to see at the end."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparsetrail.core import Audit, Report
+from sparsetrail.report import audits as words
+from sparsetrail.report.tables import FIGURES, Grid, facts, kind_grid, per_setting, trail_groups
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TONES = {"good": "green", "warn": "yellow", "bad": "red", "none": "dim"}
+
+
+def console(report: Report, console: "Console") -> None:
+    """Verdicts of audits, an accuracy table a threat, zero shares by kind of operation."""
+    from rich.text import Text
+
+    show_audits(report.audits, console)
+    for _, grid in per_setting(report.runs):
+        _print(grid, console)
+    if report.runs:
+        console.print(Text(f"95 % Wilson intervals; {'; '.join(facts(report.runs))}", style="dim"))
+    figures = [claim for claim in report.claims if claim.figure in FIGURES]
+    for group in trail_groups(report.trails):
+        grid = kind_grid(group, figures)
+        keep = [i for i, name in enumerate(grid.head) if not name.startswith("forced")]  # at length in the other forms
+        head = tuple(grid.flat_head[i].removeprefix("zero, ") for i in keep)
+        rows = tuple(tuple(row[i] for i in keep) for row in grid.rows)
+        _print(Grid(f"{grid.caption}; {group.title}", head, rows), console)
+
+
+def show_audits(audits: Sequence[Audit], console: "Console") -> None:
+    """Per audit the battery, the checks that are raised, and last, where the eye rests, the verdict."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for audit in audits:
+        _print(words.short_grid(audit), console)
+        if audit.alarms:
+            console.print(Padding(Text("Checks raised", style="bold"), (1, 0, 0, 0)))
+        for finding in words.ordered(audit.alarms):
+            tone = TONES[words.LEVELS[finding.level][0]]
+            value = f"{words.number(finding.value)}, limit {finding.limit}; " if finding.limit else ""
+            line = Text.assemble(
+                (words.level(finding), tone), f"  {finding.id} {finding.name}: {value}{finding.evidence}"
+            )
+            if finding.advice:
+                line.append(f" \u2192 {finding.advice}", style="dim")
+            console.print(Padding(line, (0, 0, 0, 2)))
+        console.print(Text(f"checks: {words.tally(audit)}; {'; '.join(words.words(audit))}", style="dim"))
+        tone, sign = words.VERDICTS[audit.verdict]
+        said = [figure.text() for figure in words.figures(audit)]
+        console.print(Padding(Text(f" {words.ARROW} ".join(said)), (1, 0, 0, 0)))
+        console.print(Text.assemble((f"{sign} {audit.verdict}", f"bold {TONES[tone]}"), f": {audit.reason}"))
+
+
+def _print(grid: Grid, console: "Console") -> None:
+    """The grid as one table, or as several under each other where the terminal is too narrow for all columns."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    def width(i: int) -> int:
+        words = [*grid.head[i].split(), *(line for row in grid.rows for line in str(_two_lines(row[i])).split("\n"))]
+        return max(map(len, words)) + 2
+
+    label = list(range(grid.labels))
+    room = console.width - sum(min(24, width(i)) for i in label)
+    parts: list[list[int]] = [[]]
+    for i in range(grid.labels, len(grid.head)):
+        if parts[-1] and sum(map(width, parts[-1])) + width(i) > room:
+            parts.append([])
+        parts[-1].append(i)
+    for number, part in enumerate(parts):
+        title = Text(grid.caption + (", continued" if number else ""), style="bold")
+        drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for i in label + part:
+            drawn.add_column(Text(grid.head[i], overflow="fold"), justify="left" if i in label else "right")
+        for row in grid.rows:
+            drawn.add_row(*(Text(row[i]) if i in label else _two_lines(row[i]) for i in label + part))
+        console.print(Padding(drawn, (1, 0, 0, 0)))
+
+
+def _two_lines(cell: str) -> Any:
+    """A number, and what stands in brackets behind it dimmed on a second line."""
+    from rich.text import Text
+
+    at = max(cell.find(" ["), cell.find(" ("))
+    return Text(cell) if at < 0 else Text.assemble(cell[:at], (f"\n{cell[at + 1 :]}", "dim"), no_wrap=True)

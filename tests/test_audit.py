@@ -1,0 +1,256 @@
+"""The audit: the worst case per image, its resumption, the last judgement, and the rules of the verdict."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from lively import lively
+
+from sparsetrail.auditing import Forgetful, audit, battery, join, judge, run, verify
+from sparsetrail.cli import main
+from sparsetrail.core import Finding, Linf, Rate, Run, Victim, margin
+from sparsetrail.recipes.audits import Cells
+from sparsetrail.snn.encode import phase
+from sparsetrail.snn.net import NetSpec, victim
+
+EPS = 8 / 255
+
+
+@pytest.fixture(scope="module")
+def snn():
+    x = torch.randint(0, 256, (12, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255
+    net = lively(NetSpec(width=0.125, steps=4), phase(steps=4)(x))
+    v = victim(net, phase(steps=4), name="snn")
+    with torch.no_grad():
+        y = v.scores(x).argmax(1)
+    return v, x, y
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """A few checks and no curves: these tests are about the battery."""
+    some = {k: run.CHECKS[k] for k in ("S0", "S4", "G1", "G3", "C1")}
+    monkeypatch.setattr(run, "CHECKS", some)
+    monkeypatch.setattr(run._Work, "curves", lambda self, gradient: {})
+
+
+def line(scale=1.0, n=64):
+    """A classifier of one pixel: right while the pixel is above a half; images from just above to far above."""
+    v = Victim(
+        encode=lambda x: x[None],
+        logits=lambda u: scale * torch.stack([u[0].flatten(1).sum(1), 1 - u[0].flatten(1).sum(1)], 1),
+        steps=1,
+        classes=2,
+        name="line",
+    )
+    x = ((128 + torch.arange(n)).float() / 255).view(-1, 1, 1, 1)
+    return v, x, torch.zeros(n, dtype=torch.long)
+
+
+def test_the_worst_case_of_a_line_is_exact():
+    v, x, y = line()
+    found, points = audit(v, Linf(EPS, space="pixel"), x, y, budget="quick", batch=7)
+    falls = (x.flatten() * 255).round() - 8 < 127.5  # grey levels: strictly below a half after eight steps
+    assert list(found.worst) == (~falls).tolist() and all(found.clean)
+    assert found.default == found.worst and set(points) == {i for i in range(64) if falls[i]}
+    assert found.verdict == "inconclusive" and "too few" in found.reason  # 64 images
+    assert found.accuracy == Rate(64 - int(falls.sum()), 64)
+    assert all((b is None) == w for b, w in zip(found.broken_by, found.worst, strict=True))
+    assert sum(r.n for r in found.runs[:1]) == 64 and found.runs[1].n == sum(found.worst)  # survivors only
+    assert [f.id for f in found.findings if f.level == "fail"] == []
+
+
+def test_it_does_not_depend_on_batch_size(snn, brief):
+    v, x, y = snn
+    a, p = audit(v, Linf(1 / 255, space="pixel"), x, y, budget="quick", batch=12)
+    b, q = audit(v, Linf(1 / 255, space="pixel"), x, y, budget="quick", batch=5)
+    assert a.worst == b.worst and a.default == b.default and a.broken_by == b.broken_by
+    assert set(p) == set(q) and all(torch.equal(p[j], q[j]) for j in p)
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_a_stopped_audit_goes_on_where_it_was(snn, space, tmp_path, brief):
+    """Stopped after every few parts, again and again, it ends as the one that was never stopped."""
+    v, x, y = snn
+    threat = Linf(1 / 255 if space == "pixel" else 0.002, space=space)
+    whole, points = audit(v, threat, x, y, budget="quick", batch=5)
+    store, stops, done = Cells(tmp_path / "cells"), 0, None
+    while done is None:
+        left = iter([False] * 3)
+        try:
+            done = audit(v, threat, x, y, budget="quick", batch=5, store=store, stop=lambda left=left: next(left, True))
+        except KeyboardInterrupt:
+            stops += 1
+    found, again = done
+    assert stops >= 2
+    assert found.worst == whole.worst and found.broken_by == whole.broken_by and found.verdict == whole.verdict
+    assert [r.attack for r in found.runs] == [r.attack for r in whole.runs]
+    assert set(again) == set(points) and all(torch.equal(again[j], points[j]) for j in points)
+
+
+def test_parts_are_not_taken_from_another_victim_or_threat(snn, tmp_path, brief):
+    v, x, y = snn
+    store = Cells(tmp_path)
+    threat = Linf(1 / 255, space="pixel")
+    a, _ = audit(v, threat, x, y, budget="quick", store=store, identity="a")
+    count = len(list(tmp_path.glob("*.json")))
+    audit(v, threat, x, y, budget="quick", store=store, identity="a")
+    assert len(list(tmp_path.glob("*.json"))) == count
+    audit(v, Linf(2 / 255, space="pixel"), x, y, budget="quick", store=store, identity="a")
+    more = len(list(tmp_path.glob("*.json")))
+    audit(v, threat, x, y, budget="quick", store=store, identity="b")
+    assert count < more < len(list(tmp_path.glob("*.json")))
+    next(iter(tmp_path.glob("*.json"))).write_text("{}")
+    with pytest.raises(ValueError, match="expected a part of an audit"):
+        audit(v, threat, x, y, budget="quick", store=store, identity="a")
+        audit(v, threat, x, y, budget="quick", store=store, identity="b")
+        audit(v, Linf(2 / 255, space="pixel"), x, y, budget="quick", store=store, identity="a")
+
+
+def test_an_adversarial_that_does_not_hold_is_taken_back():
+    v, x, y = line(n=32)
+    threat = Linf(EPS, space="pixel")
+    good = {0: (x[0] - 8 / 255), 5: x[5] - 8 / 255}
+    assert verify(v, threat, x, y, good) == {}
+    bad = {
+        0: x[0] - 9 / 255, 1: x[1] * math.nan, 2: x[2] - 5.5 / 255, 3: x[3].clone(), 31: x[31] - 8 / 255,
+    }  # fmt: skip
+    assert verify(v, threat, x, y, bad) == {
+        0: "outside ball or box", 1: "not finite", 2: "off the grey levels", 3: "not adversarial",
+        31: "not adversarial",
+    }  # fmt: skip
+    robust = Victim(encode=v.encode, logits=lambda u: v.logits(u) * 0 + torch.tensor([1.0, 0.0]), steps=1, classes=2)
+    found, points = audit(v, threat, x, y, budget="quick", fresh=lambda: robust)
+    s6 = next(f for f in found.findings if f.id == "S6")
+    assert s6.level == "fail" and "not adversarial" in s6.evidence
+    assert all(found.worst) and not points and found.verdict == "inconclusive"
+
+
+def finding(id, level, masking=False):
+    return Finding(id=id, name=id, level=level, value=None, limit="", evidence="", masking=masking)
+
+
+def test_the_verdict_follows_its_rules():
+    n, yes = 400, [True] * 400
+    default = [i < 200 for i in range(n)]
+    calm = [finding("S3", "pass"), finding("G1", "pass", True)]
+
+    def verdict(findings=calm, worst=default, claim=None, complete=True, clean=yes, default=default):
+        return judge(findings, default, worst, clean, claim, complete)[0]
+
+    assert verdict() == "supported"
+    assert verdict([*calm, finding("S3", "fail")]) == "inconclusive"
+    assert verdict([*calm, finding("G1", "fail", True)]) == "masked"
+    assert verdict([*calm, finding("G1", "fail", True), finding("S3", "fail")]) == "inconclusive"
+    assert verdict([*calm, finding("C15", "fail")]) == "supported"  # a weak attack is no masking by itself
+    fell = [i < 150 for i in range(n)]
+    assert verdict(worst=fell) == "overstated" and verdict(worst=[i < 197 for i in range(n)]) == "supported"
+    assert verdict(worst=[i < 194 for i in range(n)]) == "overstated"  # six of 400, all in one direction
+    assert verdict(worst=fell, complete=False) == "overstated"  # more attacks cannot raise it again
+    assert verdict(complete=False) == "inconclusive"
+    assert verdict(claim=0.5) == "supported" and verdict(claim=0.52) == "supported"  # within chance of 400 images
+    assert verdict(claim=0.6) == "overstated" and verdict(worst=fell, claim=0.37) == "supported"
+    few = [True] * 50
+    assert verdict(worst=few, default=few, clean=few) == "inconclusive"
+    none = [False] * n
+    assert verdict(worst=none, default=none, clean=none) == "inconclusive"
+
+
+def test_no_further_attack_is_begun_after_the_time(snn, brief):
+    v, x, y = snn
+    found, _ = audit(v, Linf(1 / 255, space="pixel"), x, y, budget="quick", minutes=0)
+    assert not found.complete and found.verdict == "inconclusive" and not found.runs
+
+
+def test_what_is_not_fit_is_refused_before_anything_runs(snn):
+    v, x, y = snn
+    with pytest.raises(ValueError, match=r"write 0\.45"):
+        audit(v, Linf(EPS, space="pixel"), x, y, claim=45.0)
+    with pytest.raises(ValueError, match="nothing to audit"):
+        audit(v, Linf(0, space="pixel"), x, y)
+
+
+def test_a_broken_evaluation_stops_the_battery(snn, brief):
+    v, x, y = snn
+    g = torch.Generator().manual_seed(0)
+    loose = replace(
+        v, logits=lambda u: v.logits(u) + torch.rand(u.shape[1], 10, generator=g) * 1e-2, shortcut=None, rewire=None
+    )
+    found, _ = audit(loose, Linf(EPS, space="pixel"), x, y, budget="quick")
+    assert found.verdict == "inconclusive" and "S4" in found.reason and len(found.runs) == 1 and not found.complete
+
+
+def test_the_battery_asks_only_what_the_victim_allows(snn):
+    v, x, y = snn
+    pixel = [s.attack for s in battery(v, Linf(EPS, space="pixel"))]
+    encoded = [s.attack for s in battery(v, Linf(EPS, space="encoded"))]
+    assert "codebook" in pixel and "codebook" not in encoded
+    plain = replace(v, rewire=None, codebook=None)
+    assert all(not s.routes for s in battery(plain, Linf(EPS, space="pixel")))
+    blind = battery(v, Linf(EPS, space="pixel"), gradient=False)
+    assert {s.kind for s in blind} == {"black box", "noise"}
+    sizes = [len(battery(v, Linf(EPS, space="pixel"), b)) for b in ("quick", "standard", "thorough")]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2]
+    labels = [s.label for s in battery(v, Linf(EPS, space="pixel"), "thorough", guides=[plain])]
+    assert len(set(labels)) == len(labels) and any("from snn" in s for s in labels)
+
+
+def test_runs_of_batches_join_to_one(snn):
+    from sparsetrail.attacks import attack, pgd
+
+    v, x, y = snn
+    threat = Linf(1 / 255, space="encoded")
+    whole = attack(pgd, v, threat, x, y, keep=True, batch=4)
+    parts = [
+        attack(pgd, v, threat, x[i : i + 4], y[i : i + 4], keep=True, indices=range(i, i + 4), batch=4)
+        for i in (0, 4, 8)
+    ]
+    one = join(parts)
+    assert one.robust == whole.robust and one.forwards == whole.forwards and one.indices == tuple(range(12))
+    assert torch.equal(one.adversarial, whole.adversarial)
+    assert isinstance(one, Run) and Forgetful().get({}, Run) is None
+
+
+FOREIGN = """
+import torch
+from sparsetrail import Victim
+
+W = torch.randn(784, 10, generator=torch.Generator().manual_seed(0))
+
+
+def ann():
+    return Victim(encode=lambda x: x[None], logits=lambda u: u[0].flatten(1) @ W, steps=1, classes=10, name="ann")
+
+
+def wrong():
+    return 1
+"""
+
+
+def test_a_victim_of_your_own_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FOREIGN)
+    flags = ["--eps", "8/255", "--space", "pixel", "--data", "fashion-mnist-slice", "--n", "40", "--budget", "quick"]
+    main(["audit", "mine.py:ann", *flags, "--json"])
+    out = json.loads(capsys.readouterr().out)
+    (line,) = out["audits"]
+    assert line["n"] == 40 and line["space"] == "pixel" and line["worst_acc"] <= line["default_acc"]
+    page = (tmp_path / "runs" / "mine-ann" / "audit" / "report.html").read_text()
+    assert line["verdict"] in page
+    main(["audit", "mine.py:ann", *flags, "--verify"])
+    held = capsys.readouterr().out
+    assert "adversarials hold" in held
+    for target, text in (("mine.py:wrong", "expected a sparsetrail Victim"), ("mine.py:none", "found none of that")):
+        with pytest.raises(SystemExit) as stop:
+            main(["audit", target, *flags])
+        assert stop.value.code == 4 and text in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", "mine.py:ann", "--eps", "8/255", "--space", "pixel", "--space", "encoded", "--data", "cifar10"])
+    assert stop.value.code == 4 and "one --eps for every --space" in capsys.readouterr().err
+
+
+def test_margin_is_what_decides():
+    z = torch.tensor([[1.0, 1.0], [math.nan, 0.0]])
+    assert margin(z, torch.tensor([0, 0])).tolist() == [0.0, -math.inf]

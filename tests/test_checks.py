@@ -1,0 +1,179 @@
+"""Checks: their statistics by hand, each on a case made for it, and that the page describes them all."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from frauds import case, honest
+from scipy.stats import binomtest, spearmanr
+
+from sparsetrail.attacks import attack, pgd
+from sparsetrail.checks import CHECKS, Case, sanity, validity
+from sparsetrail.checks.chance import at_least, discordant, sign_test, spearman
+from sparsetrail.core import L0, L2, Linf, Route, Victim
+
+PAGE = (Path(__file__).parents[1] / "docs" / "findings.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def findings():
+    """What every check says of an honest victim."""
+    probe = case(honest("ann"), n=4)
+    return {id: look(probe) for id, look in CHECKS.items()}
+
+
+def test_the_page_has_a_paragraph_for_every_check_and_no_other(findings):
+    parts = re.split(r"^### ", PAGE, flags=re.M)[1:]
+    assert [p.split()[0] for p in parts] == list(CHECKS)
+    for part, (id, look) in zip(parts, CHECKS.items(), strict=True):
+        finding = findings[id]
+        assert finding.id == id and part.splitlines()[0] == f"{id} {finding.name}"
+        for word in ("**Raised if**", "**Why:**", "**What to do:**"):
+            assert part.count(word) == 1, (id, word)
+        assert look.__doc__
+
+
+def test_the_page_names_the_masking_checks(findings):
+    named = re.search(r"hides adversarials: ([^.]*)\. G7", PAGE)
+    assert named
+    assert re.split(r",\s+", named[1]) == [id for id, f in findings.items() if f.masking]
+
+
+@pytest.mark.parametrize("more, less", list(itertools.product([0, 1, 3, 9], [0, 2, 7])))
+def test_sign_test_is_the_binomial_tail(more, less):
+    expected = binomtest(more, more + less, alternative="greater").pvalue if more + less else 1.0
+    assert sign_test(more, less) == pytest.approx(expected)
+
+
+def test_rank_correlation_with_ties():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randint(0, 4, (5, 12), generator=g).float(), torch.randn(5, 12, generator=g)
+    expected = [spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
+    assert spearman(a, b).tolist() == pytest.approx(expected, abs=1e-6)
+    assert spearman(torch.zeros(1, 5), torch.rand(1, 5)).tolist() == [0.0]
+
+
+def test_discordant_and_lower_end():
+    a, b = torch.tensor([True, True, False, True]), torch.tensor([False, True, True, False])
+    assert discordant(a, b) == (2, 1)
+    assert at_least(0, 50) == 0.0 and 0.02 < at_least(3, 48) < 0.03
+
+
+def linear(**changes) -> Victim:
+    w = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    fields = {
+        "encode": lambda x: x.unsqueeze(0).repeat(2, 1, 1, 1, 1),
+        "logits": lambda u: u.mean(0).flatten(1) @ w,
+        "steps": 2,
+        "classes": 3,
+    }
+    return Victim(**(fields | changes))
+
+
+def sample(n: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randint(60, 200, (n, 1, 4, 4), generator=torch.Generator().manual_seed(1)) / 255
+    return x, linear().scores(x).argmax(1)
+
+
+@pytest.mark.parametrize("threat", [Linf(0.05, space="pixel"), Linf(0.05, space="encoded"), L2(0.2, space="pixel"),
+                                    L2(0.2, space="encoded"), L0(3, space="encoded")], ids=str)  # fmt: skip
+def test_a_linear_victim_passes_under_every_threat(threat):
+    x, y = sample()
+    victim = linear()
+    if threat.norm == "l0":  # entries are flipped: a binary code
+        victim = linear(encode=lambda x: (x > 0.5).float().unsqueeze(0).repeat(2, 1, 1, 1, 1))
+        y = victim.scores(x).argmax(1)
+    found = [look(Case(victim, threat, x, y)) for look in CHECKS.values()]
+    assert not [f for f in found if f.level in ("warn", "fail")]
+    assert sum(f.level == "pass" for f in found) >= (13 if threat.norm == "l0" else 22)
+
+
+def test_adversarials_are_held_to_ball_box_and_grid():
+    x, y = sample()
+    probe = Case(linear(), Linf(0.1, space="pixel"), x, y)
+    run = attack(pgd, probe.victim, probe.threat, x, y, keep=True)
+    assert validity(probe, run).level == "pass" and not all(run.robust)
+
+    def with_points(points):
+        fields = {k: getattr(run, k) for k in run.__dataclass_fields__}
+        return type(run)(**(fields | {"adversarial": points}))
+
+    broken = run.adversarial.clone()
+    broken[0] = torch.nan
+    broken[1] = x[1] + 0.11
+    assert validity(probe, with_points(broken)).value >= 2
+    faint = torch.where((torch.tensor(run.robust))[:, None, None, None], run.adversarial, x + 1e-3)
+    assert "no longer fool" in validity(probe, with_points(faint)).evidence
+    assert validity(probe, with_points(faint)).value == len(y) - sum(run.robust)
+
+
+def test_a_victim_that_raises_fails_sanity_and_does_not_stop_the_rest():
+    def logits(u):
+        raise RuntimeError("the membrane has another batch size")
+
+    probe = Case(linear(logits=logits), Linf(0.1, space="pixel"), *sample())
+    found = {id: look(probe) for id, look in CHECKS.items()}
+    assert found["S3"].level == "fail" and "another batch size" in found["S3"].evidence
+    assert {f.level for id, f in found.items() if id.startswith(("G", "C"))} == {"not applicable"}
+
+
+def test_nothing_classified_correctly_leaves_the_gradient_alone():
+    x, y = sample()
+    found = {id: look(Case(linear(), Linf(0.1, space="pixel"), x, (y + 1) % 3)) for id, look in CHECKS.items()}
+    assert found["G1"].level == found["C3"].level == "not applicable"
+    assert not [f for f in found.values() if f.level == "fail"]
+
+
+def test_the_forward_that_differentiates_is_counted_however_it_is_written():
+    from torch.autograd import grad
+
+    base = linear()
+
+    def by_import(u):
+        v = u.detach().clone().requires_grad_()
+        grad(base.logits(v).sum(), v)
+        return base.logits(u)
+
+    def by_backward(u):
+        v = u.detach().clone().requires_grad_()
+        base.logits(v).sum().backward()
+        return base.logits(u)
+
+    for logits in (by_import, by_backward):
+        found = CHECKS["S10"](Case(linear(logits=logits), Linf(0.1, space="pixel"), *sample()))
+        assert found.level == "fail" and found.value == 1
+
+
+def test_the_linear_self_test_notices_a_weak_attack(monkeypatch):
+    def feeble(p, g, *, steps=1, step=0.0):
+        p.loss(p.u0)
+
+    probe = Case(linear(), Linf(0.1, space="pixel"), *sample())
+    assert CHECKS["S11"](probe).level == "pass"
+    monkeypatch.setattr(sanity, "pgd", feeble)
+    assert CHECKS["S11"](probe).level == "fail"
+
+
+def test_other_time_steps_are_asked_where_the_victim_can_be_rewired():
+    base, weak = linear(), linear()
+
+    def rewire(route: Route) -> Victim:
+        assert route.steps in (1, 4)
+        return weak
+
+    blind = linear(logits=lambda u: base.logits(u.detach()) + 0 * u.mean(0).flatten(1)[:, :3], rewire=rewire)
+    x, y = sample()
+    own = CHECKS["C19"](Case(blind, Linf(0.1, space="pixel"), x, y))
+    assert own.level == "warn" and "T=1" in own.evidence and "T=4" in own.evidence
+    assert CHECKS["C19"](Case(linear(), Linf(0.1, space="pixel"), x, y)).level == "not applicable"
+
+
+def test_batch_statistics_are_reported_and_put_back():
+    victim = honest("norm")
+    before = {k: v.clone() for k, v in victim.module.state_dict().items()}
+    found = CHECKS["C16"](case(victim, n=32))
+    assert found.level == "pass" and "batch statistics" in found.evidence
+    assert not any(m.training for m in victim.module.modules())
+    assert all(torch.equal(v, before[k]) for k, v in victim.module.state_dict().items())

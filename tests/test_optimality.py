@@ -1,0 +1,322 @@
+"""How near attacks come to the best point there is: by formula on linear victims, by looking at every image on tiny
+spiking ones; and what they do where there is no gradient, no score, or only a tie."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from sparsetrail.attacks import ATTACKS, LOSSES, TARGETED, apgd, attack, codebook, mifgsm, noise, pgd, sda, settings
+from sparsetrail.attacks.losses import loss_named
+from sparsetrail.attacks.moves import by_mean, checkpoints
+from sparsetrail.core import L0, L2, Linf, Problem, Streams, Victim, correct, margin
+from sparsetrail.snn.encode import latency, phase
+from sparsetrail.snn.neuron import NeuronSpec, fused
+
+QUICK = {"apgd": {"steps": 20}, "sapgd": {"steps": 20}, "square": {"queries": 60}, "spsa": {"steps": 4, "samples": 8}}
+AXIS = {"pixel": 0, "encoded": 1}
+
+
+def linear(space, size=12, classes=2, seed=0):
+    """Scores linear in the attacked tensor, with the weights [entries classes] of that tensor."""
+    steps = 2
+    w = torch.randn(steps * size, classes, generator=torch.Generator().manual_seed(seed))
+    v = Victim(encode=lambda x: torch.stack([x] * steps), logits=lambda u: u.movedim(1, 0).flatten(1) @ w,
+               steps=steps, classes=classes, name="linear")  # fmt: skip
+    return v, w if space == "encoded" else w.view(steps, size, classes).sum(0)
+
+
+def posed(v, space, x):
+    u0 = x if space == "pixel" else v.encode(x)
+    return u0, (v.scores if space == "pixel" else v.logits), v.scores(x).argmax(1)
+
+
+def slopes(rows, y):
+    """Slope of the margin of a two-class victim, per example [n entries]."""
+    return (rows[:, 1 - y] - rows[:, y]).t()
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+@pytest.mark.parametrize("loss", list(LOSSES | TARGETED))
+def test_linf_reaches_the_corner_cut_to_the_box(space, loss):
+    """max over ball and box of a linear margin: per entry, its slope times the reach on that side."""
+    v, rows = linear(space)
+    x = torch.rand(30, 1, 3, 4, generator=torch.Generator().manual_seed(1))  # many within 0.2 of the box
+    u0, f, y = posed(v, space, x)
+    s, flat = slopes(rows, y), u0.movedim(AXIS[space], 0).flatten(1)
+    reach = torch.where(s > 0, (flat + 0.2).clamp(max=1) - flat, (flat - 0.2).clamp(min=0) - flat)
+    best = margin(f(u0), y) + (s * reach).sum(1)
+    todo = {"apgd": {"loss": loss}}
+    if loss in LOSSES:
+        todo |= {"pgd": {"loss": loss, "steps": 50}, "sapgd": {"loss": loss}, "bim": {"loss": loss},
+                 "mifgsm": {"loss": loss}, "fgsm": {"loss": loss}, "rfgsm": {"loss": loss, "share": 0.01}}  # fmt: skip
+    for name, knobs in todo.items():
+        run = attack(ATTACKS[name], v, Linf(0.2, space=space), x, y, keep=True, drop=False, **knobs)
+        found = margin(f(run.adversarial), y)
+        if name == "rfgsm":  # its first step may go the wrong way, and is not taken back
+            assert (found <= best + 1e-4).all() and (found >= best - 2 * 0.01 * 0.2 * s.abs().sum(1) - 1e-4).all()
+        else:
+            assert torch.allclose(found, best, atol=1e-4), name
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_l2_reaches_the_far_point_of_the_ball(space):
+    v, rows = linear(space)
+    x = torch.rand(30, 1, 3, 4, generator=torch.Generator().manual_seed(1)) * 0.4 + 0.3  # the box is out of reach
+    u0, f, y = posed(v, space, x)
+    best = margin(f(u0), y) + 0.25 * slopes(rows, y).norm(dim=1)
+    for name, knobs in (("fgsm", {}), ("bim", {}), ("mifgsm", {}), ("pgd", {"steps": 80, "step": 0.05}), ("apgd", {}),
+                        ("sapgd", {"steps": 200})):  # fmt: skip
+        run = attack(ATTACKS[name], v, L2(0.25, space=space), x, y, keep=True, drop=False, **knobs)
+        found = margin(f(run.adversarial), y)
+        if name == "sapgd":  # its quotient has no more than the signs of a steady gradient: a cone, not the axis
+            assert (found > margin(f(u0), y)).all() and (found <= best + 1e-4).all()
+        else:
+            assert torch.allclose(found, best, atol=1e-4), name
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+@pytest.mark.parametrize("flips", [1, 3, 6])
+def test_l0_reaches_the_best_flips(space, flips):
+    """Linear and binary: the gains of single flips add up, the best `flips` positive ones are the optimum."""
+    v, rows = linear(space, seed=3)
+    x = (torch.rand(40, 1, 3, 4, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+    u0, f, y = posed(v, space, x)
+    flat = u0.movedim(AXIS[space], 0).flatten(1)
+    gains = slopes(rows, y) * (1 - 2 * flat)
+    best = margin(f(u0), y) + gains.clamp(min=0).topk(flips, 1).values.sum(1)
+    run = attack(sda, v, L0(flips, space=space), x, y, keep=True, drop=False, lean=False)
+    assert torch.allclose(margin(f(run.adversarial), y), best, atol=1e-4)
+    lean = attack(sda, v, L0(flips, space=space), x, y, keep=True)
+    assert lean.robust == run.robust == tuple((best <= 0).tolist()) and 0 < sum(run.robust) < 40
+    # the fewest flips that fool: the best ones, one after the other, until the margin is positive
+    ranked = gains.clamp(min=0).sort(1, descending=True).values.cumsum(1)
+    fewest = (margin(f(u0), y)[:, None] + ranked <= 0).sum(1) + 1
+    changed = (lean.adversarial != u0).movedim(AXIS[space], 0).flatten(1).sum(1)
+    broken = ~torch.tensor(lean.robust)
+    assert (changed[broken] >= fewest[broken]).all() and (changed[~broken] == 0).sum() <= (~broken).sum()
+    assert (changed[broken] == fewest[broken]).float().mean() > 0.8  # a flip measured first may fool before the leanest
+
+
+def test_what_sda_undoes_is_undone_for_no_example_that_stands():
+    """Of five equal flips of which three fool, two are undone, dropped or not."""
+    v = Victim(encode=lambda x: x[None], steps=1, classes=2,
+               logits=lambda u: torch.stack([torch.full((u.shape[1],), 2.5), u[0].flatten(1).sum(1)], 1))  # fmt: skip
+    x, y = torch.zeros(2, 1, 1, 5), torch.tensor([0, 0])
+    for drop in (True, False):
+        run = attack(sda, v, L0(5, space="pixel"), x, y, keep=True, drop=drop)
+        assert run.robust == (False, False) and (run.adversarial != x).flatten(1).sum(1).tolist() == [3, 3]
+
+
+def test_codebook_reaches_the_best_grey_levels_of_a_linear_net():
+    """Linear in the code, so separable per pixel: the best admissible level of each, by looking at all of them."""
+    encoder = phase(steps=10)
+    w = torch.randn(10, 12, 2, generator=torch.Generator().manual_seed(2))
+    w[4] = 0.0  # a bit that nothing reads
+    v = Victim(encode=encoder, logits=lambda u: torch.einsum("tnp,tpk->nk", u.flatten(2), w), steps=10, classes=2,
+               codebook=encoder.codebook)  # fmt: skip
+    level = torch.randint(0, 256, (40, 1, 3, 4), generator=torch.Generator().manual_seed(1))
+    level[:4] = torch.tensor([0, 255]).repeat(6).view(3, 4)
+    x = level / 255
+    y = v.scores(x).argmax(1)
+    for radius in (1, 4, 255):
+        gain = torch.einsum("vt,tpn->npv", encoder.codebook, w[:, :, 1 - y] - w[:, :, y])  # all levels of all pixels
+        near = (torch.arange(256) - level.flatten(1)[:, :, None]).abs() <= radius
+        best = torch.where(near, gain, -math.inf).amax(2).sum(1)
+        for knobs in ({"q": 1.0, "steps": 1}, {"steps": 20}):
+            run = attack(codebook, v, Linf(radius / 255, space="pixel"), x, y, keep=True, drop=False, **knobs)
+            assert torch.allclose(margin(v.scores(run.adversarial), y), best, atol=1e-4)
+            back = run.adversarial * 255
+            assert torch.equal(run.adversarial, back.round() / 255) and (back.round() - level).abs().max() <= radius
+
+
+def spiking(seed, pixels, hidden, steps=10, classes=3):
+    """A random net of one layer of IF neurons behind the phase code, with a linear readout of their rates."""
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(pixels, hidden, generator=g) * 1.2 / math.sqrt(pixels)
+    b = torch.randn(hidden, classes, generator=g)
+    encoder, spec = phase(steps=steps), NeuronSpec()
+    return Victim(encode=encoder, logits=lambda u: fused(u.flatten(2) @ a, spec).mean(0) @ b, steps=steps,
+                  classes=classes, codebook=encoder.codebook)  # fmt: skip
+
+
+def foolable(v, x, y, radius):
+    """Which images are right and have an image of grey levels within `radius` that is not; and how many were asked."""
+    level, size = (x * 255).round().flatten(1), x[0].numel()
+    offsets = torch.tensor(list(itertools.product(range(-radius, radius + 1), repeat=size)))
+    points = (level[:, None] + offsets).clamp(0, 255).view(-1, *x.shape[1:]) / 255
+    with torch.no_grad():
+        m = margin(v.scores(points), y.repeat_interleave(len(offsets))).view(len(x), -1)
+        return (m > 0).any(1) & correct(v.scores(x), y), len(offsets)
+
+
+@pytest.mark.parametrize(("pixels", "radius", "hidden"), [(5, 1, 16), (4, 2, 24), (5, 2, 24)])
+def test_codebook_finds_what_looking_at_every_image_finds(pixels, radius, hidden, record_property):
+    """All (2R+1)^d images of grey levels of 640 images and 40 random nets: of those that can be fooled, 99 % are."""
+    ball, nets, images = Linf(radius / 255, space="pixel"), 40, 16
+    exist = 0
+    attacks = {
+        "codebook 4 x 100": (codebook, {"steps": 100, "restarts": 4}),
+        "codebook 1 x 20": (codebook, {}),
+        "PGD 4 x 100": (pgd, {"steps": 100, "step": 0.5 / 255, "restarts": 4}),
+    }
+    found, calls = dict.fromkeys(attacks, 0), dict.fromkeys(attacks, 0)
+    for seed in range(nets):
+        v = spiking(seed, pixels, hidden)
+        x = torch.randint(0, 256, (images, 1, 1, pixels), generator=torch.Generator().manual_seed(1000 + seed)) / 255
+        y = v.scores(x).argmax(1)
+        there, number = foolable(v, x, y, radius)
+        every = attack(codebook, v, ball, x, y)
+        assert not (~torch.tensor(every.robust) & torch.tensor(every.clean) & ~there).any()  # none that is not there
+        exist += int(there.sum())
+        if there.any():
+            for name, (fn, knobs) in attacks.items():
+                run = attack(fn, v, ball, x[there], y[there], **knobs)
+                found[name] += run.clean_accuracy.k - run.accuracy.k
+                calls[name] += run.forwards
+    shares = {name: n / exist for name, n in found.items()}
+    words = ", ".join(f"{name} {shares[name]:.1%} ({calls[name] / exist:.0f} calls each)" for name in attacks)
+    print(f"\n{pixels} pixels, +-{radius} of {number} images each, {exist} can be fooled: {words}")
+    record_property("found", shares)
+    assert exist > 100
+    assert shares["codebook 4 x 100"] >= 0.99 and shares["codebook 1 x 20"] > 0.8
+    assert shares["codebook 4 x 100"] > shares["PGD 4 x 100"]
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+@pytest.mark.parametrize("fault", ["zero", "nan", "infinite", "tie"])
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_no_gradient_no_score_and_no_lead_are_survived(name, space, fault):
+    """Gradients that are zero or not finite crash nothing and fool nobody; a tie is never a success."""
+    encoder = latency(steps=2)
+
+    def logits(u):
+        s = u.movedim(1, 0).flatten(1).sum(1)
+        if fault == "zero":
+            return torch.stack([s * 0 + 1, s * 0, s * 0], 1)
+        if fault == "nan":  # the square root of a zero has an infinite slope, which meets a factor of zero
+            return torch.stack([s * 0 + 1 + (s * 0).sqrt() * 0, s * 0, s * 0], 1)
+        if fault == "infinite":
+            return torch.stack([s * 0 + 1 + (s * 0).sqrt(), s * 0, s * 0], 1)
+        lead = (u - encoder(torch.full((1, 1, 2, 2), 0.6)).to(u)).abs().sum((0, 2, 3, 4))  # any change ties all scores
+        return torch.stack([torch.where(lead > 0, 0.0, 1.0) + 0 * s, 0 * s, 0 * s], 1)
+
+    v = Victim(encode=encoder, logits=logits, steps=2, classes=3, codebook=encoder.codebook)
+    x = torch.full((4, 1, 2, 2), 0.6)
+    if name == "sda":
+        x = torch.ones(4, 1, 2, 2)
+    y = torch.zeros(4, dtype=torch.long)
+    threat = L0(3, space=space) if name == "sda" else Linf(30 / 255, space=space)
+    balls = [threat] if name in ("sda", "square", "codebook") else [threat, L2(0.3, space=space)]
+    for ball in balls:
+        for loss in [None] if "loss" not in settings(ATTACKS[name]) else LOSSES | (TARGETED if name == "apgd" else {}):
+            knobs = QUICK.get(name, {}) | ({} if loss is None else {"loss": loss})
+            if name == "codebook" and space == "encoded":
+                with pytest.raises(ValueError, match="in pixel space"):
+                    attack(ATTACKS[name], v, ball, x, y, **knobs)
+                continue
+            run = attack(ATTACKS[name], v, ball, x, y, keep=True, **knobs)
+            assert run.robust == run.clean and run.adversarial.isfinite().all()
+            assert fault == "tie" or all(run.clean)
+
+
+@pytest.mark.parametrize("name", [n for n in ATTACKS if n not in ("noise",)])
+def test_a_tiny_slope_moves_as_far_as_a_large_one(name):
+    """Scores scaled by 1e-30 are attacked as well as those they were scaled from; starts and draws are the same."""
+    encoder = latency(steps=2)
+    w = torch.randn(8, 2, generator=torch.Generator().manual_seed(4))
+
+    def victim(scale):
+        return Victim(encode=encoder if name == "codebook" else lambda x: torch.stack([x, x]), steps=2, classes=2,
+                      codebook=encoder.codebook if name == "codebook" else None,
+                      logits=lambda u: u.movedim(1, 0).flatten(1) @ w * scale)  # fmt: skip
+
+    x = torch.randint(0, 256, (30, 1, 2, 2), generator=torch.Generator().manual_seed(1)) / 255
+    x = (x > 0.5).float() if name == "sda" else x
+    y = victim(1.0).scores(x).argmax(1)
+    for ball in [L0(1, space="pixel")] if name == "sda" else [Linf(50 / 255, space="pixel")]:
+        knobs = QUICK.get(name, {})
+        one = attack(ATTACKS[name], victim(1.0), ball, x, y, keep=True, **knobs)
+        tiny = attack(ATTACKS[name], victim(2.0**-100), ball, x, y, keep=True, **knobs)  # 8e-31
+        assert 0 < sum(one.robust) < 30 or name in ("codebook", "sda")
+        assert tiny.robust == one.robust and torch.allclose(tiny.adversarial, one.adversarial, atol=1e-5)
+
+
+def test_gradients_over_their_mean():
+    g = torch.tensor([[1e-30, -3e-30], [0.0, 0.0], [math.nan, 2.0], [math.inf, 1.0], [1e-44, 0.0], [3e38, -3e38]])
+    d = by_mean(g, 0)
+    assert d.isfinite().all() and torch.allclose(d[0], torch.tensor([0.5, -1.5])) and (d[1] == 0).all()
+    assert d[2].tolist() == [0.0, 2.0] and torch.allclose(d[4], torch.tensor([2.0, 0.0]))
+    assert d[5].tolist() == [1.0, -1.0]
+    assert torch.equal(by_mean(g.t(), 1).t(), d)
+    m = torch.zeros(1, 1, 1, 2)
+    p = Problem(lambda u: torch.stack([u.sum((1, 2, 3)) * 0, -u.sum((1, 2, 3)) - 1], 1), m, torch.tensor([0]),
+                Linf(0.1, space="pixel"))  # fmt: skip
+    mifgsm(p, Streams(0, [0]))
+    assert p.best.isfinite().all()
+
+
+def test_checkpoints_are_those_of_the_paper():
+    assert list(checkpoints(100)) == [
+        22,
+        41,
+        57,
+        70,
+        80,
+        87,
+        93,
+        99,
+    ]  # sec. 3.1: .22, .41, .57, .70, .80, .87, .93, .99
+    assert checkpoints(100)[22] == 22 and checkpoints(100)[99] == 6
+    assert list(checkpoints(1)) == [1] and list(checkpoints(0)) == []
+
+
+def test_losses_are_finite_and_point_the_right_way_on_ties():
+    y = torch.zeros(1, dtype=torch.long)
+    for row in ([1.0, 1, 1, 1], [2, 2, 2, 0], [0, 2, 2, 2], [1, 1 - 1e-7, 1 - 2e-7, 0.0], [3, 3, 1, 0], [0.5, 0.5, 0.5],
+                [0.0, 0.0], [2.0, 1.0], [1e-30, 0, 0, 0], [1e30, 0, 0, 0]):  # fmt: skip
+        for name, fn in (LOSSES | TARGETED).items():
+            z = torch.tensor([row], dtype=torch.float32, requires_grad=True)
+            value = fn(z, y, torch.ones_like(y)) if name in TARGETED else fn(z, y)
+            (slope,) = torch.autograd.grad(value.sum(), z)
+            assert value.isfinite().all() and slope.isfinite().all(), (name, row)
+            assert value.abs().max() < 1e5 or name in ("margin", "ce")
+            if len(set(row)) == 1 or row in ([2, 2, 2, 0], [3, 3, 1, 0], [2.0, 1.0]):
+                assert slope[0, 0] < 0 < slope[0, 1], (name, row)  # down with the true score, up with a rival's
+    z = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
+    assert float(LOSSES["dlr"](z, y)) == pytest.approx(-1 / 2)
+    assert float(TARGETED["targeted"](z, y, torch.ones_like(y))) == pytest.approx(-2 / 2.5)
+    z3 = torch.tensor([[3.0, 1.0, 2.5]])
+    assert float(TARGETED["targeted"](z3, y, torch.ones_like(y))) == pytest.approx(-2 / 2)
+    with pytest.raises(ValueError, match=r"loss: expected one of ce, margin, dlr, got 'mse'"):
+        loss_named("mse")
+
+
+def test_targets_are_the_best_wrong_classes_of_the_clean_image_one_after_the_other():
+    """Each target in its own restart; with most images fooled, several targets share a batch, and the same fall."""
+    w = torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
+    v = Victim(encode=lambda x: x[None], logits=lambda u: u[0].flatten(1) @ w, steps=1, classes=6)
+    x = torch.rand(20, 1, 2, 4, generator=torch.Generator().manual_seed(1)) * 0.4 + 0.3
+    z = v.scores(x)
+    y = z.argmax(1)
+    p = Problem(v.scores, x, y, Linf(0.2, space="pixel"))
+    assert torch.equal(p.ranked(x, 3), z.argsort(1, descending=True)[:, 1:4])
+    assert p.ranked(x, 9).shape == (20, 5) and p.forwards == 40
+    gap = (w[:, None, :] - w[:, y][:, :, None]).abs().sum(0)  # of the scores of two classes, at the corner between them
+    best = torch.where(torch.arange(6) == y[:, None], -math.inf, z - z.gather(1, y[:, None]) + 0.2 * gap).amax(1)
+    runs = [attack(apgd, v, Linf(0.2, space="pixel"), x, y, steps=20, loss="targeted", batch=b) for b in (20, 1)]
+    assert runs[0].robust == runs[1].robust == tuple((best <= 0).tolist()) and 0 < sum(runs[0].robust) < 20
+    one = attack(apgd, v, Linf(0.2, space="pixel"), x, y, steps=20, loss="targeted", targets=1, drop=False)
+    assert one.backwards == 20 * 20 and one.forwards == 20 * (1 + 1 + 21 + 1)
+
+
+def test_noise_in_every_ball_stays_in_it_and_reaches_its_edge():
+    v, _ = linear("pixel")
+    x = torch.full((8, 1, 3, 4), 0.5)
+    y = v.scores(x).argmax(1)
+    for ball in (Linf(0.1, space="pixel"), L2(0.1, space="pixel")):
+        run = attack(noise, v, ball, x, y, draws=3, corners=True, keep=True, drop=False)
+        d = (run.adversarial - x).flatten(1)
+        size = d.abs().amax(1) if ball.norm == "linf" else d.norm(dim=1)
+        assert torch.allclose(size, torch.full((8,), 0.1), atol=1e-6)
