@@ -8,7 +8,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,8 @@ IF = NeuronSpec(surrogate=Surrogate("atan", 2.0), threshold=1.0)
 
 
 def trained(
-    net: Net, encode: Encoder, *, seed: int, epochs: int = 4, eps: float = 0.0, space: Space = "pixel", lr: float = 5e-3
-) -> Net:
+    net: nn.Module, encode: Encoder, *, seed: int, epochs: int = 4, eps: float = 0.0, space: Space = "pixel", lr: float = 5e-3
+) -> Any:
     """Adam on the slice; with `eps` on PGD points of three steps."""
     x, y = pictures()
     g = torch.Generator().manual_seed(seed)
@@ -372,6 +372,37 @@ def strange_gradient() -> Victim:
     return misled("ann", lambda g: stranger[torch.arange(g.shape[1]) % 64].expand(g.shape).clone())
 
 
+class Winners(nn.Module):
+    """k-winners-take-all: all but the largest share of activations are zero. Xiao et al. 2020, arXiv:1905.10510."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        least = h.topk(max(1, h.shape[-1] // 50), -1).values[..., -1:]
+        return torch.where(h >= least, h, 0.0)
+
+
+@functools.cache
+def winners_take_all() -> Victim:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wide = (nn.Linear(64, 512), Winners(), nn.Linear(512, 512), Winners(), nn.Linear(512, 512), Winners())
+        own = nn.Sequential(nn.Flatten(2), *wide, nn.Linear(512, CLASSES))
+    with torch.no_grad():
+        for p in own.parameters():
+            if p.ndim == 2:
+                p *= 1.5  # the sharper the competition, the more discontinuous
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = own
+
+        def forward(self, u: Tensor) -> Tensor:
+            return self.own(u).mean(0)
+
+    whole = trained(Mean(), direct(steps=1), seed=0, lr=1e-3)
+    return replace(honest("ann"), logits=whole, module=whole, name="k-WTA")
+
+
 def ripples() -> Victim:
     base = honest("ann")
     return replace(base, logits=lambda u: base.logits(u + 1e-3 * torch.sin(1e5 * u)), module=None)
@@ -415,6 +446,7 @@ FRAUDS: dict[str, Fraud] = {
     "surrogate of the wrong sign": Fraud(contrary_surrogate, "G5"),
     "no graph in eval mode": Fraud(severed_in_eval, "G3"),
     "exported through numpy": Fraud(exported, "G3"),
+    "k winners take all": Fraud(winners_take_all, "C13", eps=16 / 255),
     "random scores": Fraud(random_scores, "S4"),
     "Poisson not declared": Fraud(undeclared_poisson, "S4"),
     "membrane not reset": Fraud(membrane_kept, "S3"),

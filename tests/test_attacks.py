@@ -182,17 +182,17 @@ def test_the_same_result_for_any_batch_size_and_seeded(snn, name, space):
 def test_the_same_point_for_any_batch_order_and_dropping(name):
     """Every point to the bit: a victim without a matrix product, where no batch rounds otherwise; restarts at once."""
     code = latency(steps=2)
-    w = torch.randint(-8, 9, (2, 4, 4), generator=torch.Generator().manual_seed(5)) / 8
+    w = torch.randint(-8, 9, (2, 4, 9), generator=torch.Generator().manual_seed(5)) / 8
 
     def logits(u):  # in float64, whose rounding float32 does not see
         return (u.double().flatten(2)[:, :, None] * w[:, None]).sum((0, 3)).float()
 
     v = Victim(encode=code if name == "codebook" else lambda x: torch.stack([x, x]), logits=logits, steps=2, classes=4,
                codebook=code.codebook if name == "codebook" else None)  # fmt: skip
-    level = torch.randint(0, 256, (N, 1, 2, 2), generator=torch.Generator().manual_seed(6))
+    level = torch.randint(0, 256, (N, 1, 3, 3), generator=torch.Generator().manual_seed(6))
     x = binary(level / 256) if name == "sda" else level / 255
     y = v.scores(x).argmax(1)
-    threat = ball_for(name, "pixel", 12 / 255, 1)
+    threat = ball_for(name, "pixel", 8 / 255, 1)
     more = {"keep": True, "seed": 2} | ({"restarts": 3} if "restarts" in settings(ATTACKS[name]) else {})
     whole = strike(name, v, threat, x, y, **more)
     assert 0 < sum(whole.robust) < sum(whole.clean)

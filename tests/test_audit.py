@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from frauds import FRAUDS, case, honest
 from lively import lively
 
 from sparsetrail.auditing import Forgetful, audit, battery, join, judge, run, verify
@@ -33,6 +34,11 @@ def brief(monkeypatch):
     """A few checks and no curves: these tests are about the battery."""
     some = {k: run.CHECKS[k] for k in ("S0", "S4", "G1", "G3", "C1")}
     monkeypatch.setattr(run, "CHECKS", some)
+    monkeypatch.setattr(run._Work, "curves", lambda self, gradient: {})
+
+
+@pytest.fixture
+def unplotted(monkeypatch):
     monkeypatch.setattr(run._Work, "curves", lambda self, gradient: {})
 
 
@@ -211,6 +217,27 @@ def test_runs_of_batches_join_to_one(snn):
     assert one.robust == whole.robust and one.forwards == whole.forwards and one.indices == tuple(range(12))
     assert torch.equal(one.adversarial, whole.adversarial)
     assert isinstance(one, Run) and Forgetful().get({}, Run) is None
+
+
+@pytest.mark.parametrize("name, verdict", [("scores x 1000", "masked"), ("layer with zero gradient", "masked"),
+                                           ("surrogate of the wrong sign", "masked"), ("k winners take all", "masked"),
+                                           ("membrane not reset", "inconclusive")])  # fmt: skip
+def test_a_fraud_is_not_supported(name, verdict, unplotted):
+    probe = case(FRAUDS[name].build(), eps=FRAUDS[name].eps, n=120)
+    found, _ = audit(probe.victim, probe.threat, probe.x, probe.y, budget="standard")
+    assert found.verdict == verdict, found.reason
+    assert verdict == "inconclusive" or any(f.masking and f.level == "fail" for f in found.findings)
+
+
+@pytest.mark.parametrize("kind, space", [("ann", "pixel"), ("direct", "pixel"), ("phase", "pixel"), ("phase", "encoded"),
+                                         ("hardened", "pixel")])  # fmt: skip
+def test_an_honest_victim_is_not_called_masked(kind, space, unplotted):
+    probe = case(honest(kind), eps=8 / 255, space=space, n=120)
+    found, _ = audit(probe.victim, probe.threat, probe.x, probe.y, budget="quick")
+    assert found.verdict in ("supported", "overstated"), found.reason
+    assert not [f for f in found.findings if f.masking and f.level == "fail"]
+    if kind == "hardened":
+        assert found.accuracy.value > 0.3
 
 
 FOREIGN = """

@@ -1,11 +1,15 @@
 """Auto-PGD. Croce & Hein 2020, arXiv:2003.01690, alg. 1; constants and order of operations of its published code."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sparsetrail.attacks.losses import LOSSES, TARGETED, loss_named
 from sparsetrail.attacks.moves import checkpoints, surface
 from sparsetrail.core import Problem, Streams
+
+Ask = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def apgd(
@@ -40,7 +44,8 @@ def apgd(
         done += played
 
 
-def _climb(q: Problem, u: Tensor, steps: int, ask, rho: float, momentum: float) -> None:
+def _climb(q: Problem, u: Tensor, steps: int, ask: Ask, rho: float, momentum: float) -> None:
+    """One ascent from `u`; `ask` gives the loss per example and its gradient."""
     windows = checkpoints(steps)
     before, (value, grad) = u, ask(u)
     best, top, slope = u, value, grad

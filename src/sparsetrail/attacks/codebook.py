@@ -4,6 +4,8 @@ Ours; relatives are LS-PGA (Buckman et al. 2018, for thermometer codes) and HotF
 arXiv:1712.06751).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,8 @@ def codebook(
 
     The first start is the clean image, the others are random images of grey levels. The gradient with respect to the
     code is scaled to mean magnitude 1 and carries `momentum` of those before it. Points are grey levels within the
-    radius by construction: nothing is rounded, nothing is projected.
+    radius by construction: nothing is rounded, nothing is projected. An image that comes back to where it was goes on
+    from its best point instead, half of its pixels anywhere within reach.
     """
     if p.ball.norm != "linf" or p.ball.space != "pixel":
         raise ValueError(f"codebook: expected an L-infinity ball in pixel space, got {p.ball}; use pgd, apgd or sda")
@@ -41,7 +44,7 @@ def codebook(
             low, high = _reach(r, level0)
             own = r.fork(g)
             first = done + torch.arange(len(level0), device=clean.device) // (len(level0) // played) == 0
-            level = torch.where(r.each(first), level0, _anywhere(r, own, low, high))
+            level = torch.where(r.each(first), level0, _anywhere(own, low, high))
             held, seen = torch.zeros(()), (level * key).flatten(1).sum(1, keepdim=True)
             for _ in range(steps):
                 if r.over:
@@ -52,9 +55,12 @@ def codebook(
                 level = _moved(held, code, level, low, high, q)
                 mark = (level * key).flatten(1).sum(1, keepdim=True)
                 again = (seen == mark).any(1)
-                if bool(again.any()):
-                    other = torch.where(own.uniform(r.u0, 0) < 0, _anywhere(r, own, low, high), _levels(r.best))
-                    level = torch.where(r.each(again), other, level)
+                rows = again.nonzero().squeeze(1)
+                if len(rows):
+                    some = own.of(rows.tolist())  # the others draw nothing: what is in the batch must not matter
+                    keep = _anywhere(some, torch.zeros_like(low[rows]), torch.ones_like(low[rows])) == 1
+                    away = _anywhere(some, low[rows], high[rows])
+                    level = level.index_copy(0, rows, torch.where(keep, _levels(r.best[rows]), away))
                     held = torch.where(again.view(1, -1, 1, 1, 1), 0.0, held)
                     mark = (level * key).flatten(1).sum(1, keepdim=True)
                 seen = torch.cat([seen, mark], 1)
@@ -62,9 +68,9 @@ def codebook(
         done += played
 
 
-def _anywhere(p: Problem, g: Streams, low: Tensor, high: Tensor) -> Tensor:
-    """A random grey level within reach, per pixel."""
-    share = (g.uniform(p.u0, 0) + 1) / 2
+def _anywhere(g: Streams, low: Tensor, high: Tensor) -> Tensor:
+    """A random whole number from `low` to `high`, both included, per pixel."""
+    share = (g.uniform(torch.empty(low.shape, device=low.device), 0) + 1) / 2
     return torch.minimum(low + (share * (high - low + 1)).long(), high)
 
 
@@ -97,7 +103,7 @@ def _moved(d: Tensor, code: Tensor, level: Tensor, low: Tensor, high: Tensor, q:
         best[part] = window.gather(1, at[:, None]).squeeze(1)
         gain[part] = top - score.gather(1, now[part, None]).squeeze(1)
     gain, best = gain.view(len(level), -1), best.view(len(level), -1)
-    count = max(1, -int(-q * gain.shape[1] // 1))
-    ahead = gain.topk(min(count, gain.shape[1]), 1)
+    count = min(max(1, math.ceil(q * gain.shape[1])), gain.shape[1])
+    ahead = gain.topk(count, 1)
     chosen = torch.zeros_like(gain, dtype=torch.bool).scatter_(1, ahead.indices, ahead.values > 0)
     return torch.where(chosen.view(level.shape), best.view(level.shape), level)

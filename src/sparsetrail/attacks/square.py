@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from sparsetrail.core import Problem, Streams
 
@@ -26,7 +27,7 @@ def _search(p: Problem, g: Streams, queries: int, p_init: float) -> None:
     *channels, h, w = image.shape[1:]
     c = math.prod(channels)
 
-    def spread(values):  # [n c h w] to the attacked tensor
+    def spread(values: Tensor) -> Tensor:  # [n c h w] to the attacked tensor
         return values.expand(-1, c, h, w).reshape(image.shape).movedim(0, p.axis)
 
     rows, columns = torch.arange(h, device=image.device), torch.arange(w, device=image.device)

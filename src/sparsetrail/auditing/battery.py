@@ -61,7 +61,7 @@ def battery(
             best |= {"step": eps / 4, "loss": "margin"}
         if coded and linf:
             stages.append(_stage("codebook", "code", steps=n(20)))
-            stages.append(_stage("codebook", "code", steps=n(20), loss="margin", restarts=2))
+            stages.append(_stage("codebook", "code", steps=n(40), loss="margin", restarts=3))
         stages.append(_stage("pgd", "gradient", steps=n(40), step=eps / 8, loss="margin"))
         rewired = victim.rewire is not None
         if coded and rewired:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 
 from sparsetrail.auditing.battery import Kind, Stage
-from sparsetrail.core import Finding, Rate
+from sparsetrail.core import Finding, Rate, Run
 from sparsetrail.core.results import Verdict
 
 NOT_RUN = "not run: nothing stood, nothing of the kind was given, or this victim does not allow it"
+ALONE = 3  # one or two images are chance, whatever share of a small sample they are
+BLIND = 0.2  # share of the images left by the gradient attacks; honest small SNNs were measured at 0.06 to 0.16
 FEW = 100  # images below which nothing is concluded
 
 
@@ -63,21 +65,27 @@ def _names(findings: Sequence[Finding]) -> str:
     return ", ".join(f"{f.name} ({f.id})" for f in findings)
 
 
-def battery_findings(broken_by: Sequence[str | None], ran: Sequence[Kind], stages: Sequence[Stage]) -> list[Finding]:
-    """C9, C10, C11, C13, C15: which kind of attack broke what the ones before it had left."""
+def battery_findings(broken_by: Sequence[str | None], runs: Sequence[Run], stages: Sequence[Stage]) -> list[Finding]:
+    """C9, C10, C11, C15: which kind of attack broke what the ones before it had left.
+
+    `runs` are those made, one for every stage from the first, each on the images then standing.
+    """
     n, kinds = len(broken_by), {s.label: s.kind for s in stages}
 
-    def finding(id: str, name: str, kind: Kind, warn: float, fail: float, advice: str, masking: bool) -> Finding:
-        asked = kind in ran
-        count = sum(b is not None and kinds[b] == kind for b in broken_by)
-        share = count / n
-        few = count < 3  # one or two images are chance, whatever share of a small sample they are
-        level = "fail" if share > fail and not few else "warn" if share > warn else "pass"
+    def finding(id: str, name: str, kind: Kind, warn: float, fail: float, advice: str, hides: bool) -> Finding:
+        sizes = [r.n for r, s in zip(runs, stages, strict=False) if s.kind == kind]
+        fallen = sum(b is not None and kinds[b] == kind for b in broken_by)
+        if not sizes:
+            return Finding(id=id, name=name, level="not applicable", value=None, limit="", evidence=NOT_RUN)
+        stood, share = Rate(fallen, sizes[0]), fallen / n
+        blind = hides and fallen >= ALONE and stood.interval()[0] > BLIND
+        level = "fail" if blind or (share > fail and fallen >= ALONE) else "warn" if share > warn else "pass"
+        bound = f"; masking where it surely fools over {100 * BLIND:g} % of those left to it" if hides else ""
         return Finding(
-            id=id, name=name, level=level if asked else "not applicable", value=share if asked else None,
-            limit=f"warn above {100 * warn:g} %, fail above {100 * fail:g} % of all images (and three of them)",
-            evidence=f"{count} of {n} images fell to it alone, after all attacks before it" if asked else NOT_RUN,
-            advice=advice if asked and level != "pass" else "", masking=masking,
+            id=id, name=name, level=level, value=share,
+            limit=f"warn above {100 * warn:g} %, fail above {100 * fail:g} % of all images{bound}",
+            evidence=f"{fallen} of the {sizes[0]} images left by the attacks before it fell ({n} in all)",
+            advice="" if level == "pass" else advice, masking=blind,
         )  # fmt: skip
 
     return [
@@ -86,11 +94,9 @@ def battery_findings(broken_by: Sequence[str | None], ran: Sequence[Kind], stage
         finding("C15", "the code can be attacked better", "code", 0.002, 0.01,
                 "attack a discrete encoder by its codebook, not by a straight-through gradient", False),
         finding("C10", "transfer beats the own gradient", "transfer", 0.002, 0.01,
-                "the victim's gradient points elsewhere; look at G1 to G7", True),
+                "another model's gradient leads where the victim's does not; look at G1 to G7", True),
         finding("C11", "black box beats the gradient", "black box", 0.002, 0.01,
-                "scores alone lead where the gradient does not: it is masked", True),
-        finding("C13", "noise beats the gradient", "noise", 0.002, 0.01,
-                "random points fool what gradients did not: the gradient is masked", True),
+                "scores alone lead where the gradient does not; look at G1 to G7", True),
     ]  # fmt: skip
 
 

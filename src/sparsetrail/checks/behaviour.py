@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sparsetrail.attacks import fgsm, noise
+from sparsetrail.attacks import codebook, fgsm, noise
 from sparsetrail.checks.case import Case, Outcome, Skip, check, climb, flags, graded
 from sparsetrail.checks.chance import at_least, discordant, sign_test
 from sparsetrail.core import Rate, Route, Run
@@ -137,9 +137,12 @@ def random_noise(case: Case) -> Outcome:
     """200 random points of the ball, half of them corners, on what PGD at like cost left standing (five starts, and 80
     half steps): surely more than 5 % of them fooled warns, surely more than 10 % fails. Carlini et al. 2019.
 
-    Of a random victim, whose verdicts waver, noise must fool more images than PGD by more than chance as well.
+    Pixels behind a code are attacked by its codebook as well, since PGD knows nothing of the bits. Of a random victim,
+    whose verdicts waver, noise must fool more images than PGD by more than chance as well.
     """
-    runs = case.pgd(restarts=5), case.pgd(80, pace=8)
+    runs = [case.pgd(restarts=5), case.pgd(80, pace=8)]
+    if case.victim.codebook is not None and case.threat.space == "pixel" and case.threat.norm == "linf":
+        runs.append(case.run(codebook, steps=40))
     standing = torch.stack([flags(r.robust) for r in runs]).all(0)
     n = int(standing.sum())
     if n == 0:
