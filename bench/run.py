@@ -17,6 +17,7 @@ from common import ROOT, csv_path, read_rows, table
 SCRIPTS = {  # name: does it go into the table
     "steps": True,
     "robust_accuracy": True,
+    "battery": True,
     "memory": True,
     "ideal": True,
     "scaling": False,

@@ -58,7 +58,14 @@ IF = NeuronSpec(surrogate=Surrogate("atan", 2.0), threshold=1.0)
 
 
 def trained(
-    net: nn.Module, encode: Encoder, *, seed: int, epochs: int = 4, eps: float = 0.0, space: Space = "pixel", lr: float = 5e-3
+    net: nn.Module,
+    encode: Encoder,
+    *,
+    seed: int,
+    epochs: int = 4,
+    eps: float = 0.0,
+    space: Space = "pixel",
+    lr: float = 5e-3,
 ) -> Any:
     """Adam on the slice; with `eps` on PGD points of three steps."""
     x, y = pictures()

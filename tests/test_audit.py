@@ -229,8 +229,8 @@ def test_a_fraud_is_not_supported(name, verdict, unplotted):
     assert verdict == "inconclusive" or any(f.masking and f.level == "fail" for f in found.findings)
 
 
-@pytest.mark.parametrize("kind, space", [("ann", "pixel"), ("direct", "pixel"), ("phase", "pixel"), ("phase", "encoded"),
-                                         ("hardened", "pixel")])  # fmt: skip
+@pytest.mark.parametrize("kind, space", [("ann", "pixel"), ("direct", "pixel"), ("phase", "pixel"),
+                                         ("phase", "encoded"), ("hardened", "pixel")])  # fmt: skip
 def test_an_honest_victim_is_not_called_masked(kind, space, unplotted):
     probe = case(honest(kind), eps=8 / 255, space=space, n=120)
     found, _ = audit(probe.victim, probe.threat, probe.x, probe.y, budget="quick")

@@ -34,7 +34,8 @@ def model(tmp_path_factory):
 
 
 def test_the_verbs_are_exactly_these(capsys):
-    assert list(VERBS) == ["quick", "train", "import", "attack", "trail", "reproduce", "report", "bench", "doctor"]
+    assert list(VERBS) == ["quick", "train", "import", "attack", "audit", "trail", "reproduce", "report", "bench",
+                           "doctor"]  # fmt: skip
     assert list(DATA_VERBS) == ["get", "add", "verify", "list"]
     code, out, _ = run("--help", capsys=capsys)
     assert code == 0 and all(verb in out for verb in [*VERBS, "data"])
@@ -101,7 +102,16 @@ def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
         (("attack", model), "--eps 8/255 --space pixel"),
         (("attack", model, "--eps", "8", "--space", "pixel"), "did you mean 8/255"),
         (("attack", tmp_path / "nowhere", *ok), "found nothing there"),
-        (("attack", model, *ok, "--name", "apgd"), "expected one of noise, fgsm, pgd"),
+        (("attack", model, *ok, "--name", "deepfool"), "expected one of noise, fgsm, rfgsm"),
+        (("attack", model, *ok, "--set", "steps"), "expected key=value of pgd's settings"),
+        (("attack", model, *ok, "--set", "loss=hinge"), "expected one of ce, margin, dlr"),
+        (("attack", model, *ok, "--set", "steps=many"), "expected a value like 7"),
+        (("attack", model, *ok, "--route", "magic"), "magic"),
+        (("attack", model, "--eps", "1", "--space", "encoded", "--n", "10", "--name", "codebook"), "pixel space"),
+        (("audit", model, *ok, "--claim", "45"), "write 0.45"),
+        (("audit", model, *ok, "--space", "encoded"), "one --eps for every --space"),
+        (("audit", tmp_path / "nowhere", *ok), "file.py:function"),
+        (("audit", model, *ok, "--verify"), "run the audit first"),
         (("attack", model, *ok, "--name", "fgsm", "--steps", "3"), "fgsm does not have it"),
         (("attack", model, *ok, "--steps", "-3"), "positive"),
         (("attack", model, *ok, "--data", tmp_path / "gone"), "gone"),

@@ -652,7 +652,8 @@ def report(
 def bench(
     *,
     only: Annotated[
-        str | None, Parameter(help="steps, robust_accuracy, memory, ideal, scaling, hotspots, separated by commas")
+        str | None,
+        Parameter(help="steps, robust_accuracy, battery, memory, ideal, scaling, hotspots, separated by commas"),
     ] = None,
     threads: Annotated[int, Parameter(help="CPU threads; one is measured in CPU time, more in wall time")] = 1,
     runs: Annotated[int | None, Parameter(help="rounds that alternate; default by script")] = None,

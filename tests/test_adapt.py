@@ -1,0 +1,106 @@
+"""Foreign networks that keep state, as victims: reset around every call, surrogates exchanged on a copy."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparsetrail.adapt import mean_over_time, reset_all, stateful
+from sparsetrail.adapt import spikingjelly as adapted
+from sparsetrail.attacks import attack, pgd
+from sparsetrail.checks import CHECKS, Case
+from sparsetrail.core import Linf, Route
+from sparsetrail.snn.encode import direct, phase
+
+X = torch.randint(0, 256, (6, 1, 6, 6), generator=torch.Generator().manual_seed(0)) / 255
+
+
+class Leaky(nn.Module):
+    """A layer that forgets nothing until it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.v = nn.Linear(36, 3), 0.0
+
+    def reset(self) -> None:
+        self.v = 0.0
+
+    def forward(self, u):
+        out = []
+        for now in u:
+            self.v = self.v + self.fc(now.flatten(1))
+            out.append(self.v)
+        return torch.stack(out), "state"
+
+
+def test_state_is_gone_before_and_after_every_call():
+    torch.manual_seed(0)
+    net = Leaky().eval()
+    v = stateful(net, direct(steps=3), classes=3)
+    with torch.no_grad():
+        first = v.scores(X)
+        v.scores(X.flip(0))
+        assert torch.equal(v.scores(X), first) and net.v == 0.0
+        net.v = 5.0
+        assert torch.equal(v.scores(X), first)
+    assert torch.allclose(first, net.fc(X.flatten(1)) * 2, atol=1e-5)  # the mean of 1, 2 and 3 times
+    y = first.argmax(1)
+    run = attack(pgd, v, Linf(0.2, space="pixel"), X, y, step=0.1)
+    assert sum(run.robust) < sum(run.clean) and net.v == 0.0
+    case = Case(v, Linf(0.2, space="pixel"), X, y)
+    assert all(CHECKS[k](case).level == "pass" for k in ("S2", "S3", "S4", "S5", "G3"))
+    forgetful = stateful(net, direct(steps=3), classes=3, reset=lambda net: None)
+    assert CHECKS["S3"](Case(forgetful, Linf(0.2, space="pixel"), X, y)).level == "fail"
+
+
+def test_what_does_not_fit_is_refused():
+    net = Leaky()
+    with pytest.raises(ValueError, match=r"call net\.eval"):
+        stateful(net, direct(steps=3), classes=3).scores(X)
+    with pytest.raises(ValueError, match="pass steps="):
+        stateful(net, lambda x: x[None], classes=3)
+    with pytest.raises(ValueError, match="take stateful"):
+        adapted(net, direct(steps=3), classes=3)
+    assert mean_over_time((torch.ones(4, 2, 3), None)).shape == (2, 3)
+    assert mean_over_time(torch.ones(2, 3)).shape == (2, 3)
+
+
+@pytest.fixture
+def theirs(spikingjelly):
+    torch.manual_seed(1)
+    layer, neuron, functional = spikingjelly.layer, spikingjelly.neuron, spikingjelly.functional
+    net = nn.Sequential(
+        layer.Conv2d(1, 8, 3, padding=1), neuron.IFNode(surrogate_function=spikingjelly.surrogate.ATan(2.0)),
+        layer.Flatten(), layer.Linear(8 * 36, 4), neuron.LIFNode(), layer.Linear(4, 3),
+    )  # fmt: skip
+    for p in net.parameters():
+        p.data *= 3
+    functional.set_step_mode(net, "m")
+    return net.eval()
+
+
+def test_a_spikingjelly_network_is_audited_by_several_surrogates(theirs):
+    v = adapted(theirs, phase(steps=8), classes=3, name="theirs")
+    before = copy.deepcopy(theirs.state_dict())
+    with torch.no_grad():
+        z = v.scores(X)
+        own = v.by(Route(neuron="atan:2"))
+        wide = v.by(Route(neuron="triangle:4", encoder="secant"))
+        assert torch.equal(own.scores(X), z) and torch.equal(wide.scores(X), z)
+    assert "atan(2)" in v.route and wide.route == "BPTT triangle(4)" and "secant" in wide.encoding
+    y = z.argmax(1)
+
+    def grad(w):
+        u = v.encode(X).requires_grad_()
+        return torch.autograd.grad(w.logits(u)[:, 0].sum(), u)[0]
+
+    assert grad(v).abs().sum() > 0 and not torch.allclose(grad(v), grad(wide))
+    run = attack(pgd, v, Linf(0.2, space="pixel"), X, y, route=Route(neuron="sigmoid"))
+    assert run.route.startswith("BPTT sigmoid") and run.n == 6
+    assert all(torch.equal(before[k], t) for k, t in theirs.state_dict().items())
+    assert all(getattr(m, "v", 0.0) in (0.0, None) for m in theirs.modules())
+    for route in (Route(neuron="hart"), Route(steps=4)):
+        with pytest.raises(ValueError, match="theirs"):
+            v.by(route)
+    reset_all(theirs)
