@@ -152,7 +152,8 @@ def attack_label(run: Run) -> str:
     name, space, rest = run.attack.partition(" ")
     steps = run.knobs.get("steps")
     count = f"-{steps}" if isinstance(steps, int) and not isinstance(steps, bool) else ""
-    return f"{ATTACKS.get(name.lower(), name)}{count}{space}{rest}"
+    aimed = "-T" if run.knobs.get("loss") == "targeted" else ""
+    return f"{ATTACKS.get(name.lower(), name)}{aimed}{count}{space}{rest}"
 
 
 def attack_words(run: Run) -> tuple[str, str, str]:
