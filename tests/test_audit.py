@@ -158,6 +158,9 @@ def test_the_verdict_follows_its_rules():
     assert verdict(complete=False) == "inconclusive"
     assert verdict(claim=0.5) == "supported" and verdict(claim=0.52) == "supported"  # within chance of 400 images
     assert verdict(claim=0.6) == "overstated" and verdict(worst=fell, claim=0.37) == "supported"
+    assert judge(calm, default, default, yes, None, True, "quick")[0] == "inconclusive"
+    assert judge(calm, default, fell, yes, None, True, "quick")[0] == "overstated"
+    assert verdict(claim=0.9, clean=[i < 300 for i in range(n)]) == "overstated"  # 75 % are right at all
     few = [True] * 50
     assert verdict(worst=few, default=few, clean=few) == "inconclusive"
     none = [False] * n
@@ -234,7 +237,7 @@ def test_a_fraud_is_not_supported(name, verdict, unplotted):
 def test_an_honest_victim_is_not_called_masked(kind, space, unplotted):
     probe = case(honest(kind), eps=8 / 255, space=space, n=120)
     found, _ = audit(probe.victim, probe.threat, probe.x, probe.y, budget="quick")
-    assert found.verdict in ("supported", "overstated"), found.reason
+    assert found.verdict == "overstated" or "a quick look" in found.reason, found.reason
     assert not [f for f in found.findings if f.masking and f.level == "fail"]
     if kind == "hardened":
         assert found.accuracy.value > 0.3

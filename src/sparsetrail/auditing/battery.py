@@ -93,16 +93,15 @@ def battery(
         stages.append(_stage("spsa", "black box", steps=n(20)))
     stages.append(_stage("noise", "noise", draws=n(100), corners=True))
     stages.append(_stage("noise", "noise", draws=n(100)))
-    return [s for s in stages if all(_knows(victim, r) for r in s.routes)]
+    return [s for s in stages if all(_adds(victim, r, threat) for r in s.routes)]
 
 
-def _knows(victim: Victim, route: Route) -> bool:
-    """Can this victim be differentiated so? A foreign one may know surrogates and no more."""
+def _adds(victim: Victim, route: Route, threat: Threat) -> bool:
+    """Can this victim be differentiated so, and is that another way than its own? A foreign one may know few."""
     try:
-        victim.by(route)
+        return route == Route() or victim.by(route).path(threat.space) != victim.path(threat.space)
     except ValueError:
         return False
-    return True
 
 
 def _stage(attack: str, kind: Kind, *routes: Route, guide: Victim | None = None, **knobs: Any) -> Stage:

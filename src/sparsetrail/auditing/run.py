@@ -116,7 +116,7 @@ def audit(
     findings += work.verify(ledger, (fresh or (lambda: victim))())
     findings.append(sample_size(len(y)))
     default = ledger.default
-    verdict, why = judge(findings, default, ledger.standing, ledger.clean, claim, complete)
+    verdict, why = judge(findings, default, ledger.standing, ledger.clean, claim, complete, budget)
     found = Audit(
         victim=victim.name,
         card=dict(card or {}),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from sparsetrail.auditing.battery import Kind, Stage
+from sparsetrail.auditing.battery import Budget, Kind, Stage
 from sparsetrail.core import Finding, Rate, Run
 from sparsetrail.core.results import Verdict
 
@@ -20,6 +20,7 @@ def judge(
     clean: Sequence[bool],
     claim: float | None,
     complete: bool,
+    budget: Budget = "standard",
 ) -> tuple[Verdict, str]:
     """The verdict and its reason, by the rules of docs/findings.md."""
     n = len(worst)
@@ -32,6 +33,11 @@ def judge(
     fell = f"{100 * (before.value - now.value):.1f} points below the default attack's {100 * before.value:.1f} %"
     if masking:
         return "masked", f"the gradient does not show the way: {_names(masking)}; the worst case, {now}, is {fell}"
+    if claim is not None and claim > Rate(sum(clean), n).interval()[1]:
+        return (
+            "overstated",
+            f"{100 * claim:.1f} % were claimed, more than are right without any attack; worst case {now}",
+        )
     if claim is None:
         lost = sum(a and not b for a, b in zip(default, worst, strict=True))
         if lost / n > 0.01 and 0.5**lost < 0.05:  # every discordant image fell: exact one-sided sign test
@@ -42,6 +48,11 @@ def judge(
         return "inconclusive", "no image is classified correctly: there is nothing to attack"
     if n < FEW:
         return "inconclusive", f"{n} images are too few to support a claim; expected at least {FEW}, better 1000"
+    if budget == "quick":
+        return (
+            "inconclusive",
+            f"a quick look found nothing worse than {now}; that supports nothing, run the whole battery",
+        )
     if not complete:
         return "inconclusive", f"the battery did not finish; so far {now}"
     others = [f for f in failed if not f.masking]

@@ -20,7 +20,7 @@ from rich.console import Console
 from sparsetrail import __version__, data
 from sparsetrail.attacks import ATTACKS, settings
 from sparsetrail.cli.screen import Screen
-from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, Trail
+from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, Trail, as_fraction
 from sparsetrail.models import Trained, import_weights, load_model
 from sparsetrail.recipes import audits, measure, paper
 from sparsetrail.recipes import quick as quick_recipe
@@ -157,7 +157,7 @@ def _run_line(run: Run) -> dict[str, Any]:
         "n": run.n, "clean_acc": run.clean_accuracy.value, "robust_acc": run.accuracy.value, "interval95": [lo, hi],
         "ties": run.ties, "zero_gradient": run.zero_gradient, "dead_examples": run.dead_examples,
         "nonfinite": run.nonfinite, "forwards": run.forwards, "backwards": run.backwards, "seed": run.seed,
-        "seconds": round(run.seconds, 2), "note": run.note,
+        "seconds": round(run.seconds, 2), "note": run.note, "eot": run.eot, "votes": run.votes,
     }  # fmt: skip
 
 
@@ -356,11 +356,12 @@ def attack(
     given = {"steps": steps, "step": step, "restarts": restarts, "draws": draws}
     knobs = {k: v for k, v in given.items() if v is not None} | _settings(name, sets or [])
     threat = _threat(name, eps, space, norm, knobs) if compat is None else None
-    asked = (eps, space, encoder_gradient, batch, seed, route, transfer)
+    asked = (eps, space, encoder_gradient, batch, seed, route, transfer, sets)
     if compat is not None and (knobs or precision != "fp32" or eot != 1 or any(a is not None for a in asked)):
         raise ValueError(
             "--compat authors: threat and settings are fixed (encoded space, 6/255, 7 steps of 0.01, batches of "
-            "16, seed 3407, fp32); leave --eps, --space, --batch, --seed, --precision and the attack's settings out"
+            "16, seed 3407, fp32); leave --eps, --space, --route, --transfer, --eot, --batch, --seed, --precision and "
+            "the attack's settings out"
         )
     model, folder = _target(target)
     test_set = _test_set(model, data_name, n, root)
@@ -467,7 +468,7 @@ def audit(
 
     TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim (any PyTorch SNN;
     the file is run, so let it be yours). Writes a page, the machine-readable card and the adversarials into --out
-    (default: audit/ beside the model); the same command continues.
+    (default: a folder per threat and n in audit/ beside the model); the same command continues.
     """
     where = _device(device, threads)
     if len(eps) != len(space):
@@ -479,7 +480,8 @@ def audit(
     test_set = _test_set(what.model, data_name, n, root)
     if out is None:
         home = Path(target) if what.model is not None else Path("runs") / what.name.replace(":", "-")
-        out = (home if home.is_dir() or what.model is None else home.parent) / "audit"
+        home = home if home.is_dir() or what.model is None else home.parent
+        out = home / "audit" / "_".join([*map(audits.short, threats), f"n{len(test_set.labels)}"])
     if verify:
         bench = measure.Bench(out=out, device=where, batch=batch, seed=seed)
         wrong = 0
@@ -500,7 +502,12 @@ def audit(
             bench, what, threats, test_set, budget=budget, claim=claim, claim_source=claim_source, eot=eot,
             minutes=minutes, guides=[audits.target(t, device=where) for t in transfer or ()],
             control=None if control is None else audits.target(control, device=where),
-            command=f"sparsetrail audit {target}",
+            command=" ".join(
+                [f"sparsetrail audit {target}", *(f"--eps {as_fraction(t.eps)} --space {t.space}" for t in threats),
+                 f"--norm {norm} --data {test_set.name} --n {len(test_set.labels)} --budget {budget} --seed {seed}",
+                 f"--precision {precision}", *([] if claim is None else [f"--claim {claim:g}"]),
+                 *(f"--transfer {t}" for t in transfer or ()), *([] if control is None else [f"--control {control}"])]
+            ),
         )  # fmt: skip
         files = write(report, out, images=examples)
     if as_json:
@@ -530,7 +537,8 @@ def _say_run(run: Run) -> None:
     print(f"route    {run.route}")
     print(f"data     {run.data}")
     print(f"clean    {run.clean_accuracy}")
-    knobs = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in run.knobs.items())
+    told = {k: v for k, v in run.knobs.items() if v is not None} | ({"eot": run.eot} if run.eot > 1 else {})
+    knobs = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
     print(f"{run.attack:<8} {run.accuracy}" + (f"   ({knobs})" if knobs else ""))
     if run.zero_gradient is not None:
         print(f"gradient {run.zero_gradient:.1%} exact zeros; {run.dead_examples} images once without any gradient")

@@ -89,6 +89,9 @@ class Rate:
         """Wilson score interval, 0..1."""
         z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
         p, n = self.value, self.n
+        if self.k in (0, n):  # the formula's own end, free of rounding
+            far = n / (n + z * z)
+            return (0.0, 1 - far) if self.k == 0 else (far, 1.0)
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         return max(0.0, centre - half), min(1.0, centre + half)

@@ -133,7 +133,7 @@ def L0(eps: int, *, space: Space, box: tuple[float, float] = (0.0, 1.0)) -> Thre
 def as_fraction(eps: float) -> str:
     """`eps` the way the field writes it: 0.0313725 -> '8/255'."""
     k = eps * 255
-    return f"{round(k)}/255" if abs(k - round(k)) < 1e-6 and (round(k) or not k) else f"{eps:.4g}"
+    return f"{round(k)}/255" if abs(k - round(k)) < 1e-6 and (round(k) or not k) and k < 256 else f"{eps:.4g}"
 
 
 def image_axis(space: Space) -> int:

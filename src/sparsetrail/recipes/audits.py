@@ -23,7 +23,6 @@ from sparsetrail.snn.weights import load_weights, save_weights
 
 T = TypeVar("T")
 SHOWN = 6  # adversarial images on the page
-CONTRACT = {"value grid": "256 grey levels", "reset contract": "stateless: one call takes the whole sequence"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,8 @@ def target(text: str, *, device: str = "cpu", precision: Precision = "fp32") -> 
 
     ValueError says which of the three was expected. The Python file is run: it is your own code.
     """
+    if text.endswith(".py"):
+        raise ValueError(f"{text}: expected file.py:function, found no function; name the one that returns the Victim")
     file, _, function = text.rpartition(":")
     if file.endswith(".py"):
         return _foreign(Path(file), function)
@@ -75,7 +76,7 @@ def _foreign(path: Path, function: str) -> Target:
         victim = build()
         if not isinstance(victim, Victim):
             raise ValueError(f"{path}:{function}: expected a sparsetrail Victim, got {type(victim).__name__}")
-        return victim
+        return victim if victim.name != "victim" else replace(victim, name=f"{path.stem}:{function}")
 
     return Target(name=f"{path.stem}:{function}", make=make, identity=hashlib.sha256(code).hexdigest())
 
@@ -158,8 +159,8 @@ def run(
             victim, threat, x, y, budget=budget, claim=claim, claim_source=claim_source,
             guides=[g.make() for g in guides], control=None if control is None else control.make(), fresh=what.make,
             eot=eot, minutes=minutes, batch=bench.batch, seed=bench.seed, card=about, data=identity(data),
-            provenance=provenance(bench, started, command) | CONTRACT, store=cells, identity=name, say=bench.tick,
-            stop=bench.stop,
+            provenance=provenance(bench, started, command) | _contract(what, threat), store=cells, identity=name,
+            say=bench.tick, stop=bench.stop,
         )  # fmt: skip
         audits.append(_keep(bench, what, data, found, points))
         images += [i | {"audit": len(audits) - 1} for i in _examples(victim, found, points, data, bench.device)]
@@ -176,6 +177,13 @@ def run(
     return report, images
 
 
+def _contract(what: Target, threat: Threat) -> dict[str, str]:
+    """What the card says beside the model's own: the grid of the attacked tensor, and how state is kept."""
+    grid = {"value grid": "256 grey levels"} if threat.space == "pixel" else {}
+    own = {"reset contract": "stateless: one call takes the whole sequence"} if what.model is not None else {}
+    return grid | own
+
+
 def replace_images(data: Dataset, n: int) -> Dataset:
     """The first images of a set, or all of a smaller one."""
     from sparsetrail.data import take
@@ -186,15 +194,21 @@ def replace_images(data: Dataset, n: int) -> Dataset:
 def sentence(a: Audit) -> str:
     """An audit in one sentence: verdict, threat, the three figures."""
     claim = "" if a.claim is None else f"claimed {100 * a.claim:.1f} %, "
+    figures = f"default attack leaves {a.default_accuracy.value:.1%}, worst case {a.accuracy}"
     return (
-        f"{a.verdict}, {a.threat}, n={a.n}: clean {a.clean_accuracy.value:.1%}, {claim}default attack leaves "
-        f"{a.default_accuracy.value:.1%}, worst case {a.accuracy}. {a.reason[:1].upper()}{a.reason[1:]}."
+        f"{a.verdict}, {a.threat}, {a.budget} budget, n={a.n}: clean {a.clean_accuracy.value:.1%}, {claim}{figures}. "
+        f"{a.reason[:1].upper()}{a.reason[1:]}. The worst case is an upper bound: an attack that was not run can lower it."
     )
+
+
+def short(threat: Threat) -> str:
+    """A threat as part of a file name: 'pixel-linf-8of255'."""
+    return f"{threat.space}-{threat.norm}-{as_fraction(threat.eps).replace('/', 'of')}"
 
 
 def adversarial_file(folder: Path, threat: Threat) -> Path:
     """Where the adversarials of an audit lie."""
-    return folder / f"adversarial-{threat.space}-{threat.norm}-{as_fraction(threat.eps).replace('/', 'of')}.safetensors"
+    return folder / f"adversarial-{short(threat)}.safetensors"
 
 
 def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> tuple[Rate, dict[int, str]]:
@@ -206,8 +220,12 @@ def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> t
     if not path.exists():
         raise ValueError(f"{path}: expected the adversarials of an audit, found none; run the audit first")
     held, about, _ = load_weights(path)
+    if about["victim"] != what.identity:
+        raise ValueError(
+            f"{path}: expected adversarials of {what.name} as it is now, found those of another model or code"
+        )
     if about["data"] != data.sha256:
-        raise ValueError(f"{path}: expected adversarials of {data.name} with this --n, found those of other data")
+        raise ValueError(f"{path}: expected adversarials of {data.name} with this --n, found those of other images")
     points = dict(zip(held["indices"].tolist(), held["adversarial"], strict=True))
     x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
     bad = verify(what.make(), threat, x, y, points)

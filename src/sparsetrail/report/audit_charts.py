@@ -32,7 +32,7 @@ def fall_spec(audit: Audit) -> Spec:
         marks.append({
             "at": i, "name": name, "value": 100 * value, "low": 100 * low, "high": 100 * high,
             "text": f"{100 * value:.1f} %", "measured": rate is not None, "last": i == len(stages) - 1,
-            "said": percent(rate, n=True) if rate else f"{100 * value:.1f} %, as published",
+            "said": percent(rate, n=True) if rate else f"{100 * value:.1f} %, as claimed",
         })  # fmt: skip
         if i:
             before = 100 * stages[i - 1][1]

@@ -72,7 +72,7 @@ class Setting:
             ),
         }[self.threat.norm]
         what = {
-            "pixel": f"{spoken[0]} {spoken[2]}; the encoder turns the image into spikes as usual",
+            "pixel": f"{spoken[0]} {spoken[2]}; the encoder codes the image as usual",
             "encoded": f"{spoken[1]} {spoken[2]}; no image need encode to the result",
         }[self.threat.space]
         how = {
