@@ -195,9 +195,10 @@ def sentence(a: Audit) -> str:
     """An audit in one sentence: verdict, threat, the three figures."""
     claim = "" if a.claim is None else f"claimed {100 * a.claim:.1f} %, "
     figures = f"default attack leaves {a.default_accuracy.value:.1%}, worst case {a.accuracy}"
+    threat = f"{a.threat}, {a.budget} budget, n={a.n}"
     return (
-        f"{a.verdict}, {a.threat}, {a.budget} budget, n={a.n}: clean {a.clean_accuracy.value:.1%}, {claim}{figures}. "
-        f"{a.reason[:1].upper()}{a.reason[1:]}. The worst case is an upper bound: an attack that was not run can lower it."
+        f"{a.verdict}, {threat}: clean {a.clean_accuracy.value:.1%}, {claim}{figures}. {a.reason[:1].upper()}"
+        f"{a.reason[1:]}. The worst case is an upper bound: an attack that was not run can lower it."
     )
 
 
