@@ -9,7 +9,7 @@ import torch
 from frauds import FRAUDS, case, honest
 from lively import lively
 
-from sparsetrail.auditing import Forgetful, audit, battery, join, judge, run, verify
+from sparsetrail.auditing import Forgetful, audit, battery, fingerprint, join, judge, run, verify
 from sparsetrail.cli import main
 from sparsetrail.core import Finding, Linf, Rate, Run, Victim, margin
 from sparsetrail.recipes.audits import Cells
@@ -181,6 +181,31 @@ def test_what_is_not_fit_is_refused_before_anything_runs(snn):
         audit(v, Linf(0, space="pixel"), x, y)
 
 
+def test_settings_that_audit_nothing_are_refused(snn):
+    v, x, y = snn
+    pixel = Linf(EPS, space="pixel")
+    for knobs, text in (
+        ({"batch": 0}, "one image a batch"), ({"eot": 0}, "one gradient a step"), ({"minutes": -1.0}, "0 or more"),
+        ({"indices": [1]}, "a place each"), ({"guides": [replace(v, classes=5)]}, "cannot lead"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            audit(v, pixel, x, y, budget="quick", **knobs)
+    with pytest.raises(ValueError, match="holds no other 8-bit image"):
+        audit(v, Linf(0.5 / 255, space="pixel"), x, y, budget="quick")
+    mixed = x.clone()
+    mixed[0] *= 0.999
+    with pytest.raises(ValueError, match="256 grey levels or none"):
+        audit(v, pixel, mixed, y, budget="quick")
+    with pytest.raises(ValueError, match="labels"):
+        audit(v, pixel, x, y + 8, budget="quick")
+
+
+def test_a_victim_of_one_name_is_not_another(snn):
+    v, x, _ = snn
+    other = replace(v, logits=lambda u: -v.logits(u), shortcut=None)
+    assert fingerprint(v, x) == fingerprint(replace(v), x) != fingerprint(other, x)
+
+
 def test_a_broken_evaluation_stops_the_battery(snn, brief):
     v, x, y = snn
     g = torch.Generator().manual_seed(0)
@@ -267,7 +292,7 @@ def test_a_victim_of_your_own_from_the_command_line(tmp_path, monkeypatch, capsy
     out = json.loads(capsys.readouterr().out)
     (line,) = out["audits"]
     assert line["n"] == 40 and line["space"] == "pixel" and line["worst_acc"] <= line["default_acc"]
-    page = (tmp_path / "runs" / "mine-ann" / "audit" / "report.html").read_text()
+    page = (tmp_path / "runs" / "mine-ann" / "audit" / "pixel-linf-8of255_n40" / "report.html").read_text()
     assert line["verdict"] in page
     main(["audit", "mine.py:ann", *flags, "--verify"])
     held = capsys.readouterr().out

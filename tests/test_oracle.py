@@ -1,12 +1,15 @@
 """What lies behind `grad` for every attack: noise samples, guides, grey levels, several gradients at once."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from frauds import case, honest
 
 from sparsetrail.attacks import attack, pgd
 from sparsetrail.core import L0, L2, Guide, Linf, Memory, Problem, Route, Threat, Victim, cross_entropy, margin
+from sparsetrail.snn.encode import phase
 
 W = torch.tensor([[1.0, -1.0], [-2.0, 1.0], [0.5, 0.0], [0.0, 3.0]])
 X = torch.full((3, 1, 2, 2), 0.5)
@@ -205,3 +208,18 @@ def test_a_run_does_not_depend_on_the_places_it_is_given_in():
     with pytest.raises(ValueError, match="one an image"):
         attack(pgd, v, PIXEL, x, y, indices=[1])
     assert math.isfinite(part.seconds)
+
+
+@pytest.mark.parametrize(
+    "ball", [L2(0.2, space="pixel"), Linf(0.01, space="pixel"), Linf(8 / 255, space="pixel")], ids=str
+)
+def test_an_image_is_dropped_only_for_a_point_that_will_be_judged_so(ball):
+    """A code rounds to the nearest level, the ball holds others where its radius is no whole number of levels."""
+    honest_one = replace(honest("phase"), codebook=phase(steps=8).codebook)
+    probe = case(honest_one, n=80)
+    knobs = {"steps": 10, "step": ball.eps / 4, "keep": True}
+    dropped = attack(pgd, honest_one, ball, probe.x, probe.y, **knobs)
+    kept = attack(pgd, honest_one, ball, probe.x, probe.y, drop=False, **knobs)
+    assert dropped.robust == kept.robust and sum(dropped.robust) < sum(dropped.clean)
+    plain = attack(pgd, replace(honest_one, codebook=None), ball, probe.x, probe.y, **knobs)
+    assert plain.robust == dropped.robust

@@ -117,7 +117,10 @@ def spikingjelly(
             kind, _, width = route.neuron.partition(":")
             if kind not in SURROGATES:
                 raise ValueError(f"{name}: expected a surrogate ({', '.join(SURROGATES)}), got the route {route}")
-            surrogate = Surrogate(kind, float(width or 1))
+            try:
+                surrogate = Surrogate(kind, float(width or 1))
+            except ValueError:
+                raise ValueError(f"{name}: expected a width as in triangle:1, got the route {route}") from None
             again, words = copy.deepcopy(net), f"BPTT {kind}({surrogate.width:g})"
             for m in again.modules():
                 if hasattr(m, "surrogate_function"):

@@ -60,8 +60,13 @@ def attack(
         raise ValueError(f"indices: expected one an image ({len(y)}), got {len(indices)}")
     if guide is not None and route is not None:
         raise ValueError("expected a route or a guide, got both; rewire the guide itself: guide.by(route)")
+    if guide is not None and guide.classes != victim.classes:
+        raise ValueError(f"guide {guide.name}: expected {victim.classes} classes as the victim's, got {guide.classes}")
+    if guide is not None and threat.space == "encoded" and guide.steps != victim.steps:
+        raise ValueError(f"guide {guide.name}: expected {victim.steps} steps in encoded space, got {guide.steps}")
     votes = votes if victim.random else 1
     drop = drop and not victim.random and victim.mode == "eval"  # exact only if one call decides, each image alone
+    codebook = victim.codebook if guide is None else guide.codebook  # of the code whose gradient is followed
     axis, places = threat.axis, list(range(len(y)) if indices is None else indices)
     f, judge = victim.of(threat.space), victim.judge(threat.space)
     guides, path = _guides(victim, threat, route, guide)
@@ -84,7 +89,7 @@ def attack(
         if len(rows):
             p = Problem(
                 f, u0.index_select(axis, rows), ys[rows], threat,
-                drop=drop, eot=eot, grid=grid, guides=guides, codebook=victim.codebook,
+                drop=drop, eot=eot, grid=grid, guides=guides, codebook=codebook,
             )  # fmt: skip
             fn(p, Streams(seed, [places[i + r] for r in rows.tolist()]), **knobs)
             if bool(p.left):

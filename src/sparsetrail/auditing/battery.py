@@ -44,7 +44,7 @@ def battery(
     """
     eps, much = threat.eps, {"quick": 0.2, "standard": 1.0, "thorough": 2.0}[budget]
     if threat.norm == "l0":
-        return [_stage("sda", "default", budget=int(500 * min(1.0, much)))] if gradient else []
+        return [_stage("sda", "default", steps=max(5, int(30 * much)))] if gradient else []
 
     def n(count: int) -> int:
         return max(2, int(count * much))
@@ -89,7 +89,7 @@ def battery(
         stages.append(_stage("pgd", "transfer", guide=guide, **knobs))
     if linf:
         stages.append(_stage("square", "black box", queries={"quick": 200, "standard": 1000, "thorough": 5000}[budget]))
-    if not gradient:
+    if not gradient or not linf:  # Square knows L-infinity only
         stages.append(_stage("spsa", "black box", steps=n(20)))
     stages.append(_stage("noise", "noise", draws=n(100), corners=True))
     stages.append(_stage("noise", "noise", draws=n(100)))
@@ -105,8 +105,8 @@ def _adds(victim: Victim, route: Route, threat: Threat) -> bool:
 
 
 def _stage(attack: str, kind: Kind, *routes: Route, guide: Victim | None = None, **knobs: Any) -> Stage:
-    allowed = settings(ATTACKS[attack])
-    knobs = {k: v for k, v in knobs.items() if k in allowed}
+    if unknown := set(knobs) - set(settings(ATTACKS[attack])):
+        raise AssertionError(f"{attack} has no setting {unknown}")
     words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in knobs.items()]
     via = " + ".join(map(str, routes)) if routes else f"from {guide.name}" if guide else ""
     label = f"{attack} ({', '.join(words)})" if words else attack

@@ -17,11 +17,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from sparsetrail import __version__
 from sparsetrail.attacks import ATTACKS, attack
 from sparsetrail.auditing.battery import Budget, Stage, battery
 from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
 from sparsetrail.checks import CHECKS, Case
-from sparsetrail.core import Audit, Finding, Rate, Run, Threat, Victim, correct, margin
+from sparsetrail.core import Audit, Finding, Problem, Rate, Run, Streams, Threat, Victim, correct, margin
 
 T = TypeVar("T")
 SAMPLE = {"quick": 32, "standard": 128, "thorough": 256}  # images the checks look at
@@ -86,15 +87,13 @@ def audit(
     Adversarials come by position in `x`, in the attacked tensor's shape without the image axis. ValueError where input
     is not fit; nothing is attacked then.
     """
-    if claim is not None and not 0 <= claim <= 1:
-        raise ValueError(f"claim: expected a robust accuracy within 0..1, got {claim}; write 0.45 for 45 %")
-    if budget not in SAMPLE:
-        raise ValueError(f"budget: expected one of {', '.join(SAMPLE)}, got {budget!r}")
-    if threat.eps == 0:
-        raise ValueError("eps: expected a radius above 0, got 0; there is nothing to audit")
+    refuse([threat], claim=claim, batch=batch, eot=eot, minutes=minutes, budget=budget)
+    indices = tuple(range(len(y)) if indices is None else map(int, indices))
+    _refuse_images(victim, threat, x, y, indices)
+    _refuse_guides(victim, threat, x, y, guides)
     work = _Work(
-        victim, threat, x, y, store or Forgetful(), identity, budget, batch, seed,
-        eot or (10 if victim.random else 1), tuple(indices or range(len(y))), data, say or _quiet, stop or _never,
+        victim, threat, x, y, Forgetful() if store is None else store, identity, budget, batch, seed,
+        eot if eot is not None else 10 if victim.random else 1, indices, data, say or _quiet, stop or _never,
     )  # fmt: skip
     started = time.monotonic()
     deadline = math.inf if minutes is None else started + 60 * minutes
@@ -134,7 +133,7 @@ def audit(
         reason=why,
         claim=claim,
         claim_source=claim_source,
-        default_attack=stages[0].label if stages else "none",
+        default_attack=ledger.runs[0].attack if ledger.runs else "none was run",
         budget=budget,
         complete=complete and not broken,
         seconds=sum(r.seconds for r in ledger.runs),
@@ -145,6 +144,74 @@ def audit(
         },
     )
     return found, ledger.points
+
+
+def refuse(
+    threats: Sequence[Threat],
+    *,
+    claim: float | None = None,
+    batch: int = 64,
+    eot: int | None = None,
+    minutes: float | None = None,
+    budget: str = "standard",
+) -> None:
+    """ValueError for settings no audit can be made with; before anything is written."""
+    if claim is not None and not 0 <= claim <= 1:
+        raise ValueError(f"claim: expected a robust accuracy within 0..1, got {claim}; write 0.45 for 45 %")
+    if claim is not None and len(threats) > 1:
+        raise ValueError("claim: expected one threat to lay the claim beside, got several; audit them one by one")
+    if budget not in SAMPLE:
+        raise ValueError(f"budget: expected one of {', '.join(SAMPLE)}, got {budget!r}")
+    if batch < 1 or (eot is not None and eot < 1):
+        raise ValueError(f"expected at least one image a batch and one gradient a step, got batch={batch}, eot={eot}")
+    if minutes is not None and not minutes >= 0:
+        raise ValueError(f"minutes: expected 0 or more, got {minutes}")
+    for t in threats:
+        if t.eps == 0:
+            raise ValueError("eps: expected a radius above 0, got 0; there is nothing to audit")
+    if len(set(threats)) < len(threats):
+        raise ValueError("threats: expected each once, got one twice")
+
+
+def _refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices: tuple[int, ...]) -> None:
+    if len(x) != len(y) or len(y) == 0 or len(indices) != len(y):
+        raise ValueError(f"expected images with a label and a place each, got {len(x)}, {len(y)} and {len(indices)}")
+    if int(y.min()) < 0 or int(y.max()) >= victim.classes:
+        raise ValueError(f"labels: expected 0..{victim.classes - 1}, got {int(y.min())}..{int(y.max())}")
+    if threat.space != "pixel" or threat.box != (0.0, 1.0):
+        return
+    level = x.double() * 255
+    on = ((level - level.round()).abs() < 1e-3).flatten(1).all(1)
+    if bool(on.any()) and not bool(on.all()):
+        raise ValueError(
+            f"expected all images on 256 grey levels or none, got {int(on.sum())} of {len(on)}; round them"
+        )
+    if bool(on.all()) and threat.norm == "linf" and 255 * threat.eps < 1 - 1e-4:
+        raise ValueError(f"eps: less than one grey level ({255 * threat.eps:.3g} of one) holds no other 8-bit image")
+
+
+def _refuse_guides(victim: Victim, threat: Threat, x: Tensor, y: Tensor, guides: Sequence[Victim]) -> None:
+    """Every guide must fit the victim and lead somewhere: found out on one image, not in the middle of the battery."""
+
+    def look(p: Problem, g: Streams) -> None:
+        p.grad(p.u0)
+
+    for guide in guides:
+        try:
+            attack(look, victim, threat, x[:8], y[:8], guide=guide)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{guide.name} cannot lead an attack on {victim.name}: {error}") from None
+
+
+def fingerprint(victim: Victim, x: Tensor) -> str:
+    """What tells victims of one name apart: their scores of the first images, and their weights where known."""
+    sha = hashlib.sha256(victim.name.encode())
+    with torch.no_grad():
+        sha.update(victim.scores(x[:8]).float().cpu().numpy().tobytes())
+    if victim.module is not None:
+        for name, t in victim.module.state_dict().items():
+            sha.update(name.encode() + t.detach().cpu().float().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def _quiet(task: str, done: int, of: int, note: str) -> None:
@@ -191,6 +258,7 @@ class _Work:
         t = self.threat
         return {
             "audit": self.identity,
+            "version": __version__,
             "route": self.victim.path(t.space),
             "threat": [t.norm, t.eps, t.space, *t.box],
             "seed": self.seed,
@@ -249,10 +317,10 @@ class _Work:
             pace.append((ran, stage.calls * len(rows)))
             assert run.adversarial is not None
             points = run.adversarial.movedim(self.threat.axis, 0)
-            for j, held, point in zip(rows, run.robust, points, strict=True):
-                if not held:
+            for j, right, held, point in zip(rows, run.clean, run.robust, points, strict=True):
+                if not held and right:  # of a victim that draws noise, the clean image alone can fail a vote
                     ledger.standing[j], ledger.broken_by[j], ledger.points[j] = False, stage.label, point.clone()
-            if stage.kind == "default":
+            if i == 0:
                 ledger.default = list(ledger.standing)
             ledger.runs.append(replace(run, attack=stage.label, adversarial=None))
             left = sum(ledger.standing)
@@ -283,7 +351,7 @@ class _Work:
         places = tuple(self.indices[j] for j in rows)
         key = self.key(
             attack=stage.attack, knobs=dict(stage.knobs), routes=[str(r) for r in stage.routes], images=places,
-            guide=stage.guide.name if stage.guide else "",
+            guide=fingerprint(stage.guide, self.x) if stage.guide else "",
         )  # fmt: skip
 
         def make() -> Run:
@@ -304,12 +372,13 @@ class _Work:
             ledger.default[j] = ledger.clean[j]
             del ledger.points[j]
         total = len(bad) + len(ledger.points)
+        noise = self.victim.random and set(bad.values()) <= {"not adversarial"}  # a vote may turn; taken back, no more
         why = "; ".join(f"{k} {v}" for k, v in sorted(Counter(bad.values()).items()))
         return [
             Finding(
                 id="S6",
                 name="adversarials verified again",
-                level="fail" if bad else "pass" if total else "not applicable",
+                level="warn" if bad and noise else "fail" if bad else "pass" if total else "not applicable",
                 value=float(len(bad)),
                 limit="0",
                 evidence=f"{total - len(bad)} of {total} adversarials hold, shown alone" + (f": {why}" if bad else ""),
@@ -333,7 +402,8 @@ class _Work:
             run = self.kept(key | {"curve": name}, Run, lambda name=name, knobs=knobs: self._whole(case, name, knobs))
             steps = list(range(len(run.trace)))
             out["loss"].append({"label": name, "steps": steps, "mean": list(run.trace)})
-        radii = [0.0, *(k / 255 for k in (1, 2, 4, 8, 16, 32, 64, 128, 255))]
+        whole = self.threat.box[1] - self.threat.box[0]
+        radii = [0.0, *(min(whole, k / 255) for k in (1, 2, 4, 8, 16, 32, 64, 128, 255) if k / 255 < 2 * whole)]
         accuracy = []
         for radius in radii:
             knobs = {"steps": 10, "step": radius / 4}
@@ -400,7 +470,9 @@ def verify(
             grid = threat.space == "pixel" and bool(((clean * 255) - (clean * 255).round()).abs().max() < 1e-3)
             calls = votes if victim.random else 1
             m = torch.stack([margin(judge(u).float(), y[j : j + 1]) for _ in range(calls)]).median(0).values
-            if not bool(u.isfinite().all()):
+            if not bool(correct(judge(u0).float(), y[j : j + 1]).all()) and not victim.random:
+                bad[j] = "wrong before the attack"
+            elif not bool(u.isfinite().all()):
                 bad[j] = "not finite"
             elif not victim.random and not bool(threat.contains(u, u0).all()):
                 bad[j] = "outside ball or box"
@@ -416,7 +488,7 @@ def _control(work: _Work, control: Victim | None, budget: Budget) -> Finding:
     name, limit = "an undefended control falls", "at most 5 % left"
     if control is None or work.threat.norm != "linf":
         return Finding(id="C18", name=name, level="not applicable", value=None, limit=limit, evidence="none was given")
-    other = replace(work, victim=control, identity=f"{work.identity} control {control.name}")
+    other = replace(work, victim=control, identity=f"{work.identity} control {fingerprint(control, work.x)}")
     stages = [s for s in battery(control, work.threat, "quick") if s.kind in ("default", "gradient", "code")]
     k = SAMPLE[budget]
     other.x, other.y, other.indices = work.x[:k], work.y[:k], work.indices[:k]

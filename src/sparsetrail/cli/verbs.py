@@ -19,6 +19,7 @@ from rich.console import Console
 
 from sparsetrail import __version__, data
 from sparsetrail.attacks import ATTACKS, settings
+from sparsetrail.auditing import refuse
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, Trail, as_fraction
 from sparsetrail.models import Trained, import_weights, load_model
@@ -371,7 +372,7 @@ def attack(
             out=_folder(folder / "attacks", False),
             device=where,
             seed=seed or 0,
-            batch=batch or 64,
+            batch=64 if batch is None else batch,
             tick=screen.tick,
             stop=screen.stop,
         )
@@ -474,6 +475,7 @@ def audit(
     if len(eps) != len(space):
         raise ValueError(f"expected one --eps for every --space, got {len(eps)} and {len(space)}")
     threats = [(Linf if norm == "linf" else L2)(e, space=s) for e, s in zip(eps, space, strict=True)]
+    refuse(threats, claim=claim, batch=batch, eot=eot, minutes=minutes, budget=budget)
     what = audits.target(target, device=where, precision=precision)
     if what.model is None and data_name is None:
         raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")

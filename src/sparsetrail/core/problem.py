@@ -448,12 +448,17 @@ class Problem:
         return m
 
     def _rounded(self, u: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        """Points and margins with those newly fooled rounded to grey levels and asked about again."""
-        new = ((m > 0) & ~self.fooled).nonzero().squeeze(1)
+        """Points and margins with those that would be kept as fooling rounded to grey levels and asked about again.
+
+        An encoder that rounds by itself, to the same levels, has been asked already.
+        """
+        new = ((m > 0) & (m > self.best_margin)).nonzero().squeeze(1)
         if len(new) == 0:
             return u, m
+        asked = u.index_select(self.axis, new)
         points = self.ball.snap(u, self.u0).index_select(self.axis, new)
-        if self.codebook is None or self.ball.space != "pixel":  # such an encoder rounds by itself
+        rounds = self.codebook is not None and self.ball.space == "pixel" and all(g.own for g in self.guides)
+        if not (rounds and torch.equal((points * 255).round(), (asked * 255).round())):
             y, margins = self.y[new], []
             with torch.no_grad():
                 for copies in self._passes(len(new)):

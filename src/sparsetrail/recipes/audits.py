@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsetrail._files import write_atomic
-from sparsetrail.auditing import Budget, audit, verify
+from sparsetrail.auditing import Budget, audit, fingerprint, refuse, verify
 from sparsetrail.core import Audit, Rate, Report, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained, load_model
@@ -69,11 +69,14 @@ def _foreign(path: Path, function: str) -> Target:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        build = getattr(module, function, None)
+        try:
+            spec.loader.exec_module(module)
+            build = getattr(module, function, None)
+            victim = None if build is None else build()
+        except Exception as error:
+            raise ValueError(f"{path}:{function} raised {type(error).__name__}: {error}") from error
         if build is None:
             raise ValueError(f"{path}: expected a function {function}, found none of that name")
-        victim = build()
         if not isinstance(victim, Victim):
             raise ValueError(f"{path}:{function}: expected a sparsetrail Victim, got {type(victim).__name__}")
         return victim if victim.name != "victim" else replace(victim, name=f"{path.stem}:{function}")
@@ -138,14 +141,13 @@ def run(
     Finished parts and the adversarials found are kept in `bench.out`; nothing is averaged over threats. `claim` is
     only for one threat: a figure is claimed under one.
     """
-    if claim is not None and len(threats) > 1:
-        raise ValueError("claim: expected one threat to lay the claim beside, got several; audit them one by one")
+    refuse(threats, claim=claim, batch=bench.batch, eot=eot, minutes=minutes, budget=budget)
     started = time.monotonic()
     victim = what.make()
     x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
     _fits(victim, x, data)
     cells = Cells(bench.out / "cells")
-    name = f"{what.identity} {data.sha256} {_fingerprint(victim, x)}"
+    name = f"{what.identity} {data.sha256} {fingerprint(what.make(), x)}"
     about: dict[str, Any] = {}
     trails: list[Trail] = []
     if what.model is not None:
@@ -204,7 +206,8 @@ def sentence(a: Audit) -> str:
 
 def short(threat: Threat) -> str:
     """A threat as part of a file name: 'pixel-linf-8of255'."""
-    return f"{threat.space}-{threat.norm}-{as_fraction(threat.eps).replace('/', 'of')}"
+    exact = as_fraction(threat.eps)
+    return f"{threat.space}-{threat.norm}-{exact.replace('/', 'of') if '/' in exact else f'{threat.eps:.9g}'}"
 
 
 def adversarial_file(folder: Path, threat: Threat) -> Path:
@@ -225,6 +228,8 @@ def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> t
         raise ValueError(
             f"{path}: expected adversarials of {what.name} as it is now, found those of another model or code"
         )
+    if about["threat"] != repr(threat):
+        raise ValueError(f"{path}: expected adversarials of {threat}, found those of {about['threat']}")
     if about["data"] != data.sha256:
         raise ValueError(f"{path}: expected adversarials of {data.name} with this --n, found those of other images")
     points = dict(zip(held["indices"].tolist(), held["adversarial"], strict=True))
@@ -236,6 +241,7 @@ def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> t
 def _keep(bench: Bench, what: Target, data: Dataset, found: Audit, points: Mapping[int, Tensor]) -> Audit:
     """The adversarials as one file, its content hash in the audit."""
     if not points:
+        adversarial_file(bench.out, found.threat).unlink(missing_ok=True)  # of an earlier audit with other settings
         return found
     order = sorted(points)
     tensors = {
@@ -244,7 +250,7 @@ def _keep(bench: Bench, what: Target, data: Dataset, found: Audit, points: Mappi
         "labels": data.labels.cpu()[order],
     }
     about = {
-        "kind": "adversarial", "victim": what.identity, "data": data.sha256, "threat": str(found.threat),
+        "kind": "adversarial", "victim": what.identity, "data": data.sha256, "threat": repr(found.threat),
     }  # fmt: skip
     sha = save_weights(adversarial_file(bench.out, found.threat), tensors, about)
     return replace(found, provenance=found.provenance | {"adversarial tensor sha256": sha})
@@ -281,17 +287,9 @@ def _fits(victim: Victim, x: Tensor, data: Dataset) -> None:
     try:
         with torch.no_grad():
             z = victim.scores(x[:2])
-    except RuntimeError as error:
+    except Exception as error:
         raise ValueError(f"{victim.name} does not take images {tuple(x[:2].shape)} of {data.name}: {error}") from None
     if tuple(z.shape) != (len(x[:2]), victim.classes):
         raise ValueError(
             f"{victim.name}: expected scores {(len(x[:2]), victim.classes)}, got {tuple(z.shape)} for {data.name}"
         )
-
-
-def _fingerprint(victim: Victim, x: Tensor) -> str:
-    """What tells two victims of the same code apart: their scores of a few images."""
-    if victim.random:
-        return "random"
-    with torch.no_grad():
-        return hashlib.sha256(victim.scores(x[:8]).float().cpu().numpy().tobytes()).hexdigest()[:16]
