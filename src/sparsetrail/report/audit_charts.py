@@ -26,13 +26,14 @@ def fall_spec(audit: Audit) -> Spec:
         ("default attack", audit.default_accuracy.value, audit.default_accuracy),
         ("worst case", audit.accuracy.value, audit.accuracy),
     ]
+    told = ", as published" if audit.claim_source else ""
     marks, arrows = [], []
     for i, (name, value, rate) in enumerate(stages):
         low, high = rate.interval() if rate else (value, value)
         marks.append({
             "at": i, "name": name, "value": 100 * value, "low": 100 * low, "high": 100 * high,
             "text": f"{100 * value:.1f} %", "measured": rate is not None, "last": i == len(stages) - 1,
-            "said": percent(rate, n=True) if rate else f"{100 * value:.1f} %, as claimed",
+            "said": percent(rate, n=True) if rate else f"{100 * value:.1f} %{told}",
         })  # fmt: skip
         if i:
             before = 100 * stages[i - 1][1]

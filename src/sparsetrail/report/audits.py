@@ -109,7 +109,7 @@ def figures(audit: Audit) -> tuple[Figure, ...]:
         claim = Figure("claimed", "no claim", "", "the default attack stands in for it")
     else:
         source = audit.claim_source or "source not stated"
-        claim = Figure("claimed", f"{100 * audit.claim:.1f} %", "as claimed", source)
+        claim = Figure("claimed", f"{100 * audit.claim:.1f} %", "as published" if audit.claim_source else "", source)
     attacks = len(battery(audit))
     return (
         claim,
