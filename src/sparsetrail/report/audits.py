@@ -177,7 +177,7 @@ def battery_grid(audit: Audit) -> Grid:
         (
             str(s.number),
             f"{s.name} ({s.knobs})" if s.knobs else s.name,
-            s.run.route,
+            s.run.route if s.run.backwards else "none, scores only",
             str(s.met),
             f"{s.broken} ({100 * s.broken / audit.n:.1f} %)" if s.broken else "0",
             percent(s.left),
