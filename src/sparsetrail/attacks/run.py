@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrail.core import Guide, Problem, Route, Run, Streams, Threat, Victim, correct, margin
+from sparsetrail.core import Guide, Problem, Route, Run, Streams, Threat, Victim, correct, grey, margin
 
 Attack = Callable[..., None]
 
@@ -70,7 +70,7 @@ def attack(
     axis, places = threat.axis, list(range(len(y)) if indices is None else indices)
     f, judge = victim.of(threat.space), victim.judge(threat.space)
     guides, path = _guides(victim, threat, route, guide)
-    grid = threat.space == "pixel" and threat.box == (0.0, 1.0) and _on_grid(x)
+    grid = threat.space == "pixel" and threat.box == (0.0, 1.0) and bool(grey(x).all())
     started = time.perf_counter()
     clean, robust, points = [], [], []
     ties = forwards = backwards = dead = nonfinite = silent = 0
@@ -82,7 +82,7 @@ def attack(
         xs, ys = x[i : i + batch], y[i : i + batch]
         with torch.no_grad():
             u0 = xs if threat.space == "pixel" else victim.encode(xs).contiguous()
-            right = _judged(judge, u0, ys, votes)[0]
+            right = judged(judge, u0, ys, votes)[0]
         forwards += len(ys) * votes
         rows = right.nonzero().squeeze(1)
         best, held = u0, right.clone()
@@ -96,7 +96,7 @@ def attack(
                 raise ValueError(f"{_name(fn)} left the perturbation set ({threat}); project before asking for a loss")
             point = threat.snap(p.best, p.u0) if grid else p.best
             with torch.no_grad():
-                _, m = _judged(judge, point, ys[rows], votes)
+                _, m = judged(judge, point, ys[rows], votes)
             held[rows] = ~(m > 0)
             best = u0.index_copy(axis, rows, point)
             ties += int((m == 0).sum())
@@ -163,17 +163,11 @@ def _guides(
     return [Guide.of(v, threat, own=o) for v, o in zip(by, own, strict=True)], path
 
 
-def _judged(f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor, votes: int) -> tuple[Tensor, Tensor]:
+def judged(f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor, votes: int) -> tuple[Tensor, Tensor]:
     """By most of `votes` calls: classified correctly, per example; and the lower median of the margins."""
     z = [f(u).float() for _ in range(votes)]
     right = torch.stack([correct(v, y) for v in z]).sum(0) * 2 > votes
     return right, torch.stack([margin(v, y) for v in z]).median(0).values
-
-
-def _on_grid(x: Tensor) -> bool:
-    """Are these images of 256 grey levels?"""
-    level = x.double() * 255
-    return bool(((level - level.round()).abs() < 1e-3).all())
 
 
 def settings(fn: Callable[..., Any]) -> dict[str, Any]:

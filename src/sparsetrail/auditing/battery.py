@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparsetrail.attacks import ATTACKS, settings
+from sparsetrail.attacks.pgd import PACE
 from sparsetrail.core import Route, Threat, Victim
 from sparsetrail.snn.routes import ENSEMBLE
 
@@ -53,7 +54,7 @@ def battery(
     stages: list[Stage] = []
     if gradient:
         # the paper's PGD-7 of step 0.01 at 8/255, scaled to the radius
-        stages.append(_stage("pgd", "default", steps=7, step=0.31875 * eps))
+        stages.append(_stage("pgd", "default", steps=7, step=PACE * eps))
         stages.append(_stage("fgsm", "gradient"))
         code = "codebook" if coded and linf else "pgd"
         best: dict[str, Any] = {"steps": n(20)}

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from sparsetrail import __version__
 from sparsetrail.attacks import ATTACKS, attack
+from sparsetrail.attacks.run import judged
 from sparsetrail.auditing.battery import Budget, Stage, battery
 from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
 from sparsetrail.checks import CHECKS, Case
-from sparsetrail.core import Audit, Finding, Problem, Rate, Run, Streams, Threat, Victim, correct, margin
+from sparsetrail.core import Audit, Finding, Problem, Rate, Run, Streams, Threat, Victim, correct, grey
 
 T = TypeVar("T")
 SAMPLE = {"quick": 32, "standard": 128, "thorough": 256}  # images the checks look at
@@ -180,8 +181,7 @@ def _refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices
         raise ValueError(f"labels: expected 0..{victim.classes - 1}, got {int(y.min())}..{int(y.max())}")
     if threat.space != "pixel" or threat.box != (0.0, 1.0):
         return
-    level = x.double() * 255
-    on = ((level - level.round()).abs() < 1e-3).flatten(1).all(1)
+    on = grey(x)
     if bool(on.any()) and not bool(on.all()):
         raise ValueError(
             f"expected all images on 256 grey levels or none, got {int(on.sum())} of {len(on)}; round them"
@@ -341,9 +341,7 @@ class _Work:
         flags: list[bool] = []
         with torch.no_grad():
             for i in range(0, len(self.y), self.batch):
-                xs, ys = self.x[i : i + self.batch], self.y[i : i + self.batch]
-                right = torch.stack([correct(f(xs).float(), ys) for _ in range(votes)]).sum(0) * 2 > votes
-                flags += right.tolist()
+                flags += judged(f, self.x[i : i + self.batch], self.y[i : i + self.batch], votes)[0].tolist()
         return flags
 
     def part(self, stage: Stage, rows: list[int]) -> Run:
@@ -466,17 +464,15 @@ def verify(
             u = point.to(x).unsqueeze(axis)
             clean = x[j : j + 1]
             u0 = clean if threat.space == "pixel" else victim.encode(clean)
-            level = u * 255
-            grid = threat.space == "pixel" and bool(((clean * 255) - (clean * 255).round()).abs().max() < 1e-3)
-            calls = votes if victim.random else 1
-            m = torch.stack([margin(judge(u).float(), y[j : j + 1]) for _ in range(calls)]).median(0).values
+            grid = threat.space == "pixel" and bool(grey(clean).all())
+            _, m = judged(judge, u, y[j : j + 1], votes if victim.random else 1)
             if not bool(correct(judge(u0).float(), y[j : j + 1]).all()) and not victim.random:
                 bad[j] = "wrong before the attack"
             elif not bool(u.isfinite().all()):
                 bad[j] = "not finite"
             elif not victim.random and not bool(threat.contains(u, u0).all()):
                 bad[j] = "outside ball or box"
-            elif grid and not bool((level - level.round()).abs().max() < 1e-3):
+            elif grid and not bool(grey(u).all()):
                 bad[j] = "off the grey levels"
             elif not bool(m > 0):
                 bad[j] = "not adversarial"

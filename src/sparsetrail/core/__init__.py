@@ -15,11 +15,11 @@ from sparsetrail.core.results import (
     Trail,
     TrailRow,
 )
-from sparsetrail.core.threat import L0, L2, Linf, Space, Threat, as_fraction, image_axis
+from sparsetrail.core.threat import L0, L2, Linf, Space, Threat, as_fraction, grey, image_axis
 from sparsetrail.core.victim import Memory, Mode, Route, Victim
 
 __all__ = [
     "L0", "L2", "Audit", "Claim", "Finding", "Guide", "Linf", "Memory", "Mode", "Problem", "Rate", "Report", "Route",
     "Run", "Space", "Streams", "Threat", "Trail", "TrailRow", "Victim", "as_fraction", "correct", "cross_entropy",
-    "image_axis", "margin",
+    "grey", "image_axis", "margin",
 ]  # fmt: skip

@@ -130,6 +130,12 @@ def L0(eps: int, *, space: Space, box: tuple[float, float] = (0.0, 1.0)) -> Thre
     return Threat(eps, space=space, box=box, norm="l0")
 
 
+def grey(x: Tensor) -> Bool[Tensor, " n"]:
+    """Per image [n ...]: is every pixel one of 256 grey levels?"""
+    level = x.double() * 255
+    return ((level - level.round()).abs() < 1e-3).flatten(1).all(1)
+
+
 def as_fraction(eps: float) -> str:
     """`eps` the way the field writes it: 0.0313725 -> '8/255'."""
     k = eps * 255

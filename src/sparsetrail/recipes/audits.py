@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsetrail._files import write_atomic
 from sparsetrail.auditing import Budget, audit, fingerprint, refuse, verify
 from sparsetrail.core import Audit, Rate, Report, Run, Threat, Trail, Victim, as_fraction
-from sparsetrail.data import Dataset, pixels
+from sparsetrail.data import Dataset, pixels, take
 from sparsetrail.models import Trained, load_model
 from sparsetrail.recipes.measure import Bench, Precision, as_victim, card, clean, follow, identity, provenance
 from sparsetrail.report import pack, unpack
@@ -152,7 +152,7 @@ def run(
     trails: list[Trail] = []
     if what.model is not None:
         about = card(what.model, what.name, clean(bench, what.model, what.name, data), data)
-        some = replace_images(data, traced)
+        some = take(data, min(traced, len(data.labels)), seed=0)
         trails.append(follow(bench, what.model, what.name, some))
     audits: list[Audit] = []
     images: list[dict[str, Any]] = []
@@ -184,13 +184,6 @@ def _contract(what: Target, threat: Threat) -> dict[str, str]:
     grid = {"value grid": "256 grey levels"} if threat.space == "pixel" else {}
     own = {"reset contract": "stateless: one call takes the whole sequence"} if what.model is not None else {}
     return grid | own
-
-
-def replace_images(data: Dataset, n: int) -> Dataset:
-    """The first images of a set, or all of a smaller one."""
-    from sparsetrail.data import take
-
-    return data if n >= len(data.labels) else take(data, n, seed=0)
 
 
 def sentence(a: Audit) -> str:
