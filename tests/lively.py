@@ -13,6 +13,10 @@ def lively(spec: NetSpec, u: torch.Tensor, *, seed: int = 1, gain: float = 1.5) 
         if isinstance(m, nn.BatchNorm2d):
             nn.init.constant_(m.weight, gain)
             m.momentum = 1.0
+        elif (
+            isinstance(m, nn.Linear) and m.out_features != spec.classes
+        ):  # spikes of these have no BatchNorm before them
+            m.weight.data *= 8
     net.train()
     with torch.no_grad():
         net(u)

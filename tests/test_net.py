@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 
 from sparsetrail.snn.encode import phase, poisson
-from sparsetrail.snn.net import ARCHITECTURES, NetSpec, build, describe, victim
+from sparsetrail.snn.net import RESNETS, NetSpec, build, describe, victim
 from sparsetrail.snn.neuron import NeuronSpec, fused, reference
 from sparsetrail.snn.resnet import FoldedNeuron, Join
 from sparsetrail.snn.surrogate import Surrogate
@@ -65,7 +65,7 @@ def torchvision_keys(depth):
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", RESNETS)
 def test_counts_and_names(arch, classes):
     family, depth = arch.split("_resnet")
     net = build(NetSpec(arch=arch, classes=classes))
@@ -305,6 +305,10 @@ def test_every_setting_is_read():
             NeuronSpec(surrogate=Surrogate("triangle")),
         ],
         "steps": [3],
+        "normalise": ["cifar10", "half"],
+        "readout": ["sum"],
+        "norm": [],  # a VGG's: tests of test_vgg_wrn
+        "dropout": [],
         "exact": [],  # the same numbers by other means: test_fast_paths_equal_the_plain_ones
     }
     assert others.keys() == base.__dict__.keys()

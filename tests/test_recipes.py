@@ -140,10 +140,10 @@ def test_every_figure_runs_and_stands_beside_the_published_value(fake_cifar, fig
 
 def test_rows_of_the_paper():
     every = claims("table1")
-    rows = paper.rows_of("table1", every, paper.ARCHITECTURES, ("cifar100",))
+    rows = paper.rows_of("table1", every, paper.RESNETS, ("cifar100",))
     assert [r.arch for r in rows] == [f"{f}_resnet{d}" for f in ("sew", "spiking") for d in (18, 34, 50)]
     assert {r.pool for r in rows} == {"max"}
-    assert len(paper.rows_of("table3", claims("table3"), paper.ARCHITECTURES, ("cifar10", "cifar100"))) == 12
+    assert len(paper.rows_of("table3", claims("table3"), paper.RESNETS, ("cifar10", "cifar100"))) == 12
     sew = paper.net_spec(paper.Row("sew_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
     spiking = paper.net_spec(paper.Row("spiking_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
     assert sew.neuron.detach_reset and not spiking.neuron.detach_reset and sew.steps == 10 and sew.width == 1

@@ -218,7 +218,7 @@ def test_idle_seams_are_bit_equal_to_plain_training(images, finished, tmp_path):
     def inputs(net, encode, x, y, generator):
         return x.clone()
 
-    def penalty(net, encode, x, y):
+    def penalty(net, encode, x, y, z, generator):
         return x.new_zeros(())
 
     seams = Seams(inputs=inputs, penalty=penalty, after_step=lambda net, generator: None)

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +24,14 @@ from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Rate
 from sparsetrail.data import Dataset, flip, pixels, split_validation
 from sparsetrail.data import crop as random_crop
-from sparsetrail.models import Trained, load_model
+from sparsetrail.models import Trained, load_model, net_spec_from
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.engine import halve, has_bf16, share_memory
+from sparsetrail.snn.folded import Dropout
 from sparsetrail.snn.graphs import Update
 from sparsetrail.snn.kernels import available
-from sparsetrail.snn.net import NetSpec, build
-from sparsetrail.snn.neuron import can_compile, compile_neurons
+from sparsetrail.snn.net import NetSpec, build, running_for
+from sparsetrail.snn.neuron import Neuron, can_compile, carrying, compile_neurons
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
 
 
@@ -79,13 +80,21 @@ class TrainSpec:
 class Seams:
     """Where a defence enters the loop; each is optional, and a defence switched off is bit-equal to plain training.
 
-    `inputs(net, encode, x, y, generator)` gives the pixels trained on, `penalty(net, encode, x, y)` is added to the
-    loss, `after_step(net, generator)` acts on the weights after every optimiser step.
+    `inputs(net, encode, x, y, generator)` gives the pixels trained on, `penalty(net, encode, x, y, z, generator)` is
+    added to the loss of the scores z at those pixels x (which ask for a gradient then), `after_step(net, generator)`
+    acts on the weights after every optimiser step. With several `periods` a batch is as many updates, each over its
+    share of the time steps; potentials go on from one to the next if they `carry`. `check` refuses, by ValueError and
+    before anything is written, what the defence does not fit. `name` and `knobs` are what a model's card tells.
     """
 
     inputs: Callable[[nn.Module, Encoder, Tensor, Tensor, torch.Generator], Tensor] | None = None
-    penalty: Callable[[nn.Module, Encoder, Tensor, Tensor], Tensor] | None = None
+    penalty: Callable[[nn.Module, Encoder, Tensor, Tensor, Tensor, torch.Generator], Tensor] | None = None
     after_step: Callable[[nn.Module, torch.Generator], None] | None = None
+    periods: int = 1
+    carry: bool = True
+    check: Callable[[NetSpec, Encoder, TrainSpec], None] | None = None
+    name: str = ""
+    knobs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TrainingStopped(Exception):
@@ -121,6 +130,7 @@ def train(
     out: Path,
     *,
     seams: Seams | None = None,
+    start: Trained | None = None,
     device: str | torch.device = "cpu",
     checkpoint_seconds: float = 60.0,
     compile: bool | None = None,
@@ -129,14 +139,21 @@ def train(
 ) -> Trained:
     """Train `net_spec` on `data` into the folder `out`, or continue what lies there.
 
+    `seams` are a defence; `start` is a model of the same network whose weights training begins from.
+
     `out` gets `model.safetensors` (best validation accuracy), `last.safetensors`, `state.safetensors` and its
     predecessor, `events.jsonl`. Every `checkpoint_seconds` and at every epoch's end the state is written. `say`
     receives the events as they happen, `stop` is asked after every step. `compile` lets a
     GPU run the neurons as generated kernels; None does so where Triton is found and the run is long enough to repay the
     compilation. A folder that holds another experiment is refused. Raises TrainingStopped and TrainingFailed.
     """
-    identity = _identity(net_spec, encode, data, spec)
+    seams = seams or Seams()
+    identity = _identity(net_spec, encode, data, spec, seams, start)
     _check_fit(net_spec, encode, data)
+    if seams.check is not None:
+        seams.check(net_spec, encode, spec)
+    if start is not None and asdict(net_spec_from(start.card["net"])) != asdict(net_spec):
+        raise ValueError(f"start: expected a model of the network asked for, found another in {start.path}")
     out.mkdir(parents=True, exist_ok=True)
     _check_folder(out, identity)
     with _alone(out):
@@ -147,6 +164,8 @@ def train(
         images, labels = held_in.images.to(device), held_in.labels.to(device)
 
         net = build(net_spec, seed=spec.seed).to(device)
+        if start is not None:
+            net.load_state_dict(start.net.state_dict())
         optimizer = Optimizer(net, spec)
         done = _Progress()
         resumed = _restore(out, identity, net, optimizer, done)
@@ -181,7 +200,7 @@ def train(
                     x, y = _augment(images[rows], spec, generator), labels[rows]
                     optimizer.set_rate(now, total)
                     now_encode = _drawn(encode, spec.seed, epoch, i)
-                    loss = update(net, now_encode, optimizer, spec, seams or Seams(), x, y, generator, recorded)
+                    loss = update(net, now_encode, optimizer, spec, seams, x, y, generator, recorded)
                     if not math.isfinite(loss):
                         raise _failure(out, log, net, encode, x, epoch, i, optimizer.rate, loss)
                     done.step, done.loss = i + 1, loss
@@ -309,7 +328,35 @@ def update(
     generator: torch.Generator,
     recorded: Update | None = None,
 ) -> float:
-    """One update on one batch; returns the loss. `recorded` gives loss and gradients from a CUDA graph."""
+    """One update on one batch, or one a period; returns the (last) loss.
+
+    `recorded` gives loss and gradients from a CUDA graph.
+    """
+    for m in net.modules():
+        if isinstance(m, Dropout):
+            m.generator = generator
+    if seams.periods == 1:
+        return _one_update(net, encode, optimizer, spec, seams, x, y, generator, recorded)
+    part, value = encode.over(encode.steps // seams.periods), 0.0
+    with running_for(net, part.steps), carrying({} if seams.carry else None):
+        for _ in range(seams.periods):
+            value = _one_update(net, part, optimizer, spec, seams, x, y, generator, None)
+            if not math.isfinite(value):
+                break
+    return value
+
+
+def _one_update(
+    net: nn.Module,
+    encode: Encoder,
+    optimizer: Optimizer,
+    spec: TrainSpec,
+    seams: Seams,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    generator: torch.Generator,
+    recorded: Update | None,
+) -> float:
     if seams.inputs is not None:
         x = seams.inputs(net, encode, x, y, generator)
     net.train()
@@ -318,11 +365,14 @@ def update(
         value, norm = torch.stack(found).tolist()
         return _finish(net, optimizer, spec, seams, generator, value, norm)
     net.zero_grad(set_to_none=True)
+    if seams.penalty is not None:
+        x = x.detach().requires_grad_()
     half = spec.precision == "bf16" and not (x.device.type == "cpu" and has_bf16())  # else the engine sees to it
     with torch.autocast(x.device.type, torch.bfloat16) if half else contextlib.nullcontext():
-        loss = F.cross_entropy(scores(net, encode, x).float(), y)
+        z = scores(net, encode, x).float()
+        loss = F.cross_entropy(z, y)
     if seams.penalty is not None:
-        loss = loss + seams.penalty(net, encode, x, y)
+        loss = loss + seams.penalty(net, encode, x, y, z, generator)
     value = float(loss.detach())
     if not math.isfinite(value):
         return value
@@ -346,14 +396,18 @@ def _finish(
     if spec.clip:
         nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, torch.tensor(norm))
     optimizer.step()
+    for m in net.modules():
+        if isinstance(m, Neuron):
+            m.confine()
     if seams.after_step is not None:
         seams.after_step(net, generator)
     return value
 
 
-def _recorded(net: nn.Module, encode: Encoder, spec: TrainSpec, seams: Seams | None) -> Update | None:
+def _recorded(net: nn.Module, encode: Encoder, spec: TrainSpec, seams: Seams) -> Update | None:
     """The training step as a CUDA graph, where nothing in it changes from step to step but the batch."""
-    if encode.random or (seams is not None and seams.penalty is not None):
+    drawn = encode.random or any(isinstance(m, Dropout) for m in net.modules())
+    if drawn or seams.penalty is not None or seams.periods > 1:
         return None
 
     def way(x: Tensor) -> Tensor:
@@ -387,8 +441,10 @@ def accuracy(
     return Rate(right, len(data.labels))
 
 
-def _identity(net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec) -> dict[str, Any]:
-    text = {
+def _identity(
+    net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec, seams: Seams, start: Trained | None
+) -> dict[str, Any]:
+    text: dict[str, Any] = {
         "net": asdict(net),
         "encoder": {"name": encode.name, "knobs": encode.knobs},
         "data": {
@@ -400,6 +456,10 @@ def _identity(net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec) -> 
         },
         "train": asdict(spec),
     }
+    if seams.name:
+        text["defence"] = {"name": seams.name, "knobs": dict(seams.knobs)}
+    if start is not None:
+        text["start"] = {"sha256": start.sha256, "converted": start.card.get("converted")}
     return json.loads(json.dumps(text))
 
 
@@ -421,9 +481,11 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
             _, card, _ = load_weights(out / name)
         except CheckpointError:
             continue  # a damaged snapshot is dealt with where it is read
-        held = {k: card.get(k) for k in identity}
+        held = {k: card.get(k) for k in {**identity, "defence": 0, "start": 0} if k in card or k in identity}
+        if held.get("net"):  # written before a field was added: its default
+            held["net"] = json.loads(json.dumps(asdict(net_spec_from(held["net"]))))
         if held != identity:
-            differs = [k for k in identity if held[k] != identity[k]]
+            differs = [k for k in held if held[k] != identity.get(k)]
             raise ValueError(
                 f"{out}: holds another experiment (different {', '.join(differs)}); give another --out, or --fresh to "
                 "move the old one aside"

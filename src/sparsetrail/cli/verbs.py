@@ -31,7 +31,7 @@ from sparsetrail.report import write
 from sparsetrail.snn import kernels
 from sparsetrail.snn.encode import build_encoder
 from sparsetrail.snn.engine import has_bf16
-from sparsetrail.snn.net import NetSpec
+from sparsetrail.snn.net import ARCHITECTURES, NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.surrogate import Surrogate
 from sparsetrail.training import TrainSpec
@@ -163,13 +163,13 @@ def _run_line(run: Run) -> dict[str, Any]:
 
 
 def train(
-    arch: str = "sew_resnet18",
+    arch: Annotated[str, Parameter(help=f"one of {', '.join(ARCHITECTURES)}")] = "sew_resnet18",
     *,
     data_name: Annotated[
         str, Parameter(name="--data", help="cifar10, cifar100, fashion-mnist, fashion-mnist-slice or a path")
     ],
     out: Path | None = None,
-    pool: Literal["max", "avg"] = "max",
+    pool: Annotated[Literal["max", "avg"] | None, Parameter(help="default: max, in a VGG avg")] = None,
     connect: Literal["add", "and", "iand"] = "add",
     stem: Literal["imagenet", "cifar"] = "imagenet",
     width: float = 1.0,
@@ -201,7 +201,7 @@ def train(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Train ARCH (sew_resnet18/34/50, spiking_resnet18/34/50) on a data set; the same command continues.
+    """Train ARCH on a data set; the same command continues.
 
     Defaults are the paper's: Adam 1e-3, batch 16, 100 epochs, flip, seed 3407, IF neurons, arctan(2), phase code with
     T=10. The reset is detached in SEW-ResNets and in the graph of Spiking-ResNets, unless --detach-reset says
@@ -223,7 +223,7 @@ def train(
         optimizer=optimizer, lr=lr, weight_decay=weight_decay, schedule=schedule, batch=batch, epochs=epochs, flip=flip,
         crop=crop, clip=clip, precision=precision, validation=validation, seed=seed,
     )  # fmt: skip
-    folder = _folder(out or Path("runs") / f"{train_set.name}-{arch}-{pool}", fresh)
+    folder = _folder(out or Path("runs") / f"{train_set.name}-{arch}-{net.pool}", fresh)
     with Screen() as screen:
 
         def say(event: dict[str, Any]) -> None:
@@ -252,12 +252,12 @@ def train(
 def import_(
     file: Path,
     *,
-    arch: str,
+    arch: Annotated[str, Parameter(help=f"one of {', '.join(ARCHITECTURES)}")],
     data_name: Annotated[
         str, Parameter(name="--data", help="the set it was trained on, for its shape and for later attacks")
     ],
     out: Path,
-    pool: Literal["max", "avg"] = "max",
+    pool: Annotated[Literal["max", "avg"] | None, Parameter(help="default: max, in a VGG avg")] = None,
     connect: Literal["add", "and", "iand"] = "add",
     stem: Literal["imagenet", "cifar"] = "imagenet",
     width: float = 1.0,

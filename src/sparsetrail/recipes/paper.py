@@ -23,7 +23,7 @@ from sparsetrail.recipes.measure import (
 )
 from sparsetrail.report import claims
 from sparsetrail.snn.encode import phase
-from sparsetrail.snn.net import ARCHITECTURES, NetSpec
+from sparsetrail.snn.net import RESNETS, NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.training import TrainSpec
 
@@ -74,7 +74,7 @@ SCALES = {
         attacked=None,
         scored=None,
         traced=1000,
-        rows=ARCHITECTURES,
+        rows=RESNETS,
         datasets=("cifar10", "cifar100"),
     ),
 }
@@ -129,9 +129,9 @@ def reproduce(
         raise ValueError(f"reproduce: expected one of {', '.join(FIGURES)}, got {figure!r}")
     if scale not in SCALES:
         raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {scale!r}")
-    unknown = [r for r in rows if r not in ARCHITECTURES]
+    unknown = [r for r in rows if r not in RESNETS]
     if unknown:
-        raise ValueError(f"rows: expected some of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
+        raise ValueError(f"rows: expected some of {', '.join(RESNETS)}, got {', '.join(unknown)}")
     size = SCALES[scale]
     started = time.monotonic()
     found = claims(figure) + (claims("table2") if figure == "table3" else ())

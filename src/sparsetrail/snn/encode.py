@@ -225,27 +225,42 @@ def direct(*, steps: int = 10) -> Encoder:
 
 
 class _Bernoulli(torch.autograd.Function):
+    """Backward: that of the expectation of a step, x, or 2x - 1 of a signed one."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, u: Tensor) -> Tensor:
-        return (u <= x).to(x.dtype)
+    def forward(x: Tensor, u: Tensor, signed: bool) -> Tensor:
+        return _drawn(x, u, signed)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        pass
+        ctx.slope = 2 if inputs[2] else 1
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.sum(0), None
+        return grad.sum(0) * ctx.slope, None, None
+
+
+def _drawn(x: Tensor, u: Tensor, signed: bool) -> Tensor:
+    if not signed:
+        return (u <= x).to(x.dtype)
+    p = 2 * x - 1
+    return p.sign() * (u <= p.abs()).to(x.dtype)
 
 
 def poisson(
-    *, steps: int = 10, backward: str = "identity", seed: int = 0, generator: torch.Generator | None = None
+    *,
+    steps: int = 10,
+    signed: bool = False,
+    backward: str = "identity",
+    seed: int = 0,
+    generator: torch.Generator | None = None,
 ) -> Encoder:
     """Rate code: each step spikes with probability x, drawn afresh at every call from `generator` (or from `seed`).
 
-    As SpikingJelly's PoissonEncoder, 1[U <= x]. Random, so an attack on it needs averaging over draws.
+    As SpikingJelly's PoissonEncoder, 1[U <= x]. `signed` spikes are sign(p) 1[U <= |p|] with p = 2x - 1: Sharmin et al.
+    2020, arXiv:2003.10399, the input discretisation. Random, so an attack on it needs averaging over draws.
     """
     if steps < 1:
         raise ValueError(f"poisson: expected steps >= 1, got {steps}")
@@ -255,9 +270,11 @@ def poisson(
 
     def apply(x: Tensor) -> Tensor:
         u = torch.rand((steps, *x.shape), generator=g, device=g.device).to(x)
-        return _Bernoulli.apply(x, u) if backward == "identity" else (u <= x.detach()).to(x.dtype)
+        return _Bernoulli.apply(x, u, signed) if backward == "identity" else _drawn(x.detach(), u, signed)
 
-    knobs = {"steps": steps, "backward": backward, "seed": g.initial_seed()}
+    knobs: dict[str, Any] = {"steps": steps, "backward": backward, "seed": g.initial_seed()}
+    if signed:  # left out otherwise, so that what was written before it existed keeps its name
+        knobs["signed"] = True
     return Encoder(name="poisson", knobs=knobs, steps=steps, backward=backward, apply=apply, random=True)
 
 

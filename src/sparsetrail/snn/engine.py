@@ -351,14 +351,15 @@ def _through_code(grad: Tensor, slope: Tensor) -> Tensor:
 
 def coded(x: Float[Tensor, "n c h w"], encode: Encoder, conv: nn.Module) -> Tensor | None:
     """Currents [f*n d p q] of the distinct frames of `encode(x)`, or None where frames cannot be shared."""
-    if encode.frames is None or not isinstance(conv, Conv2d) or conv.bias is not None or conv.in_channels > FEW:
+    if encode.frames is None or not isinstance(conv, Conv2d) or conv.in_channels > FEW:
         return None
     if not conv.usual() or not conv.served(x):
         return None
     planes, slope = encode.distinct(x.detach())
     if slope is None and x.requires_grad:
         return None
-    return _CodedConv.apply(x, conv.weight, planes.contiguous(), slope, encode, conv.geometry(x))
+    y = _CodedConv.apply(x, conv.weight, planes.contiguous(), slope, encode, conv.geometry(x))
+    return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
 
 
 # ---- BatchNorm and neuron ------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Networks by specification: build one, and hand it to the adversary as a `Victim`."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +11,27 @@ from torch import Tensor, nn
 from sparsetrail.core import Memory, Route, Victim
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.engine import Workspace, freeze, has_bf16, watched
+from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons, ruled
-from sparsetrail.snn.resnet import DEPTHS, Connect, FoldedNeuron, Pool, SpikingResNet, Stem
+from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
 from sparsetrail.snn.routes import NeuronRoute, neuron_route
+from sparsetrail.snn.vgg import PLANS, Norm, SpikingVGG
+from sparsetrail.snn.wrn import SpikingWRN
 
-ARCHITECTURES = tuple(f"{family}_resnet{depth}" for family in ("sew", "spiking") for depth in DEPTHS)
+RESNETS = tuple(f"{family}_resnet{depth}" for family in ("sew", "spiking") for depth in DEPTHS)
+VGGS = tuple(f"vgg{depth}" for depth in PLANS)
+ARCHITECTURES = (*RESNETS, *VGGS, "wrn16_4")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetSpec:
     """What to build; a setting that would not be read is refused. `width` multiplies all channel counts.
 
-    The stem "imagenet" is 7x7/2 and a 3x3/2 pool (the paper's, on 32x32 images too), "cifar" one 3x3 and no pool.
-    `connect` is SEW-ResNet's, `pool` the imagenet stem's.
+    The stem "imagenet" is 7x7/2 and a 3x3/2 pool (the paper's, on 32x32 images too), "cifar" one 3x3 and no pool; it is
+    the ResNets'. `pool` is that of the imagenet stem, or of a VGG; None takes the family's own (max, in a VGG avg).
+    `connect` is SEW-ResNet's; `norm` and `dropout` are a VGG's. `normalise` is the network's first operation, a name of
+    NORMALISATIONS. `readout` averages the scores of all steps or adds them up.
     `exact` switches the fast paths off: neurons step by step under autograd, PyTorch's own convolutions.
     """
 
@@ -32,25 +40,40 @@ class NetSpec:
     channels: int = 3
     width: float = 1.0
     stem: Stem = "imagenet"
-    pool: Pool = "max"
+    pool: Pool | None = None
     connect: Connect = "add"
+    norm: Norm = "batch"
+    dropout: float = 0.0
+    normalise: str = "none"
+    readout: Readout = "mean"
     neuron: NeuronSpec = field(default_factory=NeuronSpec)
     steps: int = 10
     exact: bool = False
 
     def __post_init__(self) -> None:
+        vgg, resnet = self.arch in VGGS, self.arch in RESNETS
+        if self.pool is None:
+            object.__setattr__(self, "pool", "max" if resnet else "avg" if vgg else "none")
         for name, got, allowed in (
             ("arch", self.arch, ARCHITECTURES),
-            ("stem", self.stem, ("imagenet", "cifar")),
-            ("pool", self.pool, ("max", "avg")),
-            ("connect", self.connect, ("add", "and", "iand")),
+            ("stem", self.stem, ("imagenet", "cifar") if resnet else ("imagenet",)),
+            ("pool", self.pool, ("max", "avg") if vgg or resnet else ("none",)),
+            ("connect", self.connect, ("add", "and", "iand") if resnet else ("add",)),
+            ("norm", self.norm, ("batch", "none") if vgg else ("batch",)),
+            ("normalise", self.normalise, ("none", *NORMALISATIONS)),
+            ("readout", self.readout, ("mean", "sum")),
         ):
             if got not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
+                of = "" if name == "arch" or resnet else f" in a {self.arch}"
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}{of}, got {got!r}")
         if self.arch.startswith("spiking") and self.connect != "add":
             raise ValueError(f"connect: a Spiking-ResNet adds currents; {self.connect!r} is for SEW-ResNet")
         if self.stem == "cifar" and self.pool != "max":
             raise ValueError(f"pool: the cifar stem has no pool; {self.pool!r} is for the imagenet stem")
+        if not 0 <= self.dropout < 1 or (self.dropout and not vgg):
+            raise ValueError(f"dropout: expected a share 0..1 in a VGG, 0 elsewhere, got {self.dropout} in {self.arch}")
+        if self.normalise != "none" and len(NORMALISATIONS[self.normalise][0]) not in (1, self.channels):
+            raise ValueError(f"normalise: {self.normalise} is for 3 channels, got {self.channels}; try half or none")
         if min(self.classes, self.channels, self.steps) < 1 or not 0 < self.width <= 64:
             raise ValueError(
                 f"expected positive classes, channels, steps and a width up to 64, got classes={self.classes}, "
@@ -58,23 +81,24 @@ class NetSpec:
             )
 
 
-def build(spec: NetSpec, *, seed: int = 3407) -> SpikingResNet:
+def build(spec: NetSpec, *, seed: int = 3407) -> FoldedNet:
     """A freshly initialised network; the same spec and seed give the same weights, no other stream is drawn from."""
-    family, depth = spec.arch.split("_resnet")
+    common: dict[str, Any] = {
+        k: getattr(spec, k)
+        for k in ("classes", "channels", "width", "normalise", "readout", "neuron", "steps", "exact")
+    }
+    pool: Any = spec.pool  # never None: NetSpec filled in the family's own
     with torch.random.fork_rng(devices=[]):  # PyTorch's layers draw weights of their own, overwritten below
-        net = SpikingResNet(
-            depth=int(depth),
-            sew=family == "sew",
-            classes=spec.classes,
-            channels=spec.channels,
-            width=spec.width,
-            stem=spec.stem,
-            pool=spec.pool,
-            connect=spec.connect,
-            neuron=spec.neuron,
-            steps=spec.steps,
-            exact=spec.exact,
-        )
+        if spec.arch in VGGS:
+            depth = int(spec.arch.removeprefix("vgg"))
+            net: FoldedNet = SpikingVGG(depth=depth, pool=pool, norm=spec.norm, dropout=spec.dropout, **common)
+        elif spec.arch in RESNETS:
+            family, depth = spec.arch.split("_resnet")
+            net = SpikingResNet(
+                depth=int(depth), sew=family == "sew", stem=spec.stem, pool=pool, connect=spec.connect, **common
+            )
+        else:
+            net = SpikingWRN(**common)
     net.initialise(torch.Generator().manual_seed(seed))
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -185,8 +209,20 @@ def _neurons(net: nn.Module, text: str, name: str) -> NeuronRoute:
 
 def _stretch(twin: nn.Module, steps: int) -> None:
     for m in twin.modules():
-        if isinstance(m, SpikingResNet | FoldedNeuron):
+        if isinstance(m, FoldedNet | FoldedNeuron | Dropout):
             m.steps = steps
+
+
+@contextlib.contextmanager
+def running_for(net: nn.Module, steps: int) -> Iterator[None]:
+    """Inside this block, `net` runs for another number of steps."""
+    was = {m: m.steps for m in net.modules() if isinstance(m, FoldedNet | FoldedNeuron | Dropout)}
+    _stretch(net, steps)
+    try:
+        yield
+    finally:
+        for m, own in was.items():
+            m.steps = own
 
 
 def _state(net: nn.Module) -> tuple:

@@ -5,6 +5,9 @@ Per step, with v the potential left by the last step (v_reset at the start, 0 fo
     IF    h = v + x
     LIF   h = v + (x - (v - r)) / tau        or, without decaying the input, h = v - (v - r) / tau + x
     PLIF  as LIF with 1/tau = sigmoid(w), w learnt; Fang et al. 2021, arXiv:2007.05785
+    DIET  h = leak v + x / threshold with both learnt, one a layer, in units of the threshold; Rathi & Roy 2020,
+          arXiv:2008.03658, with the soft reset out of the graph
+    ReLU  no spike and no state: max(0, x) at every step, the twin that a spiking network is converted from
     s = 1[h >= threshold];   hard reset v = s r + (1 - s) h,   soft reset v = h - s threshold
 
 with r the reset potential (0 for a soft reset). `reference` is that, step by step, with autograd; `fused` is one
@@ -20,7 +23,7 @@ import importlib.util
 import math
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -39,25 +42,37 @@ class NeuronSpec:
     """What a neuron is. `reset` is the hard-reset potential, or None for a soft reset (subtract the threshold).
 
     `detach_reset` keeps the gradient out of the reset path; `tau` is in steps and read by LIF and PLIF (its start).
+    LIF without `decay_input` multiplies the old potential by 1 - 1/tau, the leak of many papers. DIET starts from
+    `leak` (0..1, 1 leaks nothing) and `threshold`; `learn=False` keeps both as they are.
     """
 
-    kind: Literal["if", "lif", "plif"] = "if"
+    kind: Literal["if", "lif", "plif", "diet", "relu"] = "if"
     threshold: float = 1.0
     reset: float | None = 0.0
     detach_reset: bool = True
     tau: float = 2.0
     decay_input: bool = True
+    leak: float = 1.0
+    learn: bool = True
     surrogate: Surrogate = field(default_factory=Surrogate)
 
     def __post_init__(self) -> None:
-        if self.kind not in ("if", "lif", "plif"):
-            raise ValueError(f"neuron: expected if, lif or plif, got {self.kind!r}")
+        if self.kind not in ("if", "lif", "plif", "diet", "relu"):
+            raise ValueError(f"neuron: expected if, lif, plif, diet or relu, got {self.kind!r}")
         if not (self.threshold > 0 and math.isfinite(self.threshold)):
             raise ValueError(f"threshold: expected a positive number, got {self.threshold}")
         if self.reset is not None and not -math.inf < self.reset < self.threshold:
             raise ValueError(f"reset: expected a potential below the threshold {self.threshold}, got {self.reset}")
-        if self.kind != "if" and not 1 < self.tau < math.inf:
+        if self.kind in ("lif", "plif") and not 1 < self.tau < math.inf:
             raise ValueError(f"tau: expected a time constant above 1 step, got {self.tau}")
+        if not 0 <= self.leak <= 1:
+            raise ValueError(f"leak: expected a factor 0..1 on the old potential (above 1 it grows), got {self.leak}")
+        if self.kind != "diet" and (self.leak != 1.0 or not self.learn):
+            raise ValueError(
+                f"leak, learn: only diet neurons have them, got {self.kind}; for lif give tau = 1/(1 - leak)"
+            )
+        if self.kind == "diet" and (self.reset is not None or not self.detach_reset):
+            raise ValueError("diet: expected the soft reset out of the graph, its only one; give reset=None")
 
     @property
     def rest(self) -> float:
@@ -451,28 +466,88 @@ def compile_neurons(net: nn.Module) -> nn.Module:
     return net
 
 
+carried: contextvars.ContextVar[dict[nn.Module, Tensor] | None] = contextvars.ContextVar("carried", default=None)
+"""Potentials of DIET neurons, and of the readout, that outlast a call; None: every call starts from rest."""
+
+LEAST = 1e-3  # of a learnt threshold
+
+
+@contextlib.contextmanager
+def carrying(potentials: dict[nn.Module, Tensor] | None) -> Iterator[None]:
+    """Inside this block, in this thread, a network goes on from `potentials` and leaves its own there, detached."""
+    token = carried.set(potentials)
+    try:
+        yield
+    finally:
+        carried.reset(token)
+
+
+def _relu(x: Tensor, _spec: NeuronSpec, _leak: Tensor | None) -> Tensor:
+    return x.relu()
+
+
 class Neuron(nn.Module):
-    """A layer of neurons: spikes [t ...] from input currents [t ...]. PLIF keeps one learnt scalar `w`."""
+    """A layer of neurons: spikes [t ...] from input currents [t ...].
+
+    PLIF keeps one learnt scalar `w`, DIET a `leak` and a `threshold`; the latter runs as a PLIF neuron of threshold 1
+    on x / threshold, which is the same function.
+    """
 
     space: Any = None  # the engine's memory for maps, shared by the layers of a network
+    leak: nn.Parameter | None
+    threshold: nn.Parameter | None
 
     def __init__(self, spec: NeuronSpec, *, exact: bool = False) -> None:
         super().__init__()
-        self.spec = spec
-        self.run = reference if exact else fused
+        self.run = _relu if spec.kind == "relu" else reference if exact else fused
         if spec.kind == "plif":
             self.w = nn.Parameter(torch.tensor(-math.log(spec.tau - 1)))
+        diet = spec.kind == "diet"
+        for name in ("leak", "threshold"):
+            value = torch.tensor(getattr(spec, name))
+            self.register_parameter(name, nn.Parameter(value, requires_grad=spec.learn) if diet else None)
+        if diet:
+            spec = replace(spec, kind="plif", leak=1.0, learn=True, threshold=1.0, decay_input=False)
+        self.spec = spec
+
+    def confine(self) -> None:
+        """Bring a learnt leak back to 0..1 and a learnt threshold to at least LEAST."""
+        if self.leak is not None and self.threshold is not None:
+            with torch.no_grad():
+                self.leak.clamp_(0, 1)
+                self.threshold.clamp_(min=LEAST)
 
     def differentiated(self) -> tuple[NeuronSpec, Rule | None]:
         """The spec, and the rule that gives the slopes, by which this layer is differentiated here and now."""
         rule = _rule.get()
-        if rule is None:
+        if rule is None or self.spec.kind == "relu":
             return self.spec, None
         return rule.respec(self.spec), None if rule.slopes is None else rule
 
     def forward(self, x: Float[Tensor, "t ..."]) -> Float[Tensor, "t ..."]:
         spec, rule = self.differentiated()
-        leak = torch.sigmoid(self.w) if spec.kind == "plif" else None
+        if self.leak is not None and self.threshold is not None:
+            return self._diet(x / self.threshold, self.leak, spec, rule)
+        return self._run(x, spec, rule, torch.sigmoid(self.w) if spec.kind == "plif" else None)
+
+    def _diet(
+        self, x: Float[Tensor, "t ..."], leak: Tensor, spec: NeuronSpec, rule: Rule | None
+    ) -> Float[Tensor, "t ..."]:
+        before = carried.get()
+        if before is not None and self in before:  # what is left of a potential joins the first current
+            x = torch.cat([x[:1] + leak * before[self], x[1:]])
+        s = self._run(x, spec, rule, 1.0 - leak)
+        if before is not None:
+            with torch.no_grad():
+                v = torch.zeros_like(x[0])
+                for now, spike in zip(x, s, strict=True):
+                    v = v * leak + now - spike
+                before[self] = v
+        return s
+
+    def _run(
+        self, x: Float[Tensor, "t ..."], spec: NeuronSpec, rule: Rule | None, leak: Tensor | None
+    ) -> Float[Tensor, "t ..."]:
         if rule is None:
             return self.run(x, spec, leak)
         leak = None if leak is None else leak.detach()

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import Conv2d, coded, conv_fire, fire, watched
+from sparsetrail.snn.engine import Conv2d, conv_fire, watched
+from sparsetrail.snn.folded import FoldedNet, FoldedNeuron, Normalise, Readout
 from sparsetrail.snn.neuron import Neuron, NeuronSpec
 
 Connect = Literal["add", "and", "iand"]
-Pool = Literal["max", "avg"]
+Pool = Literal["max", "avg", "none"]
 Stem = Literal["imagenet", "cifar"]
 
 DEPTHS: dict[int, tuple[bool, tuple[int, int, int, int]]] = {  # depth: (bottleneck, blocks a stage)
@@ -40,22 +40,6 @@ class Join(nn.Module):
 
     def extra_repr(self) -> str:
         return self.connect
-
-
-class FoldedNeuron(Neuron):
-    """A neuron layer inside a folded network: [t*n ...] in and out, `steps` of them in time."""
-
-    def __init__(self, spec: NeuronSpec, steps: int, *, exact: bool = False) -> None:
-        super().__init__(spec, exact=exact)
-        self.steps = steps
-
-    def forward(self, x: Float[Tensor, "m ..."]) -> Float[Tensor, "m ..."]:
-        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        if last and self.differentiated()[1] is None:  # a rule knows its channels by their axis
-            # in memory order: otherwise the spikes come back channels first and the next convolution copies them
-            s = super().forward(x.permute(0, 2, 3, 1).unflatten(0, (self.steps, -1)))
-            return s.flatten(0, 1).permute(0, 3, 1, 2)
-        return super().forward(x.unflatten(0, (self.steps, -1))).flatten(0, 1)
 
 
 def _conv(cin: int, cout: int, kernel: int, stride: int = 1) -> Conv2d:
@@ -111,8 +95,8 @@ class Block(nn.Module):
         return self.join(out, identity) if self.bottleneck else self.join(identity, out)
 
 
-class SpikingResNet(nn.Module):
-    """The whole network: an input sequence [t n c h w] to class scores [n k], the mean over t of fc."""
+class SpikingResNet(FoldedNet):
+    """The whole network: an input sequence [t n c h w] to class scores [n k]."""
 
     def __init__(
         self,
@@ -125,6 +109,8 @@ class SpikingResNet(nn.Module):
         stem: Stem,
         pool: Pool,
         connect: Connect,
+        normalise: str,
+        readout: Readout,
         neuron: NeuronSpec,
         steps: int,
         exact: bool = False,
@@ -132,7 +118,8 @@ class SpikingResNet(nn.Module):
         super().__init__()
         bottleneck, stages = DEPTHS[depth]
         widths = [max(1, round(w * width)) for w in (64, 128, 256, 512)]
-        self.steps = steps
+        self.steps, self.readout = steps, readout
+        self.normalise = None if normalise == "none" else Normalise(normalise)
 
         def fire() -> FoldedNeuron:
             return FoldedNeuron(neuron, steps, exact=exact)
@@ -167,25 +154,10 @@ class SpikingResNet(nn.Module):
                 nn.init.uniform_(m.weight, -bound, bound, generator=generator)
                 nn.init.uniform_(m.bias, -bound, bound, generator=generator)
 
-    def per_step(self, u: Float[Tensor, "t n c h w"]) -> Float[Tensor, "t n k"]:
-        """Scores of every step."""
-        if u.ndim != 5 or u.shape[0] != self.steps:
-            raise ValueError(f"expected an encoded input [{self.steps} n c h w], got shape {tuple(u.shape)}")
-        x = conv_fire(u.flatten(0, 1), self.conv1, self.bn1, self.sn1, self.steps, pool=self.pool)
-        return self._after_stem(x)
+    def first(self) -> tuple[nn.Module, nn.Module, Neuron, nn.Module | None]:
+        return self.conv1, self.bn1, self.sn1, self.pool
 
-    def _after_stem(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "t n k"]:
+    def rest(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m k"]:
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)  # type: ignore[operator]
-        return self.fc(self.avgpool(x).flatten(1)).unflatten(0, (self.steps, -1))
-
-    def forward(self, u: Float[Tensor, "t n c h w"]) -> Float[Tensor, "n k"]:
-        return self.per_step(u).mean(0)
-
-    def scores(self, x: Float[Tensor, "n c h w"], encode: Encoder) -> Float[Tensor, "n k"]:
-        """`self(encode(x))`; frames that the code shows again go through the first layer once."""
-        currents = coded(x, encode, self.conv1) if encode.steps == self.steps else None
-        if currents is None:
-            return self(encode(x))
-        x = fire(currents, self.bn1, self.sn1, self.steps, order=encode.frames, pool=self.pool)
-        return self._after_stem(x).mean(0)
+        return self.fc(self.avgpool(x).flatten(1))

@@ -49,6 +49,7 @@ DEFAULTS: dict[str, float | None] = {  # what a name without a setting means; No
     "atan": 2.0,
     "sigmoid": 4.0,
     "triangle": 1.0,
+    "damped_triangle": 1.0,
     "rectangle": 1.0,
     "gaussian": 0.5,
     "fast_sigmoid": 2.0,
@@ -260,6 +261,8 @@ class NeuronRoute:
     def words(self, spec: NeuronSpec) -> str:
         """The route of neurons of this spec in words, e.g. 'ASSG(0.43, atan), hard reset detached'."""
         spec = self.respec(spec)
+        if spec.kind == "relu":
+            return "ReLU"
         if self.surrogate:
             text = f"BPTT {spec.surrogate.name}({spec.surrogate.width:g})"
         elif self.remembers:

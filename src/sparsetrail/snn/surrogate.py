@@ -30,6 +30,11 @@ def triangle_derivative(x: Value, gamma: float) -> Value:
     return (gamma - x.abs()).clamp(min=0) / gamma**2
 
 
+def damped_triangle_derivative(x: Value, gamma: float) -> Value:
+    """0.3 max(0, gamma - |x|) / gamma^2: integral 0.3. Bellec et al. 2018, arXiv:1803.09574; DIET- and HIRE-SNN."""
+    return 0.3 * triangle_derivative(x, gamma)
+
+
 def rectangle_derivative(x: Value, width: float) -> Value:
     """1/width where |x| < width/2, else zero. Wu et al. 2018, arXiv:1706.02609, eq. 25."""
     return (x.abs() < width / 2).to(x.dtype) / width
@@ -69,6 +74,7 @@ SURROGATES: dict[str, Callable[[Value, float], Value]] = {
     "atan": atan_derivative,
     "sigmoid": sigmoid_derivative,
     "triangle": triangle_derivative,
+    "damped_triangle": damped_triangle_derivative,
     "rectangle": rectangle_derivative,
     "gaussian": gaussian_derivative,
     "fast_sigmoid": fast_sigmoid_derivative,
