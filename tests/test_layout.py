@@ -15,7 +15,8 @@ LEVELS = [  # a room may import rooms of earlier levels, never of its own or lat
     {"core"},
     {"snn", "data", "attacks", "trails"},
     {"models", "report", "checks", "adapt"},
-    {"training", "auditing"},
+    {"training", "auditing", "convert"},
+    {"defend"},
     {"recipes"},
     {"cli"},
 ]
@@ -28,6 +29,8 @@ ONLY = {  # narrower
     "report": {"core"},
     "checks": {"core", "attacks"},
     "adapt": {"core", "snn"},
+    "convert": {"data", "models", "snn"},
+    "defend": {"core", "snn", "training"},
     "auditing": {"core", "attacks", "checks", "snn"},
 }
 

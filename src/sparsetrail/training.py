@@ -369,7 +369,8 @@ def _one_update(
         x = x.detach().requires_grad_()
     half = spec.precision == "bf16" and not (x.device.type == "cpu" and has_bf16())  # else the engine sees to it
     with torch.autocast(x.device.type, torch.bfloat16) if half else contextlib.nullcontext():
-        z = scores(net, encode, x).float()
+        z = scores(net, encode, x)
+        z = z.float() if half else z
         loss = F.cross_entropy(z, y)
     if seams.penalty is not None:
         loss = loss + seams.penalty(net, encode, x, y, z, generator)

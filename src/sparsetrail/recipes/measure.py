@@ -25,7 +25,7 @@ from torch import Tensor
 from sparsetrail import __version__
 from sparsetrail._files import write_atomic
 from sparsetrail.attacks import ATTACKS, attack, authors, settings
-from sparsetrail.core import Mode, Rate, Route, Run, Threat, Trail, Victim
+from sparsetrail.core import Mode, Rate, Route, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
 from sparsetrail.report import pack, unpack
@@ -34,7 +34,7 @@ from sparsetrail.snn.net import NetSpec, build, describe, victim
 from sparsetrail.snn.neuron import can_compile, compile_neurons
 from sparsetrail.snn.weights import load_weights, save_weights
 from sparsetrail.trails import trail
-from sparsetrail.training import WORTH_COMPILING, TrainingStopped, TrainSpec, accuracy, train
+from sparsetrail.training import WORTH_COMPILING, Seams, TrainingStopped, TrainSpec, accuracy, train
 
 AT_ONCE = 4  # models trained side by side on one GPU
 
@@ -59,7 +59,17 @@ class Bench:
     stop: Callable[[], bool] = lambda: False
 
 
-def fit(bench: Bench, name: str, net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec) -> Trained:
+def fit(
+    bench: Bench,
+    name: str,
+    net: NetSpec,
+    encode: Encoder,
+    data: Dataset,
+    spec: TrainSpec,
+    *,
+    seams: Seams | None = None,
+    start: Trained | None = None,
+) -> Trained:
     """Train a model into `out/models/name`, or take the finished one from there."""
     folder = bench.out / "models" / name
 
@@ -72,7 +82,9 @@ def fit(bench: Bench, name: str, net: NetSpec, encode: Encoder, data: Dataset, s
                 f"train {name}", -1, of, f"epoch {event['epoch'] + 1}/{of}: validation {event['validation']:.1%}"
             )
 
-    return train(net, encode, data, spec, folder, device=bench.device, say=say, stop=bench.stop)
+    return train(
+        net, encode, data, spec, folder, seams=seams, start=start, device=bench.device, say=say, stop=bench.stop
+    )
 
 
 def fit_all(bench: Bench, jobs: Sequence[Job], *, side_by_side: bool | None = None) -> list[Trained]:
@@ -289,14 +301,27 @@ def _history(card: dict[str, Any]) -> dict[str, Any]:
         return {
             "trained": f"elsewhere; imported from {card['imported']['file']}, sha256 {card['imported']['sha256'][:12]}"
         }
+    if "converted" in card:
+        how = card["converted"]
+        return {
+            "trained": f"converted from a network of ReLUs, sha256 {how['from'][:12]}; thresholds the percentile "
+            f"{how['percentile']:g} of the currents, times {how['scale']:g}"
+        }
     spec, source = card["train"], card["data"]
-    return {
+    defence = card.get("defence")
+    began = {"began from": f"a converted network, sha256 {card['start']['sha256'][:12]}"} if "start" in card else {}
+    return began | {
+        **({} if defence is None else {"defence": defence["name"], "defence settings": _knobs(defence["knobs"])}),
         "trained on": f"{source['name']} {source['split']}, {source['n']} images, content {source['sha256'][:12]}",
         "epochs": spec["epochs"],
         "training": f"{spec['optimizer']} lr {spec['lr']:g}, batch {spec['batch']}, {spec['epochs']} epochs, "
         f"weight decay {spec['weight_decay']:g}, seed {spec['seed']}",
         "chosen by": card["chosen_by"],
     }
+
+
+def _knobs(knobs: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {as_fraction(v) if isinstance(v, float) else v}" for k, v in knobs.items())
 
 
 def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
