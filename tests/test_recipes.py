@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from sparsetrail import data
-from sparsetrail.core import Linf
-from sparsetrail.recipes import measure, paper
+from sparsetrail.core import Audit, Linf, Rate, Report, Run
+from sparsetrail.models import load_model
+from sparsetrail.recipes import measure, paper, systems
 from sparsetrail.recipes.quick import QuickSpec, quick
 from sparsetrail.report import claims, load, table, write
+from sparsetrail.report.tables import comparisons
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.training import TrainSpec
@@ -109,20 +111,21 @@ def fake_cifar(tmp_path, monkeypatch):
                             sha256=data.content_hash(images, base.labels), official=False)  # fmt: skip
 
     monkeypatch.setattr(paper, "load", fake)
-    small = replace(paper.SCALES["smoke"], images=64, attacked=8, scored=8, traced=4)
+    few = replace(paper.SCALES["smoke"].systems, images=64, audited=4, width=0.0625)
+    small = replace(paper.SCALES["smoke"], images=64, attacked=8, scored=8, traced=4, systems=few)
     monkeypatch.setitem(paper.SCALES, "smoke", small)
     return measure.Bench(out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("figure", paper.FIGURES)
 def test_every_figure_runs_and_stands_beside_the_published_value(fake_cifar, figure):
-    report = paper.reproduce(fake_cifar, figure, "smoke")
+    report = paper.reproduce(fake_cifar, figure, "smoke", rows=("sew_resnet18",))
     assert report.claims and all(c in claims() for c in report.claims)
     if figure.startswith("table"):
         threats = {(r.threat.space, r.threat.eps, r.mode) for r in report.runs}
         assert threats == {("pixel", 8 / 255, "eval"), ("encoded", 6 / 255, "eval"), ("encoded", 6 / 255, "train")}
         assert {c.conditions["attack"] for c in report.claims} == {"none", "fgsm", "pgd"}
-        ours = [c for c in report.claims if c.conditions["available"] and c.conditions["attack"] != "none"]
+        ours = [c for c in report.claims if c.conditions["attack"] != "none"]
         assert ours and all("6/255" in c.coded and "8/255" in c.stated for c in ours)
         assert any("Published (Luu 2025" in line and "SEW-ResNet18" in line for line in report.summary)
     else:
@@ -132,10 +135,103 @@ def test_every_figure_runs_and_stands_beside_the_published_value(fake_cifar, fig
         values = {(c.conditions["pool"], c.conditions["attack"]): c.value for c in report.claims}
         assert values["max", "pgd"] == 34.33 and values["avg", "pgd"] == 25.72
     if figure == "table1":
-        assert any("SNN-RAT" in note for note in report.notes)  # rows that cannot be trained yet say so
-        assert 28.08 in {c.value for c in report.claims}  # and stand there as published
+        assert any("Not run here" in note and "SNN-RAT WRN-16" in note for note in report.notes)
+        assert 20.81 in {c.value for c in report.claims}  # CIFAR-100, whatever we trained on
     if report.runs:
         assert "SEW-ResNet18" in table(report, tablefmt="github")
+
+
+def test_a_compared_system_is_trained_attacked_audited_and_kept_in_its_own_columns(fake_cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper.audits, "run", judged)  # tests of the audit are elsewhere, and slow
+    report = paper.reproduce(fake_cifar, "table2", "smoke", rows=("sew_resnet18", "rat_wrn16"))
+    rat, sew = names = [m["name"] for m in report.models]
+    assert names == ["SNN-RAT WRN-16-4, cifar10", "SEW-ResNet18 max pool, cifar10"]
+    threats = {(r.threat.space, r.threat.eps, r.mode) for r in report.runs if r.victim == rat}
+    assert threats == {("pixel", 8 / 255, "eval")}
+    (audit,) = report.audits
+    assert audit.victim == rat and audit.threat == Linf(8 / 255, space="pixel") and audit.budget == "quick"
+    assert (audit.n, audit.card["folder"]) == (4, "cifar10-rat_wrn16")
+    assert any(line.startswith(f"{rat}: ") and "From its published figure it is apart" in line
+               for line in report.summary)  # fmt: skip
+    assert any(note.startswith(f"{rat}: open in its source") for note in report.notes)
+    assert [m.get("defence") for m in report.models] == ["snn_rat", None]
+    assert "strength 0.004" in report.models[0]["defence settings"]
+    beside = comparisons(report)
+    assert {line[0] for c in beside for line in c.grid.rows} == {"SNN-RAT WRN-16", "SEW-ResNet18"}
+    for c in beside:
+        if any(line[0] == "SNN-RAT WRN-16" for line in c.grid.rows):
+            assert "6/255" not in c.coded and "encoded" not in " ".join(c.grid.flat_head)
+    files = write(report, tmp_path)
+    assert load(tmp_path) == report and "SNN-RAT" in files["html"].read_text()
+    monkeypatch.setattr(systems, "fit", refuse_training(measure.fit))
+    monkeypatch.setattr(paper, "strike", refuse_training(measure.strike))
+    again = paper.reproduce(fake_cifar, "table1", "smoke", rows=("rat_wrn16",))
+    assert again.runs == tuple(r for r in report.runs if r.victim == rat)  # tables share what was measured
+    assert {c.dataset for c in again.claims} == {"CIFAR-100"}  # where it was published, whatever we trained on
+
+
+def judged(bench, what, threats, images, *, budget):
+    """The audit of a target as a report, without attacks: nothing stands but the first image."""
+    n = len(images.labels)
+    first = (True,) + (False,) * (n - 1)
+    (threat,) = threats
+    found = Audit(
+        victim=what.name, card={"folder": bench.out.name}, threat=threat, data="d", indices=tuple(range(n)),
+        clean=(True,) * n, default=first, worst=first, broken_by=(None,) + ("pgd",) * (n - 1), runs=(), findings=(),
+        curves={}, verdict="supported", reason="nothing rang", claim=None, claim_source="", default_attack="pgd",
+        budget=budget, complete=True, seconds=1.0, provenance={},
+    )  # fmt: skip
+    return replace(EMPTY, audits=(found,)), []
+
+
+def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_over_draws(fake_cifar, monkeypatch):
+    seen = []
+
+    def strike(bench, model, name, attack, threat, images, eot=1):
+        seen.append((name, attack, threat.eps, eot))
+        return NOTHING
+
+    monkeypatch.setattr(paper, "strike", strike)
+    monkeypatch.setattr(paper.audits, "run", lambda *a, **k: (replace(EMPTY), []))
+    test_set = paper.load("cifar10")
+    few, sizes = data.take(test_set, 20, seed=0), {"width": 0.0625, "steps": 4}
+    hire = systems.train_system(
+        fake_cifar, "hire_vgg11", few, epochs=1, twin_epochs=1, calibrate=40, batch=16, **sizes
+    )  # fmt: skip
+    coded = systems.SYSTEMS["discretised_vgg11"]  # without its conversion
+    spec = TrainSpec(epochs=1, batch=16, validation=0.0)
+    rated = measure.fit(fake_cifar, "rated", coded.net(few, **sizes), coded.encoder(4), few, spec)
+    for name, model in (("hire_vgg11", hire), ("discretised_vgg11", rated)):
+        paper._judge(fake_cifar, paper.Row(name, "", "cifar10"), model, paper.SCALES["smoke"].systems, test_set)
+    hire, coded = ([s[1:] for s in seen if s[0].startswith(n)] for n in ("HIRE", "Input"))
+    assert {(a, e) for a, e, _ in hire} == {(a, 8 / 255) for a in ("noise", "fgsm", "pgd")} | {
+        ("fgsm", 0.031), ("pgd", 0.031)
+    }  # fmt: skip
+    assert {e for *_, e in hire} == {1} and {e for *_, e in coded} == {10}
+    started = load_model(fake_cifar.out / "models" / "cifar10-hire_vgg11").card
+    converted = load_model(fake_cifar.out / "models" / "cifar10-hire_vgg11" / "converted")
+    assert started["start"]["sha256"] == converted.sha256
+    assert "converted from" in measure.card(converted, "c", Rate(1, 2), test_set)["trained"]
+
+
+NOTHING = Run(
+    attack="pgd", knobs={}, threat=Linf(8 / 255, space="pixel"), victim="v", route="", mode="eval", data="d", seed=0,
+    clean=(True,), robust=(True,), ties=0, forwards=0, backwards=0, zero_gradient=None, dead_examples=0, nonfinite=0,
+    trace=(), seconds=0.0,
+)  # fmt: skip
+EMPTY = Report(title="", summary=(), models=(), runs=(), trails=(), claims=(), provenance={})
+
+
+def refuse_training(real):
+    """Everything is there already: nothing may be trained or attacked again."""
+
+    def wrapped(bench, *args, **knobs):
+        def halt():
+            raise AssertionError("computed again")
+
+        return (real or measure.fit)(replace(bench, stop=halt), *args, **knobs)
+
+    return wrapped
 
 
 def test_rows_of_the_paper():
@@ -143,11 +239,40 @@ def test_rows_of_the_paper():
     rows = paper.rows_of("table1", every, paper.RESNETS, ("cifar100",))
     assert [r.arch for r in rows] == [f"{f}_resnet{d}" for f in ("sew", "spiking") for d in (18, 34, 50)]
     assert {r.pool for r in rows} == {"max"}
-    assert len(paper.rows_of("table3", claims("table3"), paper.RESNETS, ("cifar10", "cifar100"))) == 12
+    everything = [r.arch for r in paper.rows_of("table2", claims("table2"), paper.ROWS, ("cifar10",))]
+    assert sorted(everything) == sorted(
+        {*systems.SYSTEMS, "sew_resnet18", "sew_resnet34", "sew_resnet50"}
+    )  # also those no row is about
+    assert len(paper.rows_of("table3", claims("table3"), paper.ROWS, ("cifar10", "cifar100"))) == 12
     sew = paper.net_spec(paper.Row("sew_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
     spiking = paper.net_spec(paper.Row("spiking_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
     assert sew.neuron.detach_reset and not spiking.neuron.detach_reset and sew.steps == 10 and sew.width == 1
     assert paper.SCALES["paper"].epochs == 100 and TrainSpec(epochs=100).batch == 16
+
+
+def test_systems_are_as_their_sources_have_them():
+    cifar = replace(data.take(data.load("fashion-mnist-slice", "test"), 2, seed=0), name="cifar10")
+    cifar = replace(cifar, images=torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    for name, s in systems.SYSTEMS.items():
+        net, seams = s.net(cifar), s.seams()
+        if seams.check is not None:
+            seams.check(net, s.encoder(net.steps), s.train)
+        told = systems.facts(name)
+        assert told["still apart from its published figure"] and told["open in its source"], name
+        assert net.normalise == ("none" if s.signed_poisson else "cifar10") and s.train.schedule == "cosine"
+    rat = systems.SYSTEMS["rat_vgg11"]
+    assert rat.net(cifar).steps == 8 and rat.train.weight_decay == 0 and rat.train.epochs == 200
+    assert rat.seams().knobs["eps"] == 2 / 255 and systems.SYSTEMS["vanilla_vgg11"].train.weight_decay == 5e-4
+    with pytest.raises(ValueError, match="expected settings among attack, gradient"):
+        rat.seams({"epsilon": 1})
+    with pytest.raises(ValueError, match="has no defence"):
+        systems.SYSTEMS["vanilla_vgg11"].seams({"eps": 1})
+    bench = measure.Bench(out=data.cache_root(None) / "never")
+    with pytest.raises(ValueError, match="expected one of vanilla_vgg11"):
+        systems.train_system(bench, "rat", cifar)
+    with pytest.raises(ValueError, match="has no twin"):
+        systems.train_system(bench, "rat_vgg11", cifar, twin_epochs=3)
+    assert not bench.out.exists()
 
 
 def test_unknown_rows_and_scales_are_refused(tmp_path):
@@ -156,7 +281,7 @@ def test_unknown_rows_and_scales_are_refused(tmp_path):
         with pytest.raises(ValueError, match=match):
             paper.reproduce(bench, *args)
     with pytest.raises(ValueError, match="no row left"):
-        paper.reproduce(bench, "table1", "smoke", datasets=("cifar10",))
+        paper.reproduce(bench, "table3", "smoke", rows=("rat_vgg11",))
 
 
 def jobs(names=("one", "two", "three"), epochs=1):
