@@ -14,7 +14,7 @@ LEVELS = [  # a room may import rooms of earlier levels, never of its own or lat
     {"_shapes", "_files"},
     {"core"},
     {"snn", "data", "attacks", "trails"},
-    {"models", "report", "checks", "adapt"},
+    {"models", "report", "checks", "adapt", "theory"},
     {"training", "auditing"},
     {"recipes"},
     {"cli"},
@@ -28,6 +28,7 @@ ONLY = {  # narrower
     "report": {"core"},
     "checks": {"core", "attacks"},
     "adapt": {"core", "snn"},
+    "theory": {"core", "snn", "attacks", "trails"},
     "auditing": {"core", "attacks", "checks", "snn"},
 }
 
