@@ -44,7 +44,7 @@ def found(slice_):
 
 @pytest.fixture(scope="module")
 def shown():
-    return measured.demo(seed=1)
+    return measured.demo(seed=1, images=8)
 
 
 def test_audit_finds_what_the_theory_says_of_spiking_networks(found, slice_):
@@ -58,7 +58,9 @@ def test_audit_finds_what_the_theory_says_of_spiking_networks(found, slice_):
     for at in (middle, high):
         assert all(r >= 1 for r in at.ratio if r == r)
         assert all(lo <= r <= hi for lo, r, hi in zip(at.low, at.ratio, at.high, strict=True) if r == r)
-    assert found.above.violated.k == sum(j != 0 for j in found.above.jump) > 0
+    alone = [j for j in found.above.jump if j == j]
+    assert len(alone) == found.above.alone and found.above.jumps.k == sum(j != 0 for j in alone) > 0
+    assert found.above.violated.k == found.above.jumps.k
     assert theorems.judge1(found).verdict == "hypothesis not met"
     assert 0 < found.clipped <= 1 and found.noise_floor == 0
     assert all(1 <= p <= s <= 784 for p, s in zip(found.pr, found.support, strict=True))
@@ -103,7 +105,10 @@ def test_a_linear_victim_meets_the_hypotheses():
     assert theorems.judge2(a).verdict == "hypothesis not met" and "Victim(module=" in theorems.judge2(a).why
     assert theorems.judge_corollary(a).verdict == "vacuous"
     falls = replace(a, corollary=(replace(a.corollary[1], rho=-0.9, low=-1.0, high=-0.5),))
-    assert theorems.judge_corollary(falls).verdict == "violated (certified)"
+    assert theorems.judge_corollary(falls).verdict == "violated (not certified)"  # of lower bounds
+    rises = replace(a, corollary=(replace(a.corollary[1], rho=0.9, low=0.5, high=1.0),))
+    assert theorems.judge_corollary(rises).verdict == "holds"
+    assert theorems.judge_corollary(replace(rises, clipped=0.1)).verdict == "hypothesis not met"
 
 
 def test_other_victims_say_why(slice_):
@@ -209,7 +214,7 @@ def test_reproduce_theorems_and_the_verbs(tmp_path, monkeypatch, capsys, shown):
 
     monkeypatch.setattr(theorems, "demo", lambda **_: shown)
     size = theorems.SCALES["smoke"]
-    monkeypatch.setitem(theorems.SCALES, "smoke", replace(size, images=64, audited=3, draws=4, shares=()))
+    monkeypatch.setitem(theorems.SCALES, "smoke", replace(size, images=64, steps=2, audited=3, draws=4, shares=()))
     page = theorems.theorems(Bench(out=tmp_path), "smoke")
     cases = [r.of for r in page.statements[0].results]
     for name in ("SEW-ResNet18 max pool", "SEW-ResNet18 max pool, smooth control", "SEW-ResNet18 avg pool"):

@@ -3,6 +3,7 @@
 A page is plain data; its plots are Vega-Lite drawn to SVG inside the page, which fetches nothing and runs nothing.
 """
 
+import base64
 import html
 import math
 import re
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsetrail._files import write_atomic
-from sparsetrail.report.charts import Spec, _spec
-from sparsetrail.report.io import pack
+from sparsetrail.report.charts import Spec, _spec, config
+from sparsetrail.report.io import _csv, pack
 from sparsetrail.report.labels import value
-from sparsetrail.report.page import _cell, _flat, _prose, _still
+from sparsetrail.report.page import _cell, _flat, _prose
 from sparsetrail.report.tables import Grid
 
 TONES = {
@@ -77,26 +78,50 @@ class Statement:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """The whole page; `numbers` are the raw measurements behind it, for the JSON file alone."""
+    """The whole page; `images` is one row an image and radius for the CSV, `numbers` all measurements for the JSON."""
 
     title: str
     summary: tuple[str, ...]
     statements: tuple[Statement, ...]
     notes: tuple[str, ...]
+    images: tuple[dict[str, Any], ...]
     provenance: dict[str, Any]
     numbers: dict[str, Any]
 
 
 def write(page: Page, out: str | Path) -> dict[str, Path]:
-    """Write theorems.json, theorems.md and theorems.html into the folder `out`; each is whole or absent."""
+    """Write theorems.json, .csv, .md and .html and every plot as SVG into the folder `out`; each is whole or absent."""
     import msgspec
 
+    drawn = pictures(page)
     texts = {
         "json": ("theorems.json", msgspec.json.encode(pack(page)) + b"\n"),
+        "csv": ("theorems.csv", images_csv(page).encode()),
         "md": ("theorems.md", markdown(page).encode()),
-        "html": ("theorems.html", to_html(page).encode()),
+        "html": ("theorems.html", to_html(page, drawn).encode()),
     }
+    texts |= {name: (f"{name}.svg", svg.encode()) for name, svg in drawn.items()}
     return {kind: write_atomic(Path(out) / name, data) for kind, (name, data) in texts.items()}
+
+
+def images_csv(page: Page) -> str:
+    """One row an image and radius; only the head of an empty table where no victim was measured."""
+    head = tuple(page.images[0]) if page.images else ("victim",)
+    return _csv(head, (tuple(row.values()) for row in page.images))
+
+
+def named(page: Page) -> dict[str, Plot]:
+    """Every plot that has something to show, by the name of its file: 'plot-01-ratios'."""
+    plots = (plot for s in page.statements for plot in s.plots if plot.values)
+    return {f"plot-{i:02}-{plot.kind}": plot for i, plot in enumerate(plots, 1)}
+
+
+def pictures(page: Page) -> dict[str, str]:
+    """Every plot as SVG, by name."""
+    import vl_convert
+
+    light = {"config": config("light")}
+    return {name: vl_convert.vegalite_to_svg({**draw(plot), **light}) for name, plot in named(page).items()}
 
 
 def verdicts(page: Page) -> Grid:
@@ -106,7 +131,8 @@ def verdicts(page: Page) -> Grid:
 
 
 def markdown(page: Page) -> str:
-    """The page without its plots."""
+    """The page in plain text; plots are the SVG files beside it."""
+    names = {id(plot): name for name, plot in named(page).items()}
     parts = [f"# {page.title}", *page.summary, verdicts(page).text()]
     for s in page.statements:
         parts += [f"## {s.name}", f"{s.says} ({s.source})", f"    {s.formula}", f"**Instead.** {s.instead}"]
@@ -116,15 +142,19 @@ def markdown(page: Page) -> str:
                 parts += [_hypotheses(r).text()]
             for grid in r.tables:
                 parts += [f"{grid.caption}.", grid.text()]
+        for plot in s.plots:
+            if plot.values:
+                parts += [f"![{plot.title}]({names[id(plot)]}.svg)", plot.caption]
     parts += ["## Notes", "\n".join(f"- {note}" for note in page.notes)]
     parts += ["## Provenance", "\n".join(f"- {k}: {value(v)}" for k, v in _flat(page.provenance).items())]
     return "\n\n".join(parts) + "\n"
 
 
-def to_html(page: Page) -> str:
-    """The page as one HTML document with the look of all reports, plots as SVG."""
+def to_html(page: Page, drawn: Mapping[str, str] | None = None) -> str:
+    """The page as one HTML document with the look of all reports; `drawn` are its `pictures`, if they are at hand."""
     import jinja2
 
+    drawn = pictures(page) if drawn is None else drawn
     source = files("sparsetrail.report")
     environment = jinja2.Environment(
         autoescape=True,
@@ -140,7 +170,10 @@ def to_html(page: Page) -> str:
         look=look,
         tones=TONES,
         hypotheses=_hypotheses,
-        stills={id(plot): _still(draw(plot)) for s in page.statements for plot in s.plots if plot.values},
+        stills={
+            id(plot): "data:image/svg+xml;base64," + base64.b64encode(drawn[name].encode()).decode()
+            for name, plot in named(page).items()
+        },
         key=id,
         provenance=Grid(
             "Provenance", ("what", "value"), tuple((k, value(v)) for k, v in _flat(page.provenance).items())

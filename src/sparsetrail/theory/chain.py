@@ -52,36 +52,47 @@ def layer_gradients(
     """Gradients of each image's own loss, one image at a time, in eval mode; only their sizes are kept.
 
     `layers` are names of modules with a weight, by default every convolution and linear layer in forward order. `loss`
-    takes logits and labels; by default plain cross-entropy, in float64 from the logits on.
+    takes logits and labels; by default plain cross-entropy, in float64 from the logits on. Scores are the victim's own,
+    which resets what state it has; frozen weights are thawed for the call alone.
     """
     net = victim.module
     if net is None or net.training:
         raise ValueError(
-            f"{victim.name}: expected the network behind the victim, in eval mode; give Victim(module=...)"
+            f"{victim.name}: expected the network behind the victim, in eval mode, found "
+            f"{'none' if net is None else 'train mode'}; give Victim(module=...), call net.eval()"
         )
     modules = dict(net.named_modules())
     names = [k for k, m in modules.items() if kind_of(m) in ("conv", "linear")] if layers is None else list(layers)
     for name in names:
         if not isinstance(getattr(modules.get(name), "weight", None), Tensor):
             raise ValueError(f"layers: expected modules with a weight, found none named {name!r} in {victim.name}")
-    weights = [modules[name].weight for name in names]
+    weights: list[Tensor] = [modules[name].weight for name in names]  # type: ignore[misc]
+    frozen = [w for w in weights if not w.requires_grad]
     rows: list[list[tuple[float, float, float]]] = []
     confidence = []
-    for i in range(len(y)):
-        pixels = x[i : i + 1].detach().requires_grad_(space == "pixel")
-        with torch.enable_grad():
-            u = victim.encode(pixels)
-            u = u if space == "pixel" else u.detach().contiguous().requires_grad_()
-            z = net(u)
-            if i == 0 and not torch.allclose(z.detach(), victim.logits(u.detach()), rtol=1e-3, atol=1e-4):
-                raise ValueError(f"{victim.name}: expected `module` to give the scores of `logits`, found others")
-            at = z.detach().double().requires_grad_()
-            value = F.cross_entropy(at, y[i : i + 1]) if loss is None else loss(at, y[i : i + 1]).sum()
-            (g,) = torch.autograd.grad(value, at)
-            start = pixels if space == "pixel" else u
-            found = torch.autograd.grad(z, [start, *weights], g.to(z), allow_unused=True)  # type: ignore[list-item]
-        confidence.append(float(g.norm()))
-        rows.append([_sizes(v) for v in found])
+    seen = net.register_forward_hook(lambda *_: None)  # who watches this very network sees it called, not a frozen twin
+    try:
+        for w in frozen:
+            w.requires_grad_()
+        for i in range(len(y)):
+            pixels = x[i : i + 1].detach().requires_grad_(space == "pixel")
+            with torch.enable_grad():
+                u = victim.encode(pixels)
+                u = u if space == "pixel" else u.detach().contiguous().requires_grad_()
+                z = victim.logits(u)
+                at = z.detach().double().requires_grad_()
+                value = F.cross_entropy(at, y[i : i + 1]) if loss is None else loss(at, y[i : i + 1]).sum()
+                (g,) = torch.autograd.grad(value, at)
+                start = pixels if space == "pixel" else u
+                found = torch.autograd.grad(z, [start, *weights], g.to(z), allow_unused=True)
+            if all(v is None for v in found[1:]):
+                raise ValueError(f"{victim.name}: expected `logits` to run `module`, found no gradient of its weights")
+            confidence.append(float(g.norm()))
+            rows.append([_sizes(v) for v in found])
+    finally:
+        seen.remove()
+        for w in frozen:
+            w.requires_grad_(False)
     table = torch.tensor(rows, dtype=torch.float64)  # n, input and layers, three quantities
 
     def sizes(k: int) -> Sizes:

@@ -64,12 +64,13 @@ def directional_gain(
     return torch.where(told == 0, torch.nan, met / told).cpu()
 
 
+RELIABLE = 0.5
 Reliability = Literal["reliable", "unreliable"]
 
 
 def reliability(median: float) -> Reliability:
-    """Gradient-based numbers of a net with a median fidelity of at least 0.5.
+    """Whether to rely on gradient-based numbers of a net, by its median fidelity: from 0.5 on.
 
     Our own line, not a published one: the gradient then tells more of the change than chance does by far.
     """
-    return "reliable" if median >= 0.5 else "unreliable"
+    return "reliable" if median >= RELIABLE else "unreliable"

@@ -27,6 +27,11 @@ def smooth_twin(net: nn.Module) -> nn.Module:
     return twin
 
 
+def is_smooth(net: nn.Module) -> bool:
+    """Is this network a smooth twin?"""
+    return any(isinstance(m, Neuron) and m.run is _glide for m in net.modules())
+
+
 def _glide(x: Tensor, spec: NeuronSpec, leak: Tensor | None = None) -> Tensor:
     v, out = torch.full_like(x[0], spec.rest), []
     for now in x.unbind(0):

@@ -16,6 +16,7 @@ from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Victim
 from sparsetrail.snn.folded import FoldedNet
 from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.theory.smooth import is_smooth
 from sparsetrail.theory.vulnerability import Score
 
 
@@ -49,7 +50,7 @@ def switch_levels(spec: NeuronSpec, steps: int) -> tuple[float, ...]:
         levels = {gap / (r if spec.decay_input else r * spec.tau) for r in reach}
     else:
         raise NotImplementedError(
-            f"first switch: expected IF neurons, or LIF neurons with a hard reset, found {spec.kind} with "
+            f"expected IF neurons, or LIF neurons with a hard reset, found {spec.kind} with "
             f"{'a soft' if spec.reset is None else 'a hard'} reset; its spike train has no list of levels here"
         )
     return tuple(sorted(levels))
@@ -65,17 +66,19 @@ def first_switch_radius(victim: Victim, x: Float[Tensor, "n c h w"]) -> FirstSwi
     net = victim.module
     if not isinstance(net, FoldedNet):
         raise NotImplementedError(
-            f"first switch: expected a network of this package behind the victim, found "
+            f"expected a network of this package behind the victim, found "
             f"{'none' if net is None else type(net).__name__}; its first layer is not known"
         )
+    if is_smooth(net):
+        raise NotImplementedError("expected neurons that spike, found smooth ones; nothing switches")
     if net.training:
-        raise NotImplementedError("first switch: expected eval mode, found train mode, where images share statistics")
+        raise NotImplementedError("expected eval mode, found train mode, where images share statistics")
     if not torch.equal(victim.encode(x[:1]), x[:1].expand(victim.steps, *x[:1].shape)):
         raise NotImplementedError(
-            "first switch: expected the direct code, a constant current, found another; a code of grey levels "
+            "expected the direct code, a constant current, found another; a code of grey levels "
             "changes at no less than half a level, 1/510"
         )
-    levels = torch.tensor(switch_levels(net.first()[2].spec, net.steps), dtype=torch.float64)
+    levels = torch.tensor(switch_levels(net.first()[2].spec, net.steps), dtype=torch.float64, device=x.device)
     currents, reach = _first_layer(net, x)
     first, second, unit, toward = [], [], [], []
     for image in x.double():  # one image at a time: units times levels are many
@@ -107,9 +110,7 @@ def _first_layer(net: FoldedNet, like: Tensor) -> tuple[Callable[[Tensor], Tenso
     """In float64: pixels to the currents of the first layer, and what a unit of eps does to each of these."""
     conv, norm, *_ = net.first()
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d | nn.Identity):
-        raise NotImplementedError(
-            f"first switch: expected convolution and BatchNorm first, found {type(conv).__name__}"
-        )
+        raise NotImplementedError(f"expected convolution and BatchNorm first, found {type(conv).__name__}")
     w, shift = _folded(conv, norm)
     one = torch.ones_like(like[:1], dtype=torch.float64)
     slope = net._prepared(one) - net._prepared(0 * one)
@@ -122,8 +123,9 @@ class Switched:
     """Just above the first switch, per image [n]: the radius, by how much the score jumps there, and what follows.
 
     Two values are reachable below `eps2`, the second in a corner of the ball alone: rho_adv is jump^2, rho_rand at
-    most `chance` jump^2, so the ratio is at least 1 / chance, a certificate without draws. nan where the score does not
-    jump. `eps1` and `eps2` as in `FirstSwitch`.
+    most `chance` jump^2, so the ratio is at least 1 / chance, a certificate without draws; nan where the score does not
+    jump. All are nan where two units switch at one radius (equal pixels, such as a black background, make them): there
+    is then no radius between. `eps1` and `eps2` as in `FirstSwitch`. The ball is not cut to the range of pixels.
     """
 
     eps1: Tensor
@@ -142,8 +144,13 @@ def above_first_switch(victim: Victim, score: Score, x: Float[Tensor, "n c h w"]
     """
     found = first_switch_radius(victim, x)
     eps = torch.minimum(1.01 * found.eps1, (found.eps1 + found.eps2) / 2)
+    alone = (found.eps2 > found.eps1 * (1 + 1e-6)) & (found.eps1 > 0)
     jump, chance = [], []
     for i, image in enumerate(x):
+        if not alone[i]:
+            jump.append(math.nan)
+            chance.append(math.nan)
+            continue
         points = torch.stack([image, image + eps[i] * found.toward[i]])
         before, after = score(points, y[i].expand(2)).tolist()
         jump.append(after - before)
