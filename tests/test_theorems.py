@@ -1,5 +1,7 @@
 """The pages of the theorems: a demo without a model, an audit of a tiny victim, and what a reader is told."""
 
+import csv
+import functools
 import json
 import math
 import re
@@ -71,6 +73,14 @@ def test_audit_finds_what_the_theory_says_of_spiking_networks(found, slice_):
     bad = sum(int((i != 0).sum()) < 784 and bool((i != 0).any()) for i in x)
     assert first.violated.k == bad
     assert theorems.judge3(found).verdict == "violated (certified)"
+    assert len(found.tracking_zeros) == len(found.tracking_scaled) == len(found.tracking)
+    tied = replace(found.tracking[0], rho="constant")
+    assert theorems.judge2_zeros(replace(found, tracking_zeros=(tied, *found.tracking[1:]))).verdict == "vacuous"
+    ends = [replace(found.tracking[0], rho=r, low=r - 0.1, high=r + 0.1) for r in (0.1, 0.25, 0.9)]
+    for first, last, verdict in ((1, 0, "holds"), (0, 1, "violated (not certified)"), (0, 2, "violated (certified)")):
+        pair = replace(found, tracking_zeros=(ends[first], ends[last]), tracking_scaled=(ends[first], ends[last]))
+        for judged in (theorems.judge2(pair), theorems.judge2_zeros(pair)):
+            assert judged.verdict == verdict and ("within the error" in judged.why) == (last < 2)
     assert [t.scale for t in found.temperature] == [0.1, 1, 10, 100, 1000]
 
 
@@ -190,6 +200,9 @@ def test_pages_tell_the_reader(shown, found, tmp_path):
     for words in (text, html):
         assert not re.search(r"theorem( \d)? holds|is true[.]", words, re.I) or "never that a theorem is true" in words
     assert "Theorem holds" not in text + html
+    for name in re.findall(r"\((plot-\S+)\)", text):
+        assert (tmp_path / name).read_text().startswith("<svg")
+    assert len(re.findall(r"!\[", text)) == sum(len(s.plots) for s in page.statements)
     assert len(verdicts(page).rows) == sum(len(s.results) for s in page.statements)
     assert markdown(page) == text
     assert not [w for w in re.findall(r"\bnan\b|\binf\b", text)]
@@ -209,6 +222,57 @@ def test_empty_plots_are_left_out():
     assert "data:image" not in to_html(replace(empty, statements=(s,)))
 
 
+FOREIGN = """
+import torch
+from sparsetrail import Victim
+
+def straight():
+    w = torch.randn(10, 784, generator=torch.Generator().manual_seed(0))
+    return Victim(encode=lambda x: x.flatten(1)[None], logits=lambda u: u[0] @ w.T, steps=1, classes=10)
+
+def cut():
+    return Victim(encode=lambda x: x.flatten(1)[None], logits=lambda u: u[0].detach()[:, :10], steps=1, classes=10)
+
+def dark():
+    return Victim(encode=lambda x: x.flatten(1)[None], logits=lambda u: 0 * u[0][:, :10], steps=1, classes=10)
+
+def noisy():
+    code = lambda x: (torch.rand_like(x) < x).float().flatten(1)[None] + 0 * x.flatten(1)
+    return Victim(encode=code, logits=lambda u: u[0][:, 390:400], steps=1, classes=10, random=True)
+"""
+
+
+def test_foreign_victims_from_a_file(tmp_path, capsys):
+    """Any Victim is audited; one without a gradient is refused, one that never moves or always moves is named so."""
+    from sparsetrail.cli import main
+
+    file = tmp_path / "foreign.py"
+    file.write_text(FOREIGN)
+
+    def audit(function):
+        argv = ["theory", "audit", f"{file}:{function}", "--data", "fashion-mnist-slice", "--eps", "8/255", "--space",
+                "pixel", "--n", "3", "--draws", "8", "--out", str(tmp_path / function), "--device", "cpu"]  # fmt: skip
+        try:
+            main([*argv, "--json"])
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        found = json.loads(capsys.readouterr().out)
+        return found["title"], {v["statement"]: v for v in found["verdicts"]}
+
+    title, found = audit("straight")
+    assert title == "The paper's theorems on foreign:straight" and (tmp_path / "straight" / "theorems.html").exists()
+    assert found["Theorem 1"]["verdict"] == "hypothesis not met" and "within the radius" in found["Theorem 1"]["why"]
+    assert found["Theorem 2"]["verdict"] == found["Theorem 3"]["verdict"] == "hypothesis not met"
+    with open(tmp_path / "straight" / "theorems.csv", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == 3 * 5 and {r["space"] for r in rows} == {"pixel"} and float(rows[0]["eps"]) < 8 / 255
+    assert audit("cut") == (4, "sparsetrail: expected scores with a gradient, found none; the function detaches its "
+                            "input or runs without autograd\n")  # fmt: skip
+    assert audit("dark")[1]["Theorem 1"]["verdict"] == "undefined"
+    assert "\u2013: read gradient-based" in (tmp_path / "dark" / "theorems.md").read_text()
+    assert "not a function" in audit("noisy")[1]["Theorem 1"]["why"]
+
+
 def test_reproduce_theorems_and_the_verbs(tmp_path, monkeypatch, capsys, shown):
     from sparsetrail.recipes.measure import Bench
 
@@ -221,6 +285,7 @@ def test_reproduce_theorems_and_the_verbs(tmp_path, monkeypatch, capsys, shown):
         assert name in cases
     assert f"{cases[0]}" == "scores with a closed form" and page.numbers["audits"][0]["data"].startswith("fashion")
     out = tmp_path / "audit"
+    monkeypatch.setattr(measured, "audit", functools.partial(measured.audit, shares=(), probe=False))
     verbs.audit(str(tmp_path / "models" / "theorems-max"), eps=8 / 255, space="pixel", n=3, draws=4, out=out,
                 device="cpu", as_json=True)  # fmt: skip
     line = json.loads(capsys.readouterr().out)

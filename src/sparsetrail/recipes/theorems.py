@@ -24,6 +24,7 @@ from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.surrogate import atan_derivative
 from sparsetrail.theory import (
     Judgement,
+    Tracking,
     TwoLayerSNN,
     Verdict,
     backward_from,
@@ -311,7 +312,7 @@ def _asked(a: TheoryAudit) -> tuple[Asked, ...]:
             asks="the gradient is not zero",
             met=min(a.support) > 0,
             found=f"{sum(s == 0 for s in a.support)} of {a.n} images without any; float32 softmax loses "
-            f"{100 * (1 - sum(a.support32) / max(1, sum(a.support))):.2g} % of the entries to rounding",
+            f"{_digits(100 * (1 - sum(a.support32) / max(1, sum(a.support))))} % of the entries to rounding",
         ),
         Asked(
             asks="the score is a function: two calls agree",
@@ -588,16 +589,20 @@ def _theorem2(shown: Demo | None, audits: Sequence[TheoryAudit], facts: dict[str
     for a in audits:
         judged = judge2(a)
         rows = tuple(
-            (t.layer, f"{100 * a.layer_density[t.layer]:.1f} %", *(_interval(v) for v in (t, s)))
-            for t, s in zip(a.tracking, a.tracking_scaled, strict=True)
+            (t.layer, f"{100 * a.layer_density[t.layer]:.1f} %", *(_interval(v) for v in (z, t, s)))
+            for t, z, s in zip(a.tracking, a.tracking_zeros, a.tracking_scaled, strict=True)
         )
         grid = Grid(
             f"{a.victim}, {a.threat.space} space, n={a.n}, seed {a.seed}, eval mode, 95 % bootstrap; the input "
             f"gradient has {100 * a.input_density:.2f} % non-zero entries",
-            ("layer", "non-zero weight gradient", "rho of norms", "confidence divided out"),
+            ("layer", "non-zero weight gradient", "rho of densities", "rho of norms", "confidence divided out"),
             rows,
         )
-        results.append(Result(of=a.victim, verdict=judged.verdict, why=judged.why, tables=(grid,) if rows else ()))
+        if rows:
+            zeros = judge2_zeros(a)
+            results.append(Result(of=f"{a.victim}, zeros", verdict=zeros.verdict, why=zeros.why))
+        case = f"{a.victim}, norms" if rows else a.victim
+        results.append(Result(of=case, verdict=judged.verdict, why=judged.why, tables=(grid,) if rows else ()))
         if rows:
             named = (("norms", a.tracking), ("norms over that at the logits", a.tracking_scaled))
             plots.append(
@@ -656,21 +661,39 @@ def _zeros_grid() -> Grid:
     return Grid("Where zeros come from, and where they go: formulas of single operations", ("what", "share"), rows)
 
 
+def judge2_zeros(a: TheoryAudit) -> Judgement:
+    """Part 2 on a victim as it is printed, about zeros: first layer against last by the share of non-zero entries."""
+    first, last = a.tracking_zeros[0], a.tracking_zeros[-1]
+    what = f"{100 * a.input_density:.2f} % of the entries of the input gradient are not zero"
+    if isinstance(first.rho, str) or isinstance(last.rho, str):
+        return Judgement(
+            verdict="vacuous",
+            why=f"{what}; its density or that of {first.layer} or {last.layer} is the same for all images: nothing to "
+            "follow.",
+        )
+    return _nearer(first, last, f"{what}. Rank correlation of densities")
+
+
 def judge2(a: TheoryAudit) -> Judgement:
-    """Part 2 on a victim: first layer against last, confidence divided out."""
+    """What remains of part 2 on a victim, norms: first layer against last, confidence divided out."""
     if not a.tracking:
         why = f"The statement is about layers, and this victim shows none. {a.no_tracking}."
         return Judgement(verdict="hypothesis not met", why=why)
     first, last = a.tracking_scaled[0], a.tracking_scaled[-1]
     if isinstance(first.rho, str) or isinstance(last.rho, str):
         return Judgement(verdict="undefined", why="A gradient norm does not vary over the images.")
-    why = (
-        f"Rank correlation with the input's norm, confidence divided out: {_interval(first)} in {first.layer}, "
-        f"{_interval(last)} in {last.layer}. In zeros nothing can follow: the input gradient has "
-        f"{100 * a.input_density:.2f} % non-zero entries."
-    )
-    verdict: Verdict = "holds" if first.rho >= last.rho else "violated (not certified)"
-    return Judgement(verdict="violated (certified)" if first.high < last.low else verdict, why=why)
+    return _nearer(first, last, "Rank correlation with the input's norm, confidence divided out")
+
+
+def _nearer(first: Tracking, last: Tracking, what: str) -> Judgement:
+    """Does the first layer follow the input more than the last does?"""
+    assert not isinstance(first.rho, str) and not isinstance(last.rho, str)
+    apart = first.high < last.low or last.high < first.low
+    why = f"{what}: {_interval(first)} in {first.layer}, {_interval(last)} in {last.layer}"
+    why += "." if apart else "; the difference is within the error."
+    if first.rho >= last.rho:
+        return Judgement(verdict="holds", why=why)
+    return Judgement(verdict="violated (certified)" if apart else "violated (not certified)", why=why)
 
 
 def _density(g: Any) -> str:
@@ -812,7 +835,7 @@ def _scan_plot(shown: Demo, audits: Sequence[TheoryAudit], facts: dict[str, Any]
     return Plot(
         kind="scan",
         title="Where the printed inequality fails, %",
-        stamp=_stamp(facts, n, shown.seed, f"d in {sorted({s.d for s in shown.scan})}, no threat"),
+        stamp=_stamp(facts, f"{n} a setting", shown.seed, f"d in {sorted({s.d for s in shown.scan})}, no threat"),
         caption=caption + (" Diamonds: the layers of the networks on this page, nearest cell." if own else ""),
         values=tuple(values),
         marks={"own": tuple({"p_1": a, "p_s": b} for a, b in sorted(own))},

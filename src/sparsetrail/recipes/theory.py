@@ -20,6 +20,7 @@ from sparsetrail.snn.folded import FoldedNet
 from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.net import victim as as_snn
 from sparsetrail.theory import (
+    PerSample,
     Scan,
     Temperature,
     Tracking,
@@ -204,6 +205,7 @@ class TheoryAudit:
     above: Above | None
     corollary: tuple[Tracking, ...]
     tracking: tuple[Tracking, ...]
+    tracking_zeros: tuple[Tracking, ...]
     tracking_scaled: tuple[Tracking, ...]
     no_tracking: str
     input_density: float
@@ -478,7 +480,7 @@ def audit(
     corollary = tuple(
         rank_correlation(k, torch.tensor(v, dtype=torch.float64), adv, generator=g) for k, v in against.items()
     )
-    raw, scaled, no_tracking, dense, dense_in = _layers(victim, threat, x, y, seed)
+    layers, no_tracking = _layers(victim, threat, x, y)
     return TheoryAudit(
         victim=victim.name,
         route=victim.path(threat.space),
@@ -503,11 +505,14 @@ def audit(
         no_switch=no_switch,
         above=above,
         corollary=corollary,
-        tracking=raw,
-        tracking_scaled=scaled,
+        tracking=() if layers is None else tracking(layers, generator=g),
+        tracking_zeros=() if layers is None else tracking(layers, generator=g, of="density"),
+        tracking_scaled=() if layers is None else tracking(layers, generator=g, normalise="dlogits"),
         no_tracking=no_tracking,
-        input_density=dense_in,
-        layer_density=dense,
+        input_density=math.nan if layers is None else float(layers.input["density"].mean()),
+        layer_density={}
+        if layers is None
+        else {name: float(sizes["density"].mean()) for name, sizes in layers.layer.items()},
         spikes=_spikes(victim, x, batch),
         temperature=temperature_probe(victim, threat, x, y, seed=seed, batch=batch) if probe else (),
         seconds=round(time.monotonic() - started, 1),
@@ -592,18 +597,12 @@ def _switches(victim: Victim, threat: Threat, x: Tensor, y: Tensor, batch: int) 
     return tuple(torch.cat(found).tolist()), "", _above(exact, x.double(), y, victim.name, batch)
 
 
-def _layers(
-    victim: Victim, threat: Threat, x: Tensor, y: Tensor, seed: int
-) -> tuple[tuple[Tracking, ...], tuple[Tracking, ...], str, dict[str, float], float]:
-    """Theorem 2 on the layers of a victim: raw and normalised correlations, or why not; densities of the gradients."""
+def _layers(victim: Victim, threat: Threat, x: Tensor, y: Tensor) -> tuple[PerSample | None, str]:
+    """Gradients of the layers of a victim, or why there are none."""
     try:
-        found = layer_gradients(victim, x, y, space=threat.space)
+        return layer_gradients(victim, x, y, space=threat.space), ""
     except ValueError as error:
-        return (), (), str(error), {}, math.nan
-    g = torch.Generator().manual_seed(seed)
-    dense = {name: float(sizes["density"].mean()) for name, sizes in found.layer.items()}
-    inner = float(found.input["density"].mean())
-    return tracking(found, generator=g), tracking(found, generator=g, normalise="dlogits"), "", dense, inner
+        return None, str(error)
 
 
 @torch.no_grad()

@@ -229,12 +229,15 @@ def _log(alt: Any, name: str, title: str, **scale: Any) -> dict[str, Any]:
 
 
 def _series(alt: Any, name: str, values: Values) -> dict[str, Any]:
-    """Colour and shape of a series: never one without the other."""
+    """Colour and shape of a series: never one without the other.
+
+    Their domains are said, since layers without shapes would otherwise part the two legends.
+    """
     names = list(dict.fromkeys(v[name] for v in values))
-    legend = alt.Legend(orient="top", labelLimit=320, symbolOpacity=1)
+    legend, scale = alt.Legend(orient="top", labelLimit=320, symbolOpacity=1, columns=2), alt.Scale(domain=names)
     return {
-        "color": alt.Color(f"{name}:N", sort=names, title="", legend=legend),
-        "shape": alt.Shape(f"{name}:N", sort=names, title="", legend=legend),
+        "color": alt.Color(f"{name}:N", title="", legend=legend, scale=scale),
+        "shape": alt.Shape(f"{name}:N", title="", legend=legend, scale=scale),
     }
 
 
@@ -289,7 +292,14 @@ def _linear(alt: Any, values: Values, marks: Mapping[str, Any]) -> Any:
     dash = alt.StrokeDash(
         "what:N",
         sort=names,
-        legend=alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeColor="#888888", symbolSize=300),
+        legend=alt.Legend(
+            title=None,
+            orient="top",
+            symbolType="stroke",
+            symbolStrokeColor="#888888",
+            symbolStrokeWidth=1.5,
+            symbolSize=300,
+        ),
     )
     return alt.layer(
         base.mark_line(point=True).encode(
