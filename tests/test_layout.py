@@ -120,7 +120,12 @@ def test_readme_and_docs_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = SRC.parents[1]
     count = 0
-    for page in (root / "README.md", root / "docs" / "start.md", root / "docs" / "adding.md"):
+    for page in (
+        root / "README.md",
+        root / "docs" / "start.md",
+        root / "docs" / "adding.md",
+        root / "docs" / "theory.md",
+    ):
         names: dict = {}
         for block in page.read_text().split("```python")[1:]:
             exec(compile(block.split("```")[0], str(page), "exec"), names)

@@ -236,6 +236,9 @@ def cut():
 def dark():
     return Victim(encode=lambda x: x.flatten(1)[None], logits=lambda u: 0 * u[0][:, :10], steps=1, classes=10)
 
+def three():
+    return Victim(encode=lambda x: x.flatten(1)[None], logits=lambda u: u[0][:, :3], steps=1, classes=3)
+
 def noisy():
     code = lambda x: (torch.rand_like(x) < x).float().flatten(1)[None] + 0 * x.flatten(1)
     return Victim(encode=code, logits=lambda u: u[0][:, 390:400], steps=1, classes=10, random=True)
@@ -268,6 +271,8 @@ def test_foreign_victims_from_a_file(tmp_path, capsys):
     assert len(rows) == 3 * 5 and {r["space"] for r in rows} == {"pixel"} and float(rows[0]["eps"]) < 8 / 255
     assert audit("cut") == (4, "sparsetrail: expected scores with a gradient, found none; the function detaches its "
                             "input or runs without autograd\n")  # fmt: skip
+    code, said = audit("three")
+    assert code == 4 and "three: expected 3 classes, found 10 in fashion-mnist-slice" in said
     assert audit("dark")[1]["Theorem 1"]["verdict"] == "undefined"
     assert "\u2013: read gradient-based" in (tmp_path / "dark" / "theorems.md").read_text()
     assert "not a function" in audit("noisy")[1]["Theorem 1"]["why"]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from lively import lively
 from torch.nn import functional as F
 
+from sparsetrail.adapt import stateful
 from sparsetrail.core import Linf, Victim
 from sparsetrail.snn.encode import direct, phase
 from sparsetrail.snn.net import NetSpec, victim
@@ -18,6 +20,7 @@ from sparsetrail.theory import (
     AdvVuln,
     RandomVuln,
     TwoLayerSNN,
+    above_first_switch,
     adversarial_vulnerability,
     against,
     backward_from,
@@ -51,6 +54,7 @@ from sparsetrail.theory import (
     sandwich,
     score_gradient,
     second_order_interval,
+    smooth_twin,
     structural_bound,
     structural_product,
     support_size,
@@ -151,7 +155,9 @@ def test_box():
         assert float(linear_vulnerability(g, 0.3, box=(0, 1), x=x + 0.5).ratio) == near(3 * d)
     half = linear_vulnerability(rows([1]), 0.2, box=(0, 1), x=rows([0.9]))
     assert float(half.ratio) == near(4)
-    assert float(half.rho_rand) == near(0.04 / 4)  # the mean square m, mu = -eps/16 included
+    assert float(half.rho_rand) == near(0.04 / 4)  # the mean square m = eps^2/4
+    two = linear_vulnerability(rows([1, 1]), 0.2, box=(0, 1), x=rows([0.9, 0.9]))
+    assert float(two.rho_rand) == near(2 * 0.04 / 4 + 2 * (0.2 / 16) ** 2)  # and the mean mu = -eps/16
     g, x = torch.randn(1, 6, generator=gen()).double(), torch.rand(1, 6, generator=gen(1)).double()
     want = linear_vulnerability(g, 0.4, box=(0, 1), x=x)
     got = random_vulnerability(linear(g[0]), x, NONE, 0.4, generator=gen(), draws=60_000, box=(0, 1), chunk=20_000)
@@ -391,8 +397,22 @@ def test_first_switch_says_why_not():
         first_switch_radius(victim(v.module, phase(steps=4)), x32)
     with pytest.raises(NotImplementedError, match=r"expected a network of this package.*found none"):
         first_switch_radius(Victim(encode=lambda x: x[None], logits=lambda u: u[0], steps=1, classes=2), x32)
+    with pytest.raises(NotImplementedError, match="expected neurons that spike, found smooth ones"):
+        first_switch_radius(victim(smooth_twin(v.module), direct(steps=4)), x)
     with pytest.raises(NotImplementedError, match="found plif"):
         first_switch_radius(small(neuron=NeuronSpec(kind="plif"))[0], x)
+
+
+def test_units_that_switch_together_certify_nothing():
+    """An image of one grey level: every inner unit of a channel has the same current."""
+    v, x = small()
+    flat = torch.full_like(x[:2], 0.5)
+    flat[1] = x[0]
+    found = above_first_switch(v, probability(v.scores), flat, torch.zeros(2).long())
+    assert 0 < float(found.eps1[0]) == pytest.approx(float(found.eps2[0]), rel=1e-9)
+    assert math.isnan(found.jump[0]) and math.isnan(found.chance[0]) and math.isnan(found.ratio[0])
+    assert float(found.eps1[1]) < float(found.eps[1]) < float(found.eps2[1]) and 0 < float(found.chance[1]) < 1e-6
+    assert float(found.jump[1]) == 0 or float(found.ratio[1]) == near(1 / float(found.chance[1]))
 
 
 # Theorem 3 -----------------------------------------------------------------------------------------------------------
@@ -460,7 +480,7 @@ def test_cancellation_hides_an_entry_of_the_product_only():
 @pytest.mark.parametrize("centred", [True, False])
 def test_jacobians_two_ways_and_the_count_theorem(memory, centred):
     g = gen(2)
-    for _ in range(40):
+    for _ in range(50):
         w1, w2 = (torch.randn(4, k, generator=g) * (torch.rand(4, k, generator=g) < 0.7) for k in (5, 4))
         s = (torch.rand(6, 5, generator=g) < 0.4).double()
         net = TwoLayerSNN(w1=w1, w2=w2, threshold=0.6, centred=centred, **memory)
@@ -642,6 +662,40 @@ def test_layer_gradients_and_tracking():
     assert any(a.rho != b.rho for a, b in zip(scaled, raw.values(), strict=True))
     encoded = layer_gradients(v, x[:2], y[:2], space="encoded", layers=["fc"])
     assert list(encoded.layer) == ["fc"] and encoded.space == "encoded"
+
+
+class Forgetful(torch.nn.Module):
+    """A network whose state must be reset, its weights frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 3).requires_grad_(False)
+        self.v = 0.0
+
+    def reset(self):
+        self.v = 0.0
+
+    def forward(self, u):
+        self.v = self.v + self.fc(u.flatten(2)).sigmoid().mean(0)
+        return self.v
+
+
+def test_layers_of_a_network_with_state_and_frozen_weights():
+    net = Forgetful().eval()
+    net.v = 7.0
+    v = stateful(net, lambda x: x[None].repeat(2, 1, 1, 1, 1), classes=3, steps=2, name="forgetful")
+    x, y = torch.rand(5, 1, 2, 2, generator=gen()), torch.arange(5) % 3
+    found, again = (layer_gradients(v, x, y, space="pixel") for _ in range(2))
+    assert torch.equal(found.layer["fc"]["norm"], again.layer["fc"]["norm"])
+    w = net.fc.weight.detach().clone().requires_grad_()
+    z = (x.flatten(1) @ w.T + net.fc.bias).sigmoid()
+    (want,) = torch.autograd.grad(F.cross_entropy(z[2:3], y[2:3]), w)
+    assert float(found.layer["fc"]["norm"][2]) == pytest.approx(float(want.norm()), rel=1e-5)
+    assert not net.fc.weight.requires_grad and not net._forward_hooks and net.v == 0.0
+    apart = replace(v, logits=lambda u: u.flatten(2).mean(0)[:, :3])
+    with pytest.raises(ValueError, match="expected `logits` to run `module`, found no gradient of its weights"):
+        layer_gradients(apart, x, y, space="pixel")
+    assert not net.fc.weight.requires_grad and not net._forward_hooks
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -72,8 +72,10 @@ def audit(
     started = time.monotonic()
     with Screen(quiet=as_json) as screen:
         bench = Bench(out=_folder(out, fresh), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
+        victim, x = what.make(), pixels(test_set.images.to(where))
+        audits.fits(victim, x, test_set)
         found = measured.audit(
-            what.make(), pixels(test_set.images.to(where)), test_set.labels.to(where), threat,
+            victim, x, test_set.labels.to(where), threat,
             data=identity(test_set), draws=draws, seed=seed, batch=batch, stop=screen.stop,
             say=lambda part, done, total: screen.tick(part, done, total, ""),
         )  # fmt: skip

@@ -177,8 +177,9 @@ class TheoryAudit:
     """What the theorems say about a victim and what it does; per-image numbers in order, radii in the tensor's units.
 
     `support` counts non-zero gradient entries of the probability per image with the softmax in float64, `support32` as
-    float32 has it, of `entries`. `eps1` are first-switch radii, or `no_switch` says why there are none. `noise_floor`
-    is the mean squared difference of two calls on the same images: 0 for a function.
+    float32 has it, `support_large` those beyond a millionth of the largest, of `entries`. `eps1` are first-switch
+    radii, or `no_switch` says why there are none. `noise_floor` is the mean squared difference of two calls on the
+    same images: 0 for a function.
     """
 
     victim: str
@@ -195,6 +196,7 @@ class TheoryAudit:
     noise_floor: float
     support: tuple[int, ...]
     support32: tuple[int, ...]
+    support_large: tuple[int, ...]
     l1: Floats
     pr: Floats
     fidelity: Floats
@@ -496,6 +498,7 @@ def audit(
         noise_floor=sum(whole("noise")) / n,
         support=whole("support"),
         support32=whole("support32"),
+        support_large=whole("support_large"),
         l1=whole("l1"),
         pr=whole("pr"),
         fidelity=whole("fidelity"),
@@ -576,6 +579,7 @@ def _measure(
         "clipped": cut.flatten(1).double().mean(1).tolist(),
         "support": told.l0.tolist(),
         "support32": support_size(g32.flatten(1)).tolist(),
+        "support_large": support_size(flat, rel_tol=1e-6).tolist(),
         "pr": told.pr.tolist(),
         "l1": flat.abs().sum(1).tolist(),
         "fidelity": gradient_fidelity(score, g, u, y, threat.eps, **fresh()).tolist(),

@@ -287,25 +287,15 @@ def _radius(alt: Any, values: Values, marks: Mapping[str, Any]) -> Any:
 
 
 def _linear(alt: Any, values: Values, marks: Mapping[str, Any]) -> Any:
-    """Measured vulnerability over its linear prediction by radius; 1 where the gradient says all."""
+    """Measured vulnerability over its linear prediction by radius; 1 where the gradient says all. Dashed: noise."""
     base, names = _rows(alt, values), list(dict.fromkeys(v["what"] for v in values))
-    dash = alt.StrokeDash(
-        "what:N",
-        sort=names,
-        legend=alt.Legend(
-            title=None,
-            orient="top",
-            symbolType="stroke",
-            symbolStrokeColor="#888888",
-            symbolStrokeWidth=1.5,
-            symbolSize=300,
-        ),
-    )
+    found = [v["quotient"] for v in values]
+    y = _log(alt, "quotient", "measured / linear prediction", domain=[min(0.5, *found), max(2, *found)])
     return alt.layer(
         base.mark_line(point=True).encode(
             x=alt.X(**_log(alt, "eps", "radius, in 255ths")),
-            strokeDash=dash,
-            y=alt.Y(**_log(alt, "quotient", "measured / linear prediction")),
+            strokeDash=alt.StrokeDash("what:N", scale=alt.Scale(domain=names), legend=None),
+            y=alt.Y(**y),
             color=_series(alt, "net", values)["color"],
         ),
         _level(alt, 1, "as the gradient predicts"),
