@@ -211,7 +211,7 @@ def test_pages_tell_the_reader(shown, found, tmp_path):
 def test_an_audit_alone_has_a_page(found):
     page = theorems.audit_page(found, FACTS)
     assert found.victim in page.title and all(s.results for s in page.statements)
-    assert page.summary[1].startswith("Tiny, pixel space, L-infinity 8/255, n=8") and "not met" in page.summary[1]
+    assert page.summary[2].startswith("Tiny, pixel space, L-infinity 8/255, n=8") and "not met" in page.summary[2]
 
 
 def test_empty_plots_are_left_out():
