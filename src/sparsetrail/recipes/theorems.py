@@ -816,10 +816,10 @@ def judge3(a: TheoryAudit) -> Judgement:
             "known: its module is no network of this package.",
         )
     bad = [s for s in a.spikes if s.violated.k]
+    k, n = (sum(getattr(s.violated, part) for s in a.spikes) for part in ("k", "n"))
     why = (
         f"For dense square weights on the inputs of its {len(a.spikes)} layers the printed bound fails in {len(bad)}, "
-        f"on {_share(Rate(sum(s.violated.k for s in a.spikes), sum(s.violated.n for s in a.spikes)))} of layers and "
-        f"images. {_share_words(a)}"
+        f"on {k} of {n} pairs of layer and image. {_share_words(a)}"
     )
     return Judgement(verdict="violated (certified)" if bad else "holds", why=why)
 
