@@ -75,8 +75,7 @@ def first_switch_radius(victim: Victim, x: Float[Tensor, "n c h w"]) -> FirstSwi
         raise NotImplementedError("expected eval mode, found train mode, where images share statistics")
     if not torch.equal(victim.encode(x[:1]), x[:1].expand(victim.steps, *x[:1].shape)):
         raise NotImplementedError(
-            "expected the direct code, a constant current, found another; a code of grey levels "
-            "changes at no less than half a level, 1/510"
+            "expected the direct code, a constant current, found another; its first switch is not computed"
         )
     levels = torch.tensor(switch_levels(net.first()[2].spec, net.steps), dtype=torch.float64, device=x.device)
     currents, reach = _first_layer(net, x)
