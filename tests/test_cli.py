@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsetrail import cli
-from sparsetrail.cli import DATA_VERBS, VERBS, main
+from sparsetrail.cli import DATA_VERBS, THEORY_VERBS, VERBS, main
 from sparsetrail.models import load_model
 
 
@@ -37,9 +37,10 @@ def test_the_verbs_are_exactly_these(capsys):
     assert list(VERBS) == ["quick", "train", "import", "attack", "audit", "trail", "reproduce", "report", "bench",
                            "doctor"]  # fmt: skip
     assert list(DATA_VERBS) == ["get", "add", "verify", "list"]
+    assert list(THEORY_VERBS) == ["demo", "audit"]
     code, out, _ = run("--help", capsys=capsys)
-    assert code == 0 and all(verb in out for verb in [*VERBS, "data"])
-    for verb in [*VERBS, *[f"data {v}" for v in DATA_VERBS]]:
+    assert code == 0 and all(verb in out for verb in [*VERBS, "data", "theory"])
+    for verb in [*VERBS, *[f"data {v}" for v in DATA_VERBS], *[f"theory {v}" for v in THEORY_VERBS]]:
         code, out, _ = run(*verb.split(), "--help", capsys=capsys)
         assert code == 0 and "Usage: sparsetrail" in out, verb
 

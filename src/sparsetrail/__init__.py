@@ -56,6 +56,10 @@ _HOME = {  # public name: module; loaded at first use, so that `import sparsetra
     "stateful": "adapt",
     "spikingjelly": "adapt",
     "trail": "trails",
+    "first_switch_radius": "theory",
+    "gradient_fidelity": "theory",
+    "participation_ratio": "theory",
+    "temperature_probe": "theory",
 }
 
 __all__ = sorted(_HOME)

@@ -8,6 +8,7 @@ from cyclopts import App, CycloptsError
 from sparsetrail import __version__
 
 HOME = "sparsetrail.cli.verbs"
+THEORY = "sparsetrail.cli.theory"
 VERBS = {
     "quick": "Train two small SEW-ResNets on shipped images, attack both, trace both: a report in minutes.",
     "train": "Train a network, or continue; Ctrl-C and kill -9 lose nothing.",
@@ -26,6 +27,10 @@ DATA_VERBS = {
     "verify": "Check every set in the cache against its content hash.",
     "list": "Sets in the cache and the one that is shipped.",
 }
+THEORY_VERBS = {
+    "demo": "The paper's theorems on closed forms, counterexamples and two small networks; no model, no data.",
+    "audit": "The paper's theorems on one victim: hypotheses, what was measured, a verdict for each.",
+}
 
 
 def app() -> App:
@@ -41,6 +46,10 @@ def app() -> App:
     for verb, line in DATA_VERBS.items():
         data.command(f"{HOME}:data_{verb}", name=verb, help=line)
     root.command(data)
+    theory = App(name="theory", help="The paper's theorems, put to the test: demo, audit.")
+    for verb, line in THEORY_VERBS.items():
+        theory.command(f"{THEORY}:{verb}", name=verb, help=line)
+    root.command(theory)
     return root
 
 

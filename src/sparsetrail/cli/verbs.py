@@ -606,11 +606,11 @@ def _trail_sentence(t: Trail) -> str:
 
 
 def reproduce(
-    figure: Literal["table1", "table2", "table3", "fig1", "fig3"],
+    figure: Literal["table1", "table2", "table3", "fig1", "fig3", "theorems"],
     *,
     scale: Literal["smoke", "small", "paper"] = "small",
     rows: Annotated[list[str] | None, Parameter(help="architectures, e.g. sew_resnet18; default by scale")] = None,
-    datasets: Annotated[list[str] | None, Parameter(help="cifar10, cifar100; default by figure and scale")] = None,
+    datasets: Annotated[list[str] | None, Parameter(help="image sets; default by figure and scale")] = None,
     out: Path | None = None,
     root: Path | None = None,
     device: Device = "auto",
@@ -620,11 +620,18 @@ def reproduce(
 ) -> None:
     """Run a table or figure of the paper on real CIFAR: ours beside the published value, each threat in its own column.
 
+    `theorems` is the page of the paper's theorems: statement, hypotheses, what was measured, verdict.
     Resumes cell by cell; the figures of one --out share their models. `smoke` proves that it runs (a minute), `small`
     trains one row in half an hour on one core, `paper` is the published scale (a GPU and days).
     """
     where = _device(device, threads)
     place = _folder(out or Path("runs") / f"paper-{scale}", fresh)
+    if figure == "theorems":
+        from sparsetrail.cli import theory
+
+        return theory.reproduce(
+            place, scale, rows=rows or (), datasets=datasets or (), root=root, device=where, as_json=as_json
+        )
     with Screen(quiet=as_json) as screen:
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = paper.reproduce(

@@ -145,7 +145,7 @@ def run(
     started = time.monotonic()
     victim = what.make()
     x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
-    _fits(victim, x, data)
+    fits(victim, x, data)
     cells = Cells(bench.out / "cells")
     name = f"{what.identity} {data.sha256} {fingerprint(what.make(), x)}"
     about: dict[str, Any] = {}
@@ -271,7 +271,8 @@ def _examples(
     return out
 
 
-def _fits(victim: Victim, x: Tensor, data: Dataset) -> None:
+def fits(victim: Victim, x: Tensor, data: Dataset) -> None:
+    """ValueError where a victim does not take images `x` [n c h w] of `data`, or has other classes."""
     if victim.classes != len(data.classes):
         raise ValueError(
             f"{victim.name}: expected {victim.classes} classes, found {len(data.classes)} in {data.name}; name its own "

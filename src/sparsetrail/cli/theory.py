@@ -1,0 +1,116 @@
+"""The verbs of the theory: `demo` needs nothing, `audit` puts the theorems to one victim."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from sparsetrail.cli.screen import Screen
+from sparsetrail.cli.verbs import Device, Fresh, Json, Number, Space, Threads, _device, _emit, _folder, _test_set
+from sparsetrail.core import Linf
+from sparsetrail.data import pixels
+from sparsetrail.recipes import audits, theorems
+from sparsetrail.recipes import theory as measured
+from sparsetrail.recipes.measure import Bench, identity, provenance
+from sparsetrail.report.theorems import Page, write
+
+
+def demo(
+    *, out: Path = Path("runs/theory"), seed: int = 0, threads: Threads = None, fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Put the paper's theorems to closed forms, counterexamples and two small networks; no model and no data needed.
+
+    Writes theorems.html, theorems.md and theorems.json into --out. About half a minute on one core.
+    """
+    _device("cpu", threads)
+    started = time.monotonic()
+    with Screen(quiet=as_json) as screen:
+        place = _folder(out, fresh)
+        found = measured.demo(seed=seed, say=lambda part, done, total: screen.tick("demo", done, total, part))
+    bench = Bench(out=place, seed=seed)
+    _finish(
+        theorems.demo_page(found, provenance(bench, started, f"sparsetrail theory demo --seed {seed}")), out, as_json
+    )
+
+
+def audit(
+    target: str,
+    *,
+    eps: Annotated[Number, Parameter(help="L-infinity radius, e.g. 8/255")],
+    space: Space,
+    data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
+    n: int = 64,
+    draws: Annotated[int, Parameter(help="random points an image and radius")] = 64,
+    out: Path | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    root: Path | None = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """What the paper's theorems say about TARGET and what it does: hypotheses, measurements, a verdict for each.
+
+    TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim. Writes
+    theorems.html, theorems.md and theorems.json into --out (default: theory/ beside the model).
+    """
+    where = _device(device, threads)
+    threat = Linf(eps, space=space)
+    what = audits.target(target, device=where)
+    if what.model is None and data_name is None:
+        raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")
+    test_set = _test_set(what.model, data_name, n, root)
+    if out is None:
+        home = Path(target) if what.model is not None else Path("runs") / what.name.replace(":", "-")
+        home = home if home.is_dir() or what.model is None else home.parent
+        out = home / "theory" / audits.short(threat)
+    started = time.monotonic()
+    with Screen(quiet=as_json) as screen:
+        bench = Bench(out=_folder(out, fresh), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
+        victim, x = what.make(), pixels(test_set.images.to(where))
+        audits.fits(victim, x, test_set)
+        found = measured.audit(
+            victim, x, test_set.labels.to(where), threat,
+            data=identity(test_set), draws=draws, seed=seed, batch=batch, stop=screen.stop,
+            say=lambda part, done, total: screen.tick(part, done, total, ""),
+        )  # fmt: skip
+    command = f"sparsetrail theory audit {target} --eps {eps:g} --space {space} --n {n} --draws {draws} --seed {seed}"
+    _finish(theorems.audit_page(found, provenance(bench, started, command)), out, as_json)
+
+
+def reproduce(
+    place: Path, scale: str, *, rows: Sequence[str], datasets: Sequence[str], root: Path | None, device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """`reproduce theorems`: the demo and three trained networks as one page in `place`/theorems."""
+    if rows:
+        raise ValueError("--rows: the theorems are put to SEW-ResNet18; leave it out")
+    if len(datasets) > 1:
+        raise ValueError(f"--datasets: expected one image set for the theorems, got {', '.join(datasets)}")
+    with Screen(quiet=as_json) as screen:
+        bench = Bench(out=place, device=device, tick=screen.tick, stop=screen.stop)
+        page = theorems.theorems(bench, scale, data=datasets[0] if datasets else None, root=root)
+    _finish(page, place / "theorems", as_json)
+
+
+def _finish(page: Page, out: Path, as_json: bool) -> None:
+    files = write(page, out)
+    results = [(s.name, r) for s in page.statements for r in s.results]
+    if as_json:
+        _emit({
+            "title": page.title,
+            "verdicts": [{"statement": s, "case": r.of, "verdict": r.verdict, "why": r.why} for s, r in results],
+            "files": {k: str(v) for k, v in files.items()},
+        })  # fmt: skip
+        return
+    console = Console()
+    for line in page.summary[1:]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for name, r in results:
+        console.print(f"{name:<12} {r.verdict:<25} {r.of}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nreport   {files['html']}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,654 @@
+"""The paper's theorems put to the test: on closed forms without any model (`demo`), and on a victim (`audit`).
+
+Theorem 1 and Corollary 1 (arXiv:2509.23762, sec. 4.3, after Liu et al. 2024, arXiv:2405.20355), Theorems 2 and 3
+(sec. 5). Nothing here says that a theorem is true; a verdict says what was met.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrail.core import Linf, Rate, Threat, Victim, correct
+from sparsetrail.snn.encode import direct
+from sparsetrail.snn.folded import FoldedNet
+from sparsetrail.snn.net import NetSpec, build
+from sparsetrail.snn.net import victim as as_snn
+from sparsetrail.theory import (
+    PerSample,
+    Scan,
+    Temperature,
+    Tracking,
+    TwoLayerSNN,
+    Verdict,
+    above_first_switch,
+    adversarial_vulnerability,
+    dense_chain,
+    density_degrees,
+    directional_gain,
+    first_switch_radius,
+    gradient_bound,
+    gradient_fidelity,
+    layer_gradients,
+    linear_vulnerability,
+    nnz_weight_jacobian,
+    paper_bound,
+    probability,
+    random_vulnerability,
+    rank_correlation,
+    sandwich,
+    score_gradient,
+    smooth_twin,
+    support_size,
+    temperature_probe,
+    theorem1_check,
+    tracking,
+    violation_scan,
+)
+from sparsetrail.trails import kind_of
+
+LEVEL = 0.95
+Floats = tuple[float, ...]
+Say = Callable[[str, int, int], None]  # part, done, total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A score of known vulnerabilities: the ratio in closed form, by `n` draws with its interval, and the verdict.
+
+    `lacks` names what the score lacks of what the proof uses.
+    """
+
+    name: str
+    lacks: str
+    exact: float
+    drawn: float
+    low: float
+    high: float
+    n: int
+    bound: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Above:
+    """Just above the first switch of each image: radii in pixels, jump of the score, certified ratio (nan: no jump).
+
+    The jump is nan where several units switch at one radius.
+    """
+
+    net: str
+    bound: float
+    eps1: Floats
+    eps2: Floats
+    jump: Floats
+    ratio: Floats
+
+    @property
+    def alone(self) -> int:
+        """Images on which one unit alone switches first."""
+        return sum(j == j for j in self.jump)
+
+    @property
+    def jumps(self) -> Rate:
+        """Images, of these, whose score jumps there."""
+        return Rate(sum(j == j and j != 0 for j in self.jump), max(1, self.alone))
+
+    @property
+    def violated(self) -> Rate:
+        """Images, of these, whose ratio is certified to lie beyond the largest upper bound that any gradient gives."""
+        return Rate(sum(r > self.bound for r in self.ratio), max(1, self.alone))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chains:
+    """Random dense chains of one step: mean rank correlation of norms by layer, its slack, failures of the sandwich."""
+
+    rho: Floats
+    log10_cond: Floats
+    failed: Rate
+    nets: int
+    inputs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Random two-layer networks and their true Jacobians: how often each statement about the counts was right."""
+
+    exact_count: Rate
+    gradient_bound: Rate
+    printed: Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """All that is measured without a model and without data; `seconds` by part."""
+
+    seed: int
+    cases: tuple[Case, ...]
+    above: Above
+    chains: Chains
+    counts: Counts
+    scan: tuple[Scan, ...]
+    temperature: tuple[Temperature, ...]
+    nets: tuple["TheoryAudit", ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtRadius:
+    """One radius (units of the attacked tensor), per image: vulnerabilities, their linear predictions, the verdict."""
+
+    eps: float
+    rho_adv: Floats
+    rho_rand: Floats
+    ratio: Floats
+    low: Floats
+    high: Floats
+    linear_adv: Floats
+    linear_rand: Floats
+    verdict: tuple[Verdict, ...]
+
+    @property
+    def linear_ratio(self) -> Floats:
+        """Ratio that a linear score of the same gradient has: 3 PR(g) where no box cuts the ball."""
+        return tuple(a / r if r > 0 else math.nan for a, r in zip(self.linear_adv, self.linear_rand, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spikes:
+    """Input of a layer: `lines` a step, share of entries that are not zero, and on how many images the printed
+    inequality of Theorem 3 fails for these very inputs between dense weights."""
+
+    layer: str
+    lines: int
+    density: float
+    weight_density: float
+    violated: Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class TheoryAudit:
+    """What the theorems say about a victim and what it does; per-image numbers in order, radii in the tensor's units.
+
+    `support` counts non-zero gradient entries of the probability per image with the softmax in float64, `support32` as
+    float32 has it, `support_large` those beyond a millionth of the largest, of `entries`. `eps1` are first-switch
+    radii, or `no_switch` says why there are none. `noise_floor` is the mean squared difference of two calls on the
+    same images: 0 for a function.
+    """
+
+    victim: str
+    route: str
+    threat: Threat
+    data: str
+    n: int
+    seed: int
+    draws: int
+    alpha: float
+    clean: Rate
+    entries: int
+    clipped: float
+    noise_floor: float
+    support: tuple[int, ...]
+    support32: tuple[int, ...]
+    support_large: tuple[int, ...]
+    l1: Floats
+    pr: Floats
+    fidelity: Floats
+    gain: Floats
+    radii: tuple[AtRadius, ...]
+    eps1: Floats
+    no_switch: str
+    above: Above | None
+    corollary: tuple[Tracking, ...]
+    tracking: tuple[Tracking, ...]
+    tracking_zeros: tuple[Tracking, ...]
+    tracking_scaled: tuple[Tracking, ...]
+    no_tracking: str
+    input_density: float
+    layer_density: dict[str, float]
+    spikes: tuple[Spikes, ...]
+    temperature: tuple[Temperature, ...]
+    seconds: float
+
+    @property
+    def at(self) -> AtRadius:
+        """The radius of the threat itself."""
+        return self.radii[-1]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """A quantile of the values that are numbers, infinity among them; nan of none."""
+    some = sorted(v for v in values if v == v)
+    return some[min(len(some) - 1, int(share * len(some)))] if some else math.nan
+
+
+def _quiet(part: str, done: int, total: int) -> None:
+    pass
+
+
+# Without model and data ----------------------------------------------------------------------------------------------
+
+
+def demo(*, seed: int = 0, images: int = 12, say: Say = _quiet) -> Demo:
+    """Every closed form and counterexample, the scan of Theorem 3, two small untrained networks on random pictures.
+
+    `images` of them are audited; nothing is read from disk.
+    """
+    seconds: dict[str, float] = {}
+    parts: dict[str, Callable[[torch.Generator], Any]] = {
+        "closed forms": _cases,
+        "first switch": _first_switch,
+        "chains": _chains,
+        "two-layer networks": _counts,
+        "violation scan": lambda g: violation_scan(generator=g),
+        "temperature": lambda g: _linear_temperature(g, seed),
+        "two small networks": lambda g: _small_nets(g, seed, images),
+    }
+    found = []
+    for done, (name, run) in enumerate(parts.items()):
+        say(name, done, len(parts))
+        started = time.monotonic()
+        found.append(run(torch.Generator().manual_seed(seed)))
+        seconds[name] = round(time.monotonic() - started, 2)
+    say("demo", len(parts), len(parts))
+    cases, above, chains, counts, scan, temperature, nets = found
+    return Demo(seed=seed, cases=cases, above=above, chains=chains, counts=counts, scan=scan, temperature=temperature,
+                nets=nets, seconds=seconds)  # fmt: skip
+
+
+NO_GRADIENT = "its gradient is zero"
+NO_SLOPE = "no gradient; a surrogate of one entry"
+NOT_SMALL = "not linear: the radius is not small"
+CUT = "a box cuts the ball"
+
+
+def _cases(g: torch.Generator, draws: int = 100_000) -> tuple[Case, ...]:
+    """Linear scores, a unit that spikes, a square, a saturating score, a linear one cut by the box; eps = 1, x = 0.
+
+    Where the closed form meets a bound exactly, draws could not tell: the verdict is that of the closed form. A radius
+    that is not small and a box are what the theorem does not speak of; a spike and a square break it at any radius.
+    """
+    k = 3.0
+    table: list[tuple[str, str, Callable[[Tensor, Tensor], Tensor], list[float], float, float, float]] = [
+        # score, what it lacks, gradient, supremum, ratio, lower end of the box
+        ("x^2 at its minimum", NO_GRADIENT, lambda u, y: u[:, 0].square(), [0], 1, 5, -math.inf),
+        ("tanh(3 x / eps) at 0", NOT_SMALL, lambda u, y: (k * u[:, 0]).tanh(), [k], math.tanh(k) ** 2,
+         math.tanh(k) ** 2 / (1 - math.tanh(k) / k), -math.inf),
+        ("x1 + x2, two black pixels", CUT, lambda u, y: u.sum(1), [1, 1], 4, 96 / 11, 0),
+    ]  # fmt: skip
+    for share in (0.1, 0.5, 0.9):
+        spike = lambda u, y, at=share: (u[:, 0] > at).double()  # noqa: E731
+        table.insert(0, (f"a spike at distance {share:g} eps", NO_SLOPE, spike, [1], 1, 2 / (1 - share), -math.inf))
+    for values in ((1.0, 0.1), (1.0, 1.0, 1.0, 1.0), (3.0, 4.0), (1.0,)):
+        w = torch.tensor(values, dtype=torch.float64)
+        v = linear_vulnerability(w[None], 1.0)
+        line = lambda u, y, w=w: u @ w  # noqa: E731
+        name = f"linear, g = ({', '.join(f'{a:g}' for a in values)})"
+        table.insert(0, (name, "", line, list(values), float(v.rho_adv), float(v.ratio), -math.inf))
+    out, alpha = [], (1 - LEVEL) / len(table)
+    for name, lacks, score, gradient, supremum, exact, low in table:
+        x, y = torch.zeros(1, len(gradient), dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+        rand = random_vulnerability(
+            score, x, y, 1.0, generator=g, draws=draws, box=(low, math.inf), chunk=draws, alpha=alpha
+        )
+        bound = 3.0 * int(support_size(torch.tensor(gradient, dtype=torch.float64)))
+        met = exact * (1 + 1e-9) >= 3 and exact <= bound * (1 + 1e-9)
+        fails: Verdict = "hypothesis not met" if lacks in (NOT_SMALL, CUT) else "violated (certified)"
+        out.append(
+            Case(
+                name=name,
+                lacks=lacks,
+                exact=exact,
+                drawn=supremum / float(rand.mean),
+                low=supremum / float(rand.hi),
+                high=supremum / float(rand.lo),
+                n=draws,
+                bound=bound,
+                verdict="holds" if met else fails,
+            )
+        )
+    return tuple(out)
+
+
+def _small(g: torch.Generator, images: int) -> tuple[FoldedNet, Victim, Tensor]:
+    """An untrained direct-coded VGG5 in float64 whose BatchNorm has seen `images` random pictures."""
+    x, steps = torch.rand(images, 1, 32, 32, generator=g, dtype=torch.float64), 4
+    net = build(NetSpec(arch="vgg5", channels=1, width=0.125, steps=steps), seed=int(g.initial_seed()) + 1)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 1.0
+        if isinstance(m, nn.Linear):
+            m.weight.data *= 3  # else the last layers never fire, and the score is constant
+    with torch.no_grad():
+        net.train()(direct(steps=steps)(x.float()))
+    net = net.eval().double()
+    return net, as_snn(net, direct(steps=steps), name="small spiking network, untrained"), x
+
+
+def _first_switch(g: torch.Generator) -> Above:
+    _, v, x = _small(g, 64)
+    return _above(v, x, v.scores(x).argmax(1), "small spiking network, untrained")
+
+
+def _above(v: Victim, x: Tensor, y: Tensor, net: str, batch: int = 64) -> Above:
+    """`x` and `v` in float64."""
+    score = probability(v.scores)
+    cuts = range(0, len(y), batch)
+    found = [above_first_switch(v, score, x[i : i + batch], y[i : i + batch]) for i in cuts]
+    eps1, eps2, jump, ratio = (
+        tuple(torch.cat([getattr(part, name) for part in found]).tolist()) for name in ("eps1", "eps2", "jump", "ratio")
+    )
+    return Above(net=net, bound=3.0 * x[0].numel(), eps1=eps1, eps2=eps2, jump=jump, ratio=ratio)
+
+
+def _chains(g: torch.Generator, nets: int = 4, inputs: int = 150, width: int = 32, depth: int = 6) -> Chains:
+    rhos, conds, failed, checks = torch.zeros(depth), [[] for _ in range(depth)], 0, 0
+    for _ in range(nets):
+        ws = [torch.randn(width, width, generator=g) * (2 / width**0.5) for _ in range(depth)]
+        sizes = torch.zeros(inputs, depth + 1, dtype=torch.float64)
+        for i in range(inputs):
+            s = (torch.rand(width, generator=g) < 0.5).double()
+            c = dense_chain(ws, s, torch.randn(width, generator=g))
+            size = float(c.input_grad.norm())
+            sizes[i, 0] = size
+            for k, (low, high) in enumerate(sandwich(ws, c.currents)):
+                got, h = float(c.weight_grads[k].norm()), float(c.inputs[k].norm())
+                sizes[i, k + 1] = got
+                failed += not h / high * size <= got * (1 + 1e-6)
+                failed += low > 0 and got > h / low * size * (1 + 1e-6)
+                checks += 2
+                conds[k].append(math.log10(high / low) if low > 0 else math.inf)
+        for k in range(depth):
+            found = rank_correlation("", sizes[:, 0], sizes[:, k + 1], generator=g, n_boot=2)
+            rhos[k] += float("nan") if found.rho == "constant" else found.rho / nets
+    return Chains(
+        rho=tuple(rhos.tolist()),
+        log10_cond=tuple(quantile(c, 0.5) for c in conds),
+        failed=Rate(failed, checks),
+        nets=nets,
+        inputs=inputs,
+    )
+
+
+def _counts(g: torch.Generator, n: int = 200, d: int = 6, steps: int = 4) -> Counts:
+    exact = bounded = printed = 0
+    for _ in range(n):
+        w1, w2 = (torch.randn(d, d, generator=g) * (torch.rand(d, d, generator=g) < 0.6) for _ in range(2))
+        w1 += torch.eye(d) * (w1 == 0)  # every row sees an input
+        s = (torch.rand(steps, d, generator=g) < 0.3).double()
+        of_s, of_w1, _ = TwoLayerSNN(w1=w1, w2=w2, stateful=True).jacobians(s, closed=False)
+        count, nnz_in = int((of_w1 != 0).sum()), int((of_s[:, 0] != 0).sum())
+        _, k_1, r_min = density_degrees(w1)
+        lines = int((s != 0).any(0).sum())
+        exact += count == nnz_weight_jacobian(w2, s)
+        bounded += count <= gradient_bound(d, lines, r_min, nnz_in) * (1 + 1e-9)
+        printed += count <= paper_bound(steps, d, int(s.sum(1).max()), k_1, nnz_in) * (1 + 1e-9)
+    return Counts(exact_count=Rate(exact, n), gradient_bound=Rate(bounded, n), printed=Rate(printed, n))
+
+
+def _linear_temperature(g: torch.Generator, seed: int) -> tuple[Temperature, ...]:
+    """A linear classifier of ten classes, labels its own decisions: nothing but the scale of the logits changes."""
+    w, x = torch.randn(10, 64, generator=g), torch.rand(400, 1, 8, 8, generator=g)
+    v = Victim(encode=lambda x: x.flatten(1)[None], logits=lambda u: u[0] @ w.T, steps=1, classes=10, name="linear")
+    y = v.scores(x).argmax(1)
+    return temperature_probe(v, Linf(8 / 255, space="pixel"), x, y, seed=seed, batch=400)
+
+
+def _small_nets(g: torch.Generator, seed: int, images: int) -> tuple["TheoryAudit", ...]:
+    """The small network and its smooth twin, audited alike: the one difference is the step."""
+    net, v, x = _small(g, images)
+    net.float()
+    x = x.float().clamp(0.05, 0.95)  # no pixel within reach of the box
+    y, threat = v.scores(x).argmax(1), Linf(1 / 255, space="pixel")
+    return tuple(
+        audit(w, x, y, threat, data="random pictures", seed=seed, draws=40, probe=False, shares=(1 / 64, 1 / 8))
+        for w in (v, smooth(net, v))
+    )
+
+
+def smooth(net: nn.Module, of: Victim) -> Victim:
+    """The differentiable network of the same weights and code as a victim: the control that Theorem 1 is about."""
+    twin = smooth_twin(net).requires_grad_(False)  # attacks need no gradient of weights
+    return Victim(
+        encode=of.encode,
+        logits=twin,
+        steps=of.steps,
+        classes=of.classes,
+        name=of.name.replace("spiking", "smooth") if "spiking" in of.name else f"{of.name}, smooth control",
+        route="its own gradient, arctan for the step",
+        encoding=of.encoding,
+        module=twin,
+    )
+
+
+# On a victim ---------------------------------------------------------------------------------------------------------
+
+
+def audit(
+    victim: Victim,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    data: str = "",
+    draws: int = 64,
+    shares: tuple[float, ...] = (1 / 256, 1 / 64, 1 / 16, 1 / 4),
+    seed: int = 0,
+    batch: int = 64,
+    probe: bool = True,
+    say: Say = _quiet,
+    stop: Callable[[], bool] = lambda: False,
+) -> TheoryAudit:
+    """Put every theorem to `victim` on images `x` [n c h w] with labels `y` [n], under an L-infinity `threat`.
+
+    The score is the probability of the true class. Radii are `shares` of that of the threat, and it itself. Intervals
+    are of level 95 % for all images together (alpha = 0.05 / n each). What does not fit a victim (first switch, layers)
+    is left out, with the reason in its place. `probe` adds the temperature probe. `batch` images at a time; results do
+    not depend on it.
+    """
+    if threat.norm != "linf" or threat.eps == 0:
+        raise ValueError(f"threat: the theorems are about an L-infinity ball of positive radius, got {threat}")
+    if len(y) == 0 or len(x) != len(y):
+        raise ValueError(f"expected images [n c h w] and labels [n], n > 0, got {tuple(x.shape)} and {tuple(y.shape)}")
+    started, n = time.monotonic(), len(y)
+    alpha = (1 - LEVEL) / n
+    radii = (*(s * threat.eps for s in shares), threat.eps)
+    f = victim.of(threat.space) if threat.space == "pixel" else lambda u: victim.logits(u.movedim(0, 1).contiguous())
+    parts: list[dict[str, Any]] = []
+    for i in range(0, n, batch):
+        if stop():
+            raise KeyboardInterrupt
+        xs, ys = x[i : i + batch], y[i : i + batch]
+        parts.append(_measure(f, _attacked(victim, threat, xs), ys, threat, radii, draws, alpha, seed, i, batch))
+        say(f"theorems: {victim.name}", min(i + batch, n), n)
+
+    def whole(name: str) -> tuple:
+        return tuple(v for part in parts for v in part[name])
+
+    at = tuple(
+        AtRadius(eps=eps, **{k: tuple(v for part in parts for v in part["radii"][j][k]) for k in parts[0]["radii"][j]})
+        for j, eps in enumerate(radii)
+    )
+    eps1, no_switch, above = _switches(victim, threat, x, y, batch)
+    g = torch.Generator().manual_seed(seed)
+    adv = torch.tensor(at[-1].rho_adv, dtype=torch.float64)
+    against = {"|g|_0": whole("support"), "PR(g)": whole("pr"), "|g|_1": whole("l1")}
+    corollary = tuple(
+        rank_correlation(k, torch.tensor(v, dtype=torch.float64), adv, generator=g) for k, v in against.items()
+    )
+    layers, no_tracking = _layers(victim, threat, x, y)
+    return TheoryAudit(
+        victim=victim.name,
+        route=victim.path(threat.space),
+        threat=threat,
+        data=data,
+        n=n,
+        seed=seed,
+        draws=draws,
+        alpha=alpha,
+        clean=Rate(sum(whole("right")), n),
+        entries=parts[0]["entries"],
+        clipped=sum(whole("clipped")) / n,
+        noise_floor=sum(whole("noise")) / n,
+        support=whole("support"),
+        support32=whole("support32"),
+        support_large=whole("support_large"),
+        l1=whole("l1"),
+        pr=whole("pr"),
+        fidelity=whole("fidelity"),
+        gain=whole("gain"),
+        radii=at,
+        eps1=eps1,
+        no_switch=no_switch,
+        above=above,
+        corollary=corollary,
+        tracking=() if layers is None else tracking(layers, generator=g),
+        tracking_zeros=() if layers is None else tracking(layers, generator=g, of="density"),
+        tracking_scaled=() if layers is None else tracking(layers, generator=g, normalise="dlogits"),
+        no_tracking=no_tracking,
+        input_density=math.nan if layers is None else float(layers.input["density"].mean()),
+        layer_density={}
+        if layers is None
+        else {name: float(sizes["density"].mean()) for name, sizes in layers.layer.items()},
+        spikes=_spikes(victim, x, batch),
+        temperature=temperature_probe(victim, threat, x, y, seed=seed, batch=batch) if probe else (),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _attacked(victim: Victim, threat: Threat, x: Tensor) -> Tensor:
+    """The attacked tensor, images first."""
+    if threat.space == "pixel":
+        return x
+    with torch.no_grad():
+        return victim.encode(x).movedim(1, 0).contiguous()
+
+
+def _measure(
+    f: Callable[[Tensor], Tensor],
+    u: Tensor,
+    y: Tensor,
+    threat: Threat,
+    radii: tuple[float, ...],
+    draws: int,
+    alpha: float,
+    seed: int,
+    first: int,
+    batch: int,
+) -> dict[str, Any]:
+    """Everything that is measured image by image, on a few of them."""
+    score, box, where = probability(f), threat.box, list(range(first, first + len(y)))
+    g = score_gradient(f, u, y)
+    flat = g.flatten(1)
+    with torch.no_grad():
+        z = f(u)
+        noise = (score(u, y) - score(u, y)).square()
+    narrow = u.detach().requires_grad_()
+    with torch.enable_grad():
+        p = f(narrow).softmax(1).gather(1, y[:, None])
+        (g32,) = torch.autograd.grad(p.sum(), narrow)
+    here = {"generator": None, "box": box, "indices": where, "chunk": batch}
+
+    def fresh() -> dict[str, Any]:
+        return here | {"generator": torch.Generator().manual_seed(seed)}
+
+    rows = []
+    for eps in radii:
+        rand = random_vulnerability(score, u, y, eps, draws=draws, limits=(0, 1), alpha=alpha, **fresh())
+        adv = adversarial_vulnerability(score, u, y, eps, random=rand, limits=(0, 1), **fresh())
+        told = linear_vulnerability(flat, eps, box=box, x=u.flatten(1))
+        found = theorem1_check(adv, rand, support_size(flat), flat.shape[1])
+        rows.append({
+            "rho_adv": adv.lower.tolist(), "rho_rand": rand.mean.tolist(), "ratio": found.ratio.tolist(),
+            "low": found.lo.tolist(), "high": found.hi.tolist(), "linear_adv": told.rho_adv.tolist(),
+            "linear_rand": told.rho_rand.tolist(), "verdict": found.verdict,
+        })  # fmt: skip
+    cut = (u - threat.eps < box[0]) | (u + threat.eps > box[1])
+    told = linear_vulnerability(flat, 1.0)
+    return {
+        "radii": rows,
+        "right": correct(z, y).tolist(),
+        "noise": noise.tolist(),
+        "entries": flat.shape[1],
+        "clipped": cut.flatten(1).double().mean(1).tolist(),
+        "support": told.l0.tolist(),
+        "support32": support_size(g32.flatten(1)).tolist(),
+        "support_large": support_size(flat, rel_tol=1e-6).tolist(),
+        "pr": told.pr.tolist(),
+        "l1": flat.abs().sum(1).tolist(),
+        "fidelity": gradient_fidelity(score, g, u, y, threat.eps, **fresh()).tolist(),
+        "gain": directional_gain(score, g, u, y, threat.eps, box=box).tolist(),
+    }
+
+
+def _switches(victim: Victim, threat: Threat, x: Tensor, y: Tensor, batch: int) -> tuple[Floats, str, Above | None]:
+    """First-switch radii or why there are none, and what happens just above them in float64."""
+    if threat.space == "encoded":
+        return (), "encoded space: each step is attacked by itself, the current is not constant", None
+    try:
+        found = [first_switch_radius(victim, x[i : i + batch]).eps1 for i in range(0, len(y), batch)]
+    except NotImplementedError as error:
+        return (), str(error), None
+    net = victim.module
+    assert net is not None
+    exact = as_snn(copy.deepcopy(net).double(), direct(steps=victim.steps), name=victim.name)
+    return tuple(torch.cat(found).tolist()), "", _above(exact, x.double(), y, victim.name, batch)
+
+
+def _layers(victim: Victim, threat: Threat, x: Tensor, y: Tensor) -> tuple[PerSample | None, str]:
+    """Gradients of the layers of a victim, or why there are none."""
+    try:
+        return layer_gradients(victim, x, y, space=threat.space), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+@torch.no_grad()
+def _spikes(victim: Victim, x: Tensor, batch: int) -> tuple[Spikes, ...]:
+    """Theorem 3 on the inputs of every convolution and linear layer, each between dense square weights on its lines.
+
+    For dense weights |W2 S|_0 = d T', T' the steps with any input, and the printed bound is T kS: exact, no model.
+    Empty for a victim without a network, or whose module does not fold steps into the batch.
+    """
+    net = victim.module
+    if not isinstance(net, FoldedNet):
+        return ()
+    seen: dict[str, list[float]] = {}
+    handles = []
+
+    def watch(name: str) -> Callable:
+        def hook(_: nn.Module, inputs: tuple) -> None:
+            on = (inputs[0].reshape(victim.steps, -1, inputs[0][0].numel()) != 0).sum(2)  # t n
+            lines, active = inputs[0][0].numel(), (on > 0).sum(0)
+            bad = lines * active > victim.steps * on.amax(0)
+            row = seen.setdefault(name, [float(lines), 0.0, 0.0, 0.0])
+            row[1] += float(on.sum()) / (lines * victim.steps)
+            row[2] += int(bad.sum())
+            row[3] += on.shape[1]
+
+        return hook
+
+    modules = {k: m for k, m in net.named_modules() if kind_of(m) in ("conv", "linear")}
+    try:
+        handles = [m.register_forward_pre_hook(watch(name)) for name, m in modules.items()]
+        for i in range(0, len(x), batch):
+            net(victim.encode(x[i : i + batch]).contiguous())
+    finally:
+        for h in handles:
+            h.remove()
+    return tuple(
+        Spikes(
+            layer=name,
+            lines=int(lines),
+            density=density / n,
+            weight_density=float(torch.as_tensor(modules[name].weight != 0).double().mean()),
+            violated=Rate(int(bad), int(n)),
+        )
+        for name, (lines, density, bad, n) in seen.items()
+    )

@@ -1,0 +1,76 @@
+"""Does a gradient describe the score? Theorem 1 speaks of the score through its gradient, which a surrogate is not."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsetrail._shapes import Float, Int
+from sparsetrail.core import Streams
+from sparsetrail.theory.vulnerability import OPEN, Box, Score, _draw, _seed
+
+
+@torch.no_grad()
+def gradient_fidelity(
+    score: Score,
+    g: Float[Tensor, "n ..."],
+    x: Float[Tensor, "n ..."],
+    y: Int[Tensor, " n"],
+    eps: float,
+    *,
+    generator: torch.Generator,
+    directions: int = 64,
+    box: Box | None = None,
+    indices: Sequence[int] | None = None,
+    chunk: int = 256,
+) -> Float[Tensor, " n"]:
+    """Correlation about 0 of (f(x + eps u) - f(x - eps u)) / 2 with eps g.u over random u in the L-infinity ball.
+
+    1: the gradient `g` is that of the score at this size; near 0: it says nothing about it (standard error about
+    1/sqrt(directions)); nan where one of the two never moves. A point cut to `box` counts with the step it really took.
+    """
+    streams = Streams(_seed(generator), range(len(x)) if indices is None else indices).generators
+    sums = torch.zeros(3, len(x), dtype=torch.float64)
+    for i in range(0, len(x), chunk):
+        rows = list(range(i, min(i + chunk, len(x))))
+        per, done = max(1, chunk // (2 * len(rows))), 0
+        while done < directions:
+            k = min(per, directions - done)
+            u = eps * torch.stack([_draw(streams[j], k, x[0], "linf") for j in rows], 1)
+            ends = [(x[rows] + side * u).clamp(*(box or OPEN)) for side in (1, -1)]
+            up, down = (score(v.flatten(0, 1), y[rows].repeat(k)).view(k, -1).double() for v in ends)
+            met = ((up - down) / 2).cpu()
+            told = ((ends[0] - ends[1]).double() / 2 * g[rows].double()).flatten(2).sum(2).cpu()
+            sums[:, rows] += torch.stack([met * told, met * met, told * told]).sum(1)
+            done += k
+    return sums[0] / (sums[1] * sums[2]).sqrt()
+
+
+@torch.no_grad()
+def directional_gain(
+    score: Score,
+    g: Float[Tensor, "n ..."],
+    x: Float[Tensor, "n ..."],
+    y: Int[Tensor, " n"],
+    eps: float,
+    *,
+    box: Box | None = None,
+) -> Float[Tensor, " n"]:
+    """Change of the score along sign(g), over that which `g` predicts: 1 for a linear score; nan where g is 0."""
+    ends = [(x + side * eps * g.sign().to(x)).clamp(*(box or OPEN)) for side in (1, -1)]
+    met = (score(ends[0], y) - score(ends[1], y)).double() / 2
+    told = ((ends[0] - ends[1]).double() / 2 * g.double()).flatten(1).sum(1)
+    return torch.where(told == 0, torch.nan, met / told).cpu()
+
+
+RELIABLE = 0.5
+Reliability = Literal["reliable", "unreliable"]
+
+
+def reliability(median: float) -> Reliability:
+    """Whether to rely on gradient-based numbers of a net, by its median fidelity: from 0.5 on.
+
+    Our own line, not a published one: the gradient then tells more of the change than chance does by far.
+    """
+    return "reliable" if median >= RELIABLE else "unreliable"
