@@ -442,7 +442,7 @@ def density_cap(module: nn.Module, height: int, width: int) -> float:
     knobs = zip((height, width), *_knobs(module, 2), strict=True)
     rows, columns = (_windows(*side, getattr(module, "ceil_mode", False)) for side in knobs)
     cells = int(rows.any(0).sum()) * int(columns.any(0).sum())
-    if isinstance(module, nn.MaxPool2d):
+    if isinstance(module, nn.MaxPool2d) or getattr(module, "one_a_window", False):
         cells = min(cells, len(rows) * len(columns))
     return cells / (height * width)
 

@@ -32,6 +32,7 @@ from sparsetrail.snn.encode import build_encoder
 from sparsetrail.snn.engine import has_bf16
 from sparsetrail.snn.net import ARCHITECTURES, NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.snn.pools import POOLS
 from sparsetrail.snn.surrogate import Surrogate
 from sparsetrail.training import TrainSpec
 from sparsetrail.training import train as train_model
@@ -168,7 +169,7 @@ def train(
         str, Parameter(name="--data", help="cifar10, cifar100, fashion-mnist, fashion-mnist-slice or a path")
     ],
     out: Path | None = None,
-    pool: Annotated[Literal["max", "avg"] | None, Parameter(help="default: max, in a VGG avg")] = None,
+    pool: Annotated[str | None, Parameter(help=f"{', '.join(POOLS)} or mix:0.25; default: max, in a VGG avg")] = None,
     connect: Literal["add", "and", "iand"] = "add",
     stem: Literal["imagenet", "cifar"] = "imagenet",
     width: float = 1.0,
@@ -256,7 +257,7 @@ def import_(
         str, Parameter(name="--data", help="the set it was trained on, for its shape and for later attacks")
     ],
     out: Path,
-    pool: Annotated[Literal["max", "avg"] | None, Parameter(help="default: max, in a VGG avg")] = None,
+    pool: Annotated[str | None, Parameter(help=f"{', '.join(POOLS)} or mix:0.25; default: max, in a VGG avg")] = None,
     connect: Literal["add", "and", "iand"] = "add",
     stem: Literal["imagenet", "cifar"] = "imagenet",
     width: float = 1.0,
