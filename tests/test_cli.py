@@ -34,8 +34,8 @@ def model(tmp_path_factory):
 
 
 def test_the_verbs_are_exactly_these(capsys):
-    assert list(VERBS) == ["quick", "train", "import", "attack", "audit", "trail", "ablate", "reproduce", "report",
-                           "bench", "doctor"]  # fmt: skip
+    assert list(VERBS) == ["quick", "train", "import", "attack", "audit", "trail", "ablate", "design", "reproduce",
+                           "report", "bench", "doctor"]  # fmt: skip
     assert list(DATA_VERBS) == ["get", "add", "verify", "list"]
     code, out, _ = run("--help", capsys=capsys)
     assert code == 0 and all(verb in out for verb in [*VERBS, "data"])

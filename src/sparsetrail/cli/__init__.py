@@ -7,7 +7,7 @@ from cyclopts import App, CycloptsError
 
 from sparsetrail import __version__
 
-HOMES = dict.fromkeys(("trail", "ablate"), "sparsetrail.cli.trails")
+HOMES = {"trail": "sparsetrail.cli.trails", "ablate": "sparsetrail.cli.trails", "design": "sparsetrail.cli.design"}
 HOME = "sparsetrail.cli.verbs"  # of all others
 VERBS = {
     "quick": "Train two small SEW-ResNets on shipped images, attack both, trace both: a report in minutes.",
@@ -17,6 +17,7 @@ VERBS = {
     "audit": "Judge a robustness claim: checks, a battery of attacks, worst case per image, verdict.",
     "trail": "Zeros in and norm of the gradient at every operation of a model, and which operations create them.",
     "ablate": "What is left of the zeros of models when parts of their backward are replaced.",
+    "design": "Pools, surrogates, time steps, stems: clean accuracy against the worst case, as a plot.",
     "reproduce": "Run a table or figure of the paper again, ours beside the published.",
     "report": "Draw the report of a finished run again: HTML, Markdown, table.",
     "bench": "Measure the engine against SpikingJelly 2.0.0, in a clone: a table and CSVs.",

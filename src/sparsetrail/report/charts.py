@@ -15,7 +15,16 @@ from sparsetrail._files import write_atomic
 from sparsetrail.core import Audit, Rate, Report, Run, Trail, TrailRow
 from sparsetrail.report.io import ReportError
 from sparsetrail.report.labels import Setting, columns, settings
-from sparsetrail.report.tables import Ablation, TrailGroup, ablations, percent, trail_groups
+from sparsetrail.report.tables import (
+    Ablation,
+    Point,
+    TrailGroup,
+    ablations,
+    percent,
+    tradeoff,
+    trail_groups,
+    undominated,
+)
 
 SERIF = "'Iowan Old Style', 'Palatino Linotype', Palatino, 'URW Palladio L', P052, 'Liberation Serif', Georgia, serif"
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
@@ -32,7 +41,7 @@ SERIES = {
     "dark": ["#82b4f0", "#f0a24a", "#7fd0c0", "#e191b5", "#b0b0b0", "#d8ca6a"],
 }
 Spec = dict[str, Any]
-Which = Literal["trail", "accuracy", "steps", "examples", "ablation"]
+Which = Literal["trail", "accuracy", "steps", "examples", "ablation", "tradeoff"]
 
 
 def config(theme: Literal["light", "dark"] = "light") -> Spec:
@@ -329,6 +338,71 @@ def _squares(
     return _spec(alt.hconcat(*panels, spacing=24).resolve_scale(color="shared", y="shared")) if panels else None
 
 
+def tradeoff_spec(points: Sequence[Point]) -> Spec:
+    """Clean accuracy against the worst case, a panel per threat: Wilson intervals both ways, density as colour.
+
+    Shapes are what sets a design apart from the first; the line joins the designs that no other dominates.
+    """
+    import altair as alt
+
+    factors = list(dict.fromkeys(p.factor for p in points))
+    dense = [100 * p.density for p in points if p.density is not None]
+    panels = []
+    for threat in dict.fromkeys(p.threat for p in points):
+        here = [p for p in points if p.threat == threat]
+        values = [
+            {
+                "network": p.victim,
+                "factor": p.factor,
+                "density": None if p.density is None else _finite(100 * p.density),
+                **{
+                    f"clean_{k}": v
+                    for k, v in _bar("", "", p.clean).items()
+                    if k in ("accuracy", "low", "high", "text")
+                },
+                **{
+                    f"robust_{k}": v
+                    for k, v in _bar("", "", p.robust).items()
+                    if k in ("accuracy", "low", "high", "text")
+                },
+                "n": p.robust.n,
+                "strongest": p.strongest,
+            }
+            for p in here
+        ]
+        base = alt.Chart(alt.Data(values=values))
+        x = alt.X("clean_accuracy:Q", title="clean accuracy, %", scale=alt.Scale(zero=False, nice=True))
+        y = alt.Y("robust_accuracy:Q", title="worst case, correct, %", scale=alt.Scale(zero=False, nice=True))
+        hints = [
+            alt.Tooltip("network:N"),
+            alt.Tooltip("clean_text:N", title="clean"),
+            alt.Tooltip("robust_text:N", title="worst case"),
+            alt.Tooltip("n:Q", title="images attacked"),
+            alt.Tooltip("density:Q", title="gradient density, %", format=".2f"),
+            alt.Tooltip("strongest:N", title="strongest attack"),
+        ]
+        front = [{"x": 100 * p.clean.value, "y": 100 * p.robust.value} for p in undominated(here)]
+        line = alt.Chart(alt.Data(values=front)).mark_line(style="stage", strokeDash=[4, 3]).encode(x="x:Q", y="y:Q")
+        across = base.mark_rule(style="stage").encode(x=alt.X("clean_low:Q"), x2="clean_high:Q", y=y)
+        along = base.mark_rule(style="stage").encode(x=x, y=alt.Y("robust_low:Q"), y2="robust_high:Q")
+        dots = base.mark_point(size=110, filled=True, opacity=1).encode(
+            x=x,
+            y=y,
+            shape=alt.Shape("factor:N", sort=factors, scale=alt.Scale(domain=factors), legend=alt.Legend(title=None)),
+            color=alt.Color(
+                "density:Q",
+                scale=alt.Scale(scheme="cividis", domain=[min(dense, default=0), max(dense, default=100)]),
+                legend=alt.Legend(title="gradient density, %", gradientLength=140),
+            ),
+            tooltip=hints,
+        )
+        names = base.mark_text(style="stage-name", align="left", dx=8, dy=-7).encode(x=x, y=y, text="network:N")
+        layers = alt.layer(line, across, along, dots, names)
+        panels.append(layers.properties(width=430, height=340, title=str(threat)))
+    chart = alt.hconcat(*panels, spacing=34) if len(panels) > 1 else panels[0]
+    return _spec(chart)
+
+
 def ablation_spec(found: Ablation) -> Spec:
     """Zeros left in all operations, by kind, a bar per replacement; longer than the first where one adds zeros."""
     import altair as alt
@@ -396,6 +470,9 @@ def _which(report: Report, which: str) -> Spec:
             stamped({**ablation_spec(a), "title": a.victim}, report, [t for t in report.trails if t.victim == a.victim])
             for a in ablations(report.trails)
         ]
+    elif which == "tradeoff":
+        points = tradeoff(report)
+        specs = [stamped(tradeoff_spec(points), report, report.runs)] if points else []
     elif which in ("trail", "steps", "examples"):
         title = {g.title: g.title if len(groups) > 1 else "" for g in groups}
         drawn = [
@@ -418,6 +495,7 @@ def _which(report: Report, which: str) -> Spec:
             "steps": "a trail with per-step shares",
             "examples": "a trail with per-example shares",
             "ablation": "trails of which a part was replaced",
+            "tradeoff": "a sweep of designs",
         }[which]
         raise ReportError(f"expected a report with {need}, found none; likely fix: measure it, then draw it")
     return specs[0] if len(specs) == 1 else {"vconcat": specs, "spacing": 40}

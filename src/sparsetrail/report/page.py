@@ -27,8 +27,8 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     `predicted`, `title`, and of an audit its place among `report.audits` as `audit`; without them, those of an earlier
     call are shown again. `trail_steps.csv` is written where a trail kept its time steps, `trail_examples.csv` where it
     kept its images, `trail_origins.csv` where it tells created zeros from inherited ones, `ablation.csv` where parts
-    were replaced, `card.json` where there is an audit. Returns paths by kind: json, md, html, csv, steps, examples,
-    origins, ablation and card.
+    were replaced, `tradeoff.csv` of a sweep of designs, `card.json` where there is an audit. Returns paths by kind:
+    json, md, html, csv, steps, examples, origins, ablation, tradeoff and card.
     """
     folder = Path(out)
     plain = tuple(t for t in report.trails if not t.replaced)
@@ -45,6 +45,8 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
         texts["examples"] = ("trail_examples.csv", tables.examples_csv(report.trails).encode())
     if found := tables.ablations(report.trails):
         texts["ablation"] = ("ablation.csv", tables.ablation_csv(found).encode())
+    if points := tables.tradeoff(report):
+        texts["tradeoff"] = ("tradeoff.csv", tables.tradeoff_csv(points).encode())
     if any(row.per_step for trail in report.trails for row in trail.rows):
         texts["steps"] = ("trail_steps.csv", steps_csv(replace(report, trails=plain)).encode())
     if report.audits:
@@ -69,7 +71,8 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
     environment.filters["prose"] = _prose
     environment.filters["cell"] = _cell
     shown, gain = examples([image for image in images or () if _audit_of(image, report) is None])
-    groups = tables.trail_groups(report.trails)
+    points = tables.tradeoff(report)
+    groups = () if points else tables.trail_groups(report.trails)
     drawn = _charts(report)
     figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
     compared = [c for c in tables.comparisons(report) if c.figure not in tables.FIGURES]
@@ -84,6 +87,8 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
             }
             for here, members in audits.summaries(report.audits)
         ],
+        tradeoff=tables.tradeoff_grid(points) if points else None,
+        tradeoff_words=tables.tradeoff_sentences(points),
         accuracy=tables.accuracy(report.runs) if report.runs else None,
         facts=[fact for fact in tables.facts(report.runs) if not fact.startswith("gradient under")],
         threats=threats(report),
@@ -134,11 +139,14 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
 def markdown(report: Report) -> str:
     """The report for a reader of plain text: the same order, charts left out, trails by kind of operation."""
     parts = [f"# {report.title}", *report.summary, *audits.markdown(report.audits)]
+    if points := tables.tradeoff(report):
+        grid = tables.tradeoff_grid(points)
+        parts += ["## Trade-off", grid.text(), f"{grid.caption}.", *tables.tradeoff_sentences(points)]
     if report.runs or not report.audits:
         parts += ["## Accuracy", tables.table(report)]
     parts += [f"- **{label}**: {sentence}" for label, sentence in threats(report)]
     figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
-    for group in tables.trail_groups(report.trails):
+    for group in () if points else tables.trail_groups(report.trails):
         grid = tables.kind_grid(group, figures)
         parts += [f"## Trail: {group.title}", grid.text(), f"{grid.caption}. Every operation is in `trail.csv`."]
         parts += _origins(group)
@@ -203,6 +211,8 @@ def _charts(report: Report) -> dict[str, charts.Spec]:
         name: charts.stamped(spec, report, [report.audits[int(name.split("-")[1])]])  # audit-0-fall
         for name, spec in audit_charts.drawn(report.audits).items()
     }
+    if points := tables.tradeoff(report):  # of a sweep, a panel or a bar each would be too many to read
+        return out | {"tradeoff": charts.stamped(charts.tradeoff_spec(points), report, report.runs)}
     if report.runs:
         out["accuracy"] = charts.stamped(charts.accuracy_spec(report.runs), report, report.runs)
     for i, group in enumerate(tables.trail_groups(report.trails)):
