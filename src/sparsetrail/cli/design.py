@@ -21,7 +21,7 @@ def design(
     scale: Literal["smoke", "small", "paper"] = "small",
     only: Annotated[list[Factor] | None, Parameter(negative="", help="what is varied; default all four")] = None,
     eps: Annotated[
-        list[Number] | None, Parameter(negative="", help="radii in pixel space; default 1/255, 4/255")
+        list[Number] | None, Parameter(negative="", help="radii in pixel space; default 1/255, 2/255")
     ] = None,
     seeds: Annotated[int, Parameter(help="networks trained of each design")] = 1,
     out: Path | None = None,

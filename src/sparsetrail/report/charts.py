@@ -40,6 +40,7 @@ SERIES = {
     "light": ["#1d4e89", "#e58a1f", "#5aa89a", "#9b3f6c", "#7f7f7f", "#b5a642"],
     "dark": ["#82b4f0", "#f0a24a", "#7fd0c0", "#e191b5", "#b0b0b0", "#d8ca6a"],
 }
+PANEL = (430, 340)  # of the trade-off, in pixels
 Spec = dict[str, Any]
 Which = Literal["trail", "accuracy", "steps", "examples", "ablation", "tradeoff"]
 
@@ -347,37 +348,34 @@ def tradeoff_spec(points: Sequence[Point]) -> Spec:
 
     factors = list(dict.fromkeys(p.factor for p in points))
     dense = [100 * p.density for p in points if p.density is not None]
+    shown = alt.Scale(scheme="cividis", domain=[min(dense, default=0), max(dense, default=100)])
     panels = []
     for threat in dict.fromkeys(p.threat for p in points):
         here = [p for p in points if p.threat == threat]
+        spans = [_span([r.interval() for r in rates]) for rates in ([p.clean for p in here], [p.robust for p in here])]
+        places = _places([(100 * p.clean.value, 100 * p.robust.value) for p in here], [p.victim for p in here], spans)
         values = [
             {
                 "network": p.victim,
                 "factor": p.factor,
-                "density": None if p.density is None else _finite(100 * p.density),
-                **{
-                    f"clean_{k}": v
-                    for k, v in _bar("", "", p.clean).items()
-                    if k in ("accuracy", "low", "high", "text")
-                },
-                **{
-                    f"robust_{k}": v
-                    for k, v in _bar("", "", p.robust).items()
-                    if k in ("accuracy", "low", "high", "text")
-                },
-                "n": p.robust.n,
+                "density": None if p.density is None else 100 * p.density,
+                **{f"clean_{k}": v for k, v in _bar("", "", p.clean).items() if k != "victim"},
+                **{f"robust_{k}": v for k, v in _bar("", "", p.robust).items() if k != "victim"},
                 "strongest": p.strongest,
+                "name_x": place[0],
+                "name_y": place[1],
             }
-            for p in here
+            for p, place in zip(here, places, strict=True)
         ]
         base = alt.Chart(alt.Data(values=values))
-        x = alt.X("clean_accuracy:Q", title="clean accuracy, %", scale=alt.Scale(zero=False, nice=True))
-        y = alt.Y("robust_accuracy:Q", title="worst case, correct, %", scale=alt.Scale(zero=False, nice=True))
+        x_scale, y_scale = (alt.Scale(domain=span, nice=False) for span in spans)
+        x = alt.X("clean_accuracy:Q", title="clean accuracy, %", scale=x_scale)
+        y = alt.Y("robust_accuracy:Q", title="worst case, correct, %", scale=y_scale)
         hints = [
             alt.Tooltip("network:N"),
             alt.Tooltip("clean_text:N", title="clean"),
             alt.Tooltip("robust_text:N", title="worst case"),
-            alt.Tooltip("n:Q", title="images attacked"),
+            alt.Tooltip("robust_n:Q", title="images attacked"),
             alt.Tooltip("density:Q", title="gradient density, %", format=".2f"),
             alt.Tooltip("strongest:N", title="strongest attack"),
         ]
@@ -390,17 +388,51 @@ def tradeoff_spec(points: Sequence[Point]) -> Spec:
             y=y,
             shape=alt.Shape("factor:N", sort=factors, scale=alt.Scale(domain=factors), legend=alt.Legend(title=None)),
             color=alt.Color(
-                "density:Q",
-                scale=alt.Scale(scheme="cividis", domain=[min(dense, default=0), max(dense, default=100)]),
-                legend=alt.Legend(title="gradient density, %", gradientLength=140),
+                "density:Q", scale=shown, legend=alt.Legend(title="gradient density, %", gradientLength=140)
             ),
             tooltip=hints,
         )
-        names = base.mark_text(style="stage-name", align="left", dx=8, dy=-7).encode(x=x, y=y, text="network:N")
+        names = base.mark_text(style="stage-name", align="left", baseline="middle").encode(
+            x="name_x:Q", y="name_y:Q", text="network:N"
+        )
         layers = alt.layer(line, across, along, dots, names)
-        panels.append(layers.properties(width=430, height=340, title=str(threat)))
-    chart = alt.hconcat(*panels, spacing=34) if len(panels) > 1 else panels[0]
-    return _spec(chart)
+        panels.append(layers.properties(width=PANEL[0], height=PANEL[1], title=str(threat)))
+    return _spec(alt.hconcat(*panels, spacing=34) if len(panels) > 1 else panels[0])
+
+
+def _span(intervals: Sequence[tuple[float, float]]) -> list[float]:
+    """An axis in % that holds all intervals with a little room."""
+    low, high = min(a for a, _ in intervals), max(b for _, b in intervals)
+    room = 0.04 * (high - low) or 0.02
+    return [max(0.0, 100 * (low - room)), min(100.0, 100 * (high + room))]
+
+
+def _places(
+    dots: Sequence[tuple[float, float]], names: Sequence[str], spans: Sequence[Sequence[float]]
+) -> list[tuple[float, float]]:
+    """Where the name of each dot begins, in units of the axes, so that names cover neither dots nor each other.
+
+    The nearest free place is taken, in pixels of the panel; where there is none, the first.
+    """
+    (x0, x1), (y0, y1) = spans
+    wide, high, letter, tall = *PANEL, 5.4, 12.0
+
+    def boxes_meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+        return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+    pixels = [((x - x0) / (x1 - x0) * wide, (y - y0) / (y1 - y0) * high) for x, y in dots]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
+    out = []
+    for (x, y), name in sorted(zip(pixels, names, strict=True), key=lambda one: one[0]):
+        size = letter * len(name)
+        sides = [(dx, s * up * tall) for up in range(7) for s in (1, -1) for dx in (9.0, -9.0 - size)]
+        boxes = [(x + dx, y + dy - tall / 2, x + dx + size, y + dy + tall / 2) for dx, dy in sides]
+        inside = [b for b in boxes if b[0] >= 0 and b[2] <= wide and b[1] >= 0 and b[3] <= high] or boxes
+        box = next((b for b in inside if not any(boxes_meet(b, other) for other in taken)), inside[0])
+        taken.append(box)
+        out.append((name, (x0 + box[0] / wide * (x1 - x0), y0 + (box[1] + tall / 2) / high * (y1 - y0))))
+    by_name = dict(out)
+    return [by_name[name] for name in names]
 
 
 def ablation_spec(found: Ablation) -> Spec:
@@ -421,8 +453,10 @@ def ablation_spec(found: Ablation) -> Spec:
         .mark_bar(size=13)
         .encode(
             x=alt.X("zero:Q", title="zero entries, % of all", stack="zero"),
-            y=alt.Y("replaced:N", sort=names, axis=alt.Axis(title=None, labelLimit=420)),
-            color=alt.Color("kind:N", sort=kinds, legend=alt.Legend(title=None, orient="top", columns=4)),
+            y=alt.Y("replaced:N", scale=alt.Scale(domain=names), axis=alt.Axis(title=None, labelLimit=420)),
+            color=alt.Color(
+                "kind:N", sort=kinds, legend=alt.Legend(title=None, orient="top", columns=3, labelLimit=300)
+            ),
             order=alt.Order("order:Q"),
             tooltip=[
                 alt.Tooltip("replaced:N"),

@@ -200,6 +200,7 @@ def explain(trail: Trail) -> str:
     if created:
         text += f" (by {', '.join(parts)}{', others the rest' if named < created else ''}), "
         text += f"{portion(forced / created)} of those by geometry alone"
+        text += ", the others arrive with the gradient" if created < zeros * (1 - 1e-9) else ""
     if unknown := [r for r in trail.rows if r.created is None]:
         text += f", {len(unknown)} of {len(trail.rows)} operations not traced"
     if all(r.zero64 is not None for r in trail.rows):
