@@ -34,8 +34,8 @@ def model(tmp_path_factory):
 
 
 def test_the_verbs_are_exactly_these(capsys):
-    assert list(VERBS) == ["quick", "train", "import", "attack", "audit", "trail", "reproduce", "report", "bench",
-                           "doctor"]  # fmt: skip
+    assert list(VERBS) == ["quick", "train", "import", "attack", "audit", "trail", "ablate", "design", "reproduce",
+                           "report", "bench", "doctor"]  # fmt: skip
     assert list(DATA_VERBS) == ["get", "add", "verify", "list"]
     assert list(THEORY_VERBS) == ["demo", "audit"]
     code, out, _ = run("--help", capsys=capsys)
@@ -148,13 +148,26 @@ def test_a_damaged_model_is_refused(model, tmp_path, capsys):
 def test_trail_and_report(model, tmp_path, capsys):
     code, out, err = run("trail", model, "--n", "8", "--per-step", "--out", tmp_path / "trail", capsys=capsys)
     assert code == 0, err
-    assert "layer4.1.sn2" in out and "geometry forces" in out
-    assert {"result.json", "report.html", "report.md", "trail.csv"} <= {p.name for p in (tmp_path / "trail").iterdir()}
+    assert "layer4.1.sn2" in out and "are created where they stand" in out
+    files = {p.name for p in (tmp_path / "trail").iterdir()}
+    assert {"result.json", "report.html", "report.md", "trail.csv", "trail.svg", "trail.pdf"} <= files
+    assert {"trail_steps.csv", "trail_origins.csv"} <= files and "trail_examples.csv" not in files
+    drawn = (tmp_path / "trail" / "trail.svg").read_text()
+    assert "n=8" in drawn and "no threat" in drawn and "seed 0" in drawn and "sparsetrail 0" in drawn
     before = (tmp_path / "trail" / "result.json").read_bytes()
     code, out, _ = run("report", tmp_path / "trail", capsys=capsys)
     assert code == 0 and (tmp_path / "trail" / "result.json").read_bytes() == before
     facts = json.loads(run("trail", model, "--n", "8", "--out", tmp_path / "t2", "--json", capsys=capsys)[1])
     assert len(facts["rows"]) == 71 and facts["n"] == 8
+    args = ("trail", model, "--example", "3", "--per-example", "--out", tmp_path / "t3")
+    path = json.loads(run(*args, "--json", capsys=capsys)[1])
+    assert path["n"] == 1 and len(path["rows"][0]["per_step"]) == 3
+    assert all(r["per_example"] == [pytest.approx(r["zero"])] for r in path["rows"])
+    assert (tmp_path / "t3" / "trail_examples.csv").is_file()
+    code, _, err = run("trail", model, "--example", "100000", capsys=capsys)
+    assert code == 4 and "expected an image from 0 to" in err
+    code, _, err = run("trail", model, model, "--n", "4", capsys=capsys)
+    assert code == 4 and "different names" in err
 
 
 def test_fresh_moves_aside_and_deletes_nothing(model, tmp_path, capsys):

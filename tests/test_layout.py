@@ -14,11 +14,9 @@ LEVELS = [  # a room may import rooms of earlier levels, never of its own or lat
     {"_shapes", "_files"},
     {"core"},
     {"snn", "data", "attacks", "trails"},
-    {"models", "report", "checks", "adapt"},
+    {"models", "report", "checks", "adapt", "theory"},
     {"training", "auditing", "convert"},
     {"defend"},
-    {"models", "report", "checks", "adapt", "theory"},
-    {"training", "auditing"},
     {"recipes"},
     {"cli"},
 ]

@@ -1,5 +1,7 @@
 """The trail against gradients computed another way, geometry against brute force, and no hook left behind."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,8 +12,11 @@ from torch.nn import functional as F
 
 from sparsetrail.core import Victim
 from sparsetrail.snn.encode import phase
+from sparsetrail.snn.folded import FoldedNeuron
 from sparsetrail.snn.net import NetSpec, victim
-from sparsetrail.trails import density_cap, maxpool_density_cap, strided_conv_density, trail
+from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.snn.surrogate import Surrogate
+from sparsetrail.trails import density_cap, maxpool_density_cap, reach, strided_conv_density, trail
 
 T = 4
 
@@ -173,3 +178,211 @@ def test_ties_go_to_the_first_maximum():
     x = torch.ones(1, 1, 2, 2, requires_grad=True)
     (g,) = torch.autograd.grad(F.max_pool2d(x, 2).sum(), x)
     assert g.flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+# --- where zeros come from ----------------------------------------------------------------------------------------
+
+
+class Toy(nn.Sequential):
+    """Layers on the first step of the input; scores of two classes."""
+
+    def forward(self, u):
+        return super().forward(u[0])
+
+
+def toy(*layers, steps=1):
+    net = Toy(*layers).eval()
+    return Victim(encode=lambda x: x[None], logits=net, steps=steps, classes=2, module=net)
+
+
+def fixed(weight, **more):
+    layer = nn.Linear(len(weight[0]), len(weight), bias=False, **more)
+    layer.weight = nn.Parameter(torch.tensor(weight))
+    return layer
+
+
+def test_zeros_of_a_max_pool_are_created_by_it_or_inherited():
+    """A 4x4 map, four windows, the scores see two of them: 2 of 16 entries have a gradient, 3 in each seen window none,
+    4 in each unseen window nothing to pass on."""
+    v = toy(nn.MaxPool2d(2), nn.Flatten(), fixed([[1.0, 0.0, -2.0, 0.0], [3.0, 0.0, 1.0, 0.0]]))
+    x, y = torch.rand(2, 1, 4, 4), torch.tensor([0, 1])
+    pool, flat, fc = trail(v, x, y, detail="origin").rows
+    assert (pool.zero, pool.inherited, pool.created, pool.passed, pool.forced) == (14 / 16, 0.5, 6 / 16, 8 / 16, 0.75)
+    assert (flat.zero, flat.inherited, flat.created, flat.passed) == (0.5, 0.5, 0.0, 0.5)
+    assert (fc.zero, fc.inherited, fc.created, fc.passed) == (0.5, 0.0, 0.5, 0.0)  # by zeros of the weight
+
+
+def test_zeros_of_a_strided_convolution_are_its_own():
+    conv = nn.Conv2d(1, 2, 1, 2, bias=False)
+    v = toy(conv, nn.Flatten(), nn.Linear(8, 2))
+    row = trail(v, torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 0]), detail="origin").rows[0]
+    assert (row.zero, row.forced, row.created, row.passed, row.inherited) == (0.75, 0.75, 0.75, 0.0, 0.0)
+
+
+def test_zeros_of_a_neuron_are_those_of_its_surrogates_tails():
+    """IF, rectangle of width 1 (|u| < 1/2) at threshold 1, two steps, reset detached: one neuron's potential never
+    comes near, one is near at the first step only, one at both, and of the last no score knows."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sn = FoldedNeuron(NeuronSpec(surrogate=Surrogate("rectangle", 1.0), detach_reset=True), 2)
+            self.fc = fixed([[1.0, -1.0, 2.0, 0.0], [0.5, 1.0, -1.0, 0.0]])
+
+        def forward(self, u):
+            return self.fc(self.sn(u.flatten(0, 1))).unflatten(0, (2, -1)).mean(0)
+
+    net = Net().eval()
+    currents = torch.tensor([[[0.1, 0.8, 0.6, 0.6]], [[0.1, 1.0, 0.6, 0.6]]])  # potentials .1 .2, .8 1.8, .6 1.2
+    v = Victim(encode=lambda x: currents.clone(), logits=net, steps=2, classes=2, module=net)
+    sn, fc = trail(v, torch.zeros(1, 1, 1, 1), torch.tensor([0]), detail="origin", per_step=True).rows
+    assert (fc.zero, fc.created, fc.inherited) == (0.25, 0.25, 0.0)
+    # zero at both steps: never near (2, created), unknown to the scores (2, inherited); at step 2 alone: near once (1)
+    assert (sn.zero, sn.inherited, sn.created, sn.passed) == (5 / 8, 2 / 8, 3 / 8, 2 / 8)
+    assert sn.per_step == (2 / 4, 3 / 4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_statistics_spread_a_gradient_over_the_channel(training):
+    norm = nn.BatchNorm2d(2)
+    arrived = torch.zeros(2, 2, 2, 2, dtype=torch.bool)
+    arrived[0, 1, 0, 0] = True
+    there = reach(norm.train(training), arrived, arrived.shape)
+    assert int(there.sum()) == (8 if training else 1) and (not there[:, 0].any())
+
+
+def test_what_enters_a_neuron_leads_to_later_steps():
+    arrived = torch.tensor([[False, True, False], [True, False, False]])  # two steps of one image
+    there = reach(FoldedNeuron(NeuronSpec(), 2), arrived, arrived.shape, steps=2)
+    assert there.tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_an_unknown_operation_says_that_it_does_not_know():
+    class Strange(nn.Module):
+        def forward(self, x):
+            return x.flip(-1)
+
+    v = toy(Strange(), nn.Flatten(), nn.Linear(3, 2))
+    row = trail(v, torch.rand(1, 1, 1, 3), torch.tensor([0]), detail="origin").rows[0]
+    assert row.created is None and row.passed is None and row.inherited == 0.0 and row.zero == 0.0
+
+
+@given(
+    size=st.integers(2, 7), kernel=st.integers(1, 4), stride=st.integers(1, 3), padding=st.integers(0, 2),
+    kind=st.sampled_from(["conv", "grouped", "avg", "adaptive"]), seed=st.integers(0, 100),
+)  # fmt: skip
+def test_reach_against_a_backward_of_ones(size, kernel, stride, padding, kind, seed):
+    """With positive weights a gradient of ones and zeros cancels nowhere: it is zero exactly where nothing leads."""
+    if padding > kernel // 2 or size + 2 * padding < kernel:
+        return
+    g = torch.Generator().manual_seed(seed)
+    module = {
+        "conv": nn.Conv2d(2, 3, kernel, stride, padding, bias=False),
+        "grouped": nn.Conv2d(2, 4, kernel, stride, padding, groups=2, bias=False),
+        "avg": nn.AvgPool2d(kernel, stride, padding),
+        "adaptive": nn.AdaptiveAvgPool2d(min(size, kernel)),
+    }[kind]
+    for p in module.parameters():
+        nn.init.ones_(p)
+    x = torch.rand(2, 2, size, size, generator=g).requires_grad_()
+    out = module(x)
+    arrived = torch.rand(out.shape, generator=g) < 0.3
+    (grad,) = torch.autograd.grad(out, x, arrived.float())
+    unseen = torch.autograd.grad(module(x).sum(), x)[0] == 0
+    assert torch.equal(reach(module, arrived, x.shape), (grad != 0) | unseen)
+
+
+def test_created_and_passed_make_up_the_zeros_of_a_whole_network():
+    v, x, y = model()
+    plain, full = trail(v, x, y), trail(v, x, y, detail="full", per_example=True)
+    for a, b in zip(plain.rows, full.rows, strict=True):
+        assert (a.op, a.zero, a.norm, a.forced, a.entries) == (b.op, b.zero, b.norm, b.forced, b.entries)
+        assert b.created is not None and b.created + b.passed == pytest.approx(b.zero, abs=1e-12)
+        assert 0 <= b.created <= b.zero and 0 <= b.inherited <= 1
+        assert b.participation is None or 0 < b.participation <= 1 - b.zero + 1e-9
+        assert len(b.per_example) == len(y) and sum(b.per_example) / len(y) == pytest.approx(b.zero, abs=1e-12)
+    rows = {r.op: r for r in full.rows}
+    assert rows["layer2.0.downsample.0"].created >= 0.75 and rows["pool"].created > 0
+    assert rows["pool"].zero64 == rows["pool"].zero  # none of these is a rounding
+
+
+def test_underflow_is_told_from_zeros_by_a_recount_in_float64():
+    tiny = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.constant_(tiny.weight, 1e-30)
+    again = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.constant_(again.weight, 1e-30)
+    v = toy(tiny, again, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 2))
+    first, second, pool, *_ = trail(v, torch.rand(2, 1, 4, 4), torch.tensor([0, 1]), detail="full").rows
+    assert (first.zero, first.zero64, first.underflow) == (1.0, 0.75, 0.25)  # 1e-60 is no number of float32
+    assert (second.zero, second.zero64, second.underflow) == (0.75, 0.75, 0.0)
+    assert (pool.zero, pool.zero64, pool.underflow) == (0.75, 0.75, 0.0)
+    assert tiny.weight.dtype == torch.float32
+
+
+def test_weight_gradients_are_those_of_the_mean_loss():
+    v, x, y = model()
+    net = v.module
+    parameters = dict(net.named_parameters())
+    loss = F.cross_entropy(net(v.encode(x)), y)
+    names = ["conv1.weight", "layer2.0.downsample.0.weight", "bn1.weight", "fc.weight"]
+    wanted = dict(zip(names, torch.autograd.grad(loss, [parameters[k] for k in names]), strict=True))
+    rows = {f"{r.op}.weight": r for r in trail(v, x, y, detail="full", batch=1).rows}
+    for name, g in wanted.items():
+        g, row = g.double(), rows[name]
+        assert row.weight_norm == pytest.approx(float(g.norm()), rel=1e-4)
+        ratio = float(g.abs().sum() ** 2 / g.square().sum() / g.numel())
+        assert row.weight_participation == pytest.approx(ratio, rel=1e-4)
+    seen = [r for r in rows.values() if r.weight_zero is not None]
+    assert {r.kind for r in seen} == {"conv", "norm", "linear"}
+    dead = toy(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.Linear(4, 2))
+    x = torch.zeros(2, 1, 2, 2)  # nothing is seen: no weight of the first operation gets a gradient
+    row = trail(dead, x, torch.tensor([0, 1]), detail="full").rows[0]
+    assert (row.weight_zero, row.weight_norm, row.weight_participation) == (1.0, 0.0, None)
+
+
+@pytest.mark.parametrize("when", ["forward", "backward", "second backward"])
+def test_nothing_is_left_behind_after_an_error_anywhere(when):
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.dtype = x.dtype
+            if when == "forward":
+                raise RuntimeError("on purpose")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            if when == "backward" or ctx.dtype == torch.float64:
+                raise RuntimeError("on purpose")
+            return g
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return Bad.apply(x)
+
+    v = toy(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), Layer(), nn.Flatten(), nn.Linear(4, 2))
+    net = v.module
+    held = [*net.parameters(), *net.buffers()]
+    where = [t.data_ptr() for t in held]
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trail(v, torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), detail="full", mode="train")
+    assert all(a is b for a, b in zip(held, [*net.parameters(), *net.buffers()], strict=True))
+    assert [t.data_ptr() for t in held] == where and all(t.dtype != torch.float64 for t in held)
+    for m in net.modules():
+        assert not m._forward_pre_hooks and not m._forward_hooks and not m._backward_hooks and not m.training
+    assert all(p.grad is None and not p._backward_hooks for p in net.parameters())
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+    v, x, y = model()
+    x, y = x.repeat(3, 1, 1, 1), y.repeat(3)
+    held = []
+
+    def say(done, of):
+        gc.collect()
+        held.append(
+            sum(t.numel() * t.element_size() for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
+        )
+
+    trail(v, x, y, batch=2, detail="full", per_step=True, say=say)
+    assert len(held) > 3 and max(held[1:]) == held[1] > 0

@@ -1,32 +1,27 @@
 """The sparsity trail: for every operation, the zeros in and the norm of the gradient with respect to its input.
 
-The paper's Figures 1 and 3 (arXiv:2509.23762, sec. 4.3). The gradient of the cross-entropy with respect to the input
-of an operation *through that operation* is read by a tensor hook on an alias of the input, so in-place adds after it do
-no harm; counts are taken as the backward passes and no gradient is kept. Zeros are exact zeros.
+The paper's Figures 1 and 3 (arXiv:2509.23762, sec. 4.3), and where the zeros come from: which of them an operation
+creates and which it passes on. The gradient of the cross-entropy with respect to the input of an operation *through
+that operation* is read by a tensor hook on an alias of the input, so in-place adds after it do no harm; the gradient
+that arrives at its output by a hook on that. Counts are taken as the backward passes and no gradient is kept. Zeros are
+exact zeros. docs/trail.md defines every number.
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsetrail._shapes import Float, Int
+from sparsetrail._shapes import Bool, Float, Int
 from sparsetrail.core import Mode, Trail, TrailRow, Victim, correct
 
-
-@dataclass
-class _Tally:
-    op: str
-    kind: str
-    depth: int
-    forced: float = 0.0
-    zeros: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # per step
-    squares: list[Tensor] = field(default_factory=list)  # per image of the batch now seen
-    entries: int = 0  # per image
-    norms: float = 0.0
-    seen: int = 0
+Detail = Literal["plain", "origin", "full"]
 
 
 def trail(
@@ -36,6 +31,8 @@ def trail(
     *,
     batch: int = 16,
     per_step: bool = False,
+    per_example: bool = False,
+    detail: Detail = "plain",
     mode: Mode = "eval",
     data: str = "",
     say: Callable[[int, int], None] | None = None,
@@ -47,53 +44,70 @@ def trail(
     batch statistics as the paper's code does (gradients of one batch then mix; running statistics are put back).
     In eval mode the scores are the victim's own `logits`, which must run `module`; train mode calls the module itself.
     An operation called more than once counts once, over all its calls. No hook is left behind, also after an error.
+
+    `detail="origin"` adds which zeros are created and which arrive, and the participation ratio. `"full"` adds the
+    gradients of weights, of the mean loss over all images (a mean over each image's own would take a backward an
+    image), for which one tensor a weight is kept, and counts zeros once more in float64 behind the same activations.
+    `per_step` and `per_example` keep the zero shares of every time step and of every image.
     """
+    if detail not in ("plain", "origin", "full"):
+        raise ValueError(f"detail: expected plain, origin or full, got {detail!r}")
     if victim.module is None:
         raise ValueError(f"{victim.name}: the trail needs the network behind the victim; give Victim(module=...)")
     net, was = victim.module, {m: m.training for m in victim.module.modules()}
     buffers = {k: v.clone() for k, v in net.named_buffers()}
-    tallies: dict[str, _Tally] = {}
-    handles = []
+    leaves = {k: m for k, m in net.named_modules() if k and not list(m.children()) and not isinstance(m, nn.Identity)}
+    watch = _Watch(leaves, victim.steps, origin=detail != "plain", record=detail == "full", per_example=per_example)
+    again = _Watch(leaves, victim.steps)
+    weights = _weights(leaves) if detail == "full" else {}
     right = total = 0
+
+    def back(u: Tensor, ys: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        # in eval mode as every attack does it: `logits` may reset state or turn axes around the module
+        z = victim.logits(u) if mode == "eval" else net(u)
+        loss = F.cross_entropy(z, ys, reduction="sum")
+        return z.detach(), torch.autograd.grad(loss, [u, *more], allow_unused=bool(more))[1:]
+
     try:
         net.train(mode == "train")
-        shape: dict[str, int] = {}
-        for name, module in net.named_modules():
-            if not list(module.children()) and name:
-                handles.append(module.register_forward_pre_hook(_watch(name, tallies, shape, victim.steps)))
-                handles.append(module.register_forward_hook(_geometry(name, tallies)))
         for i, j in _cuts(len(y), batch, victim.steps if mode == "eval" else 0):
             if stop is not None and stop():
                 raise KeyboardInterrupt
-            xs, ys = x[i:j], y[i:j]
-            shape["n"] = len(ys)
-            for t in tallies.values():
-                t.squares = []
-            u = victim.encode(xs).detach().contiguous().requires_grad_()
-            # in eval mode as every attack does it: `logits` may reset state or turn axes around the module
-            z = victim.logits(u) if mode == "eval" else net(u)
-            F.cross_entropy(z, ys, reduction="sum").backward(inputs=[u])
-            right += int(correct(z.detach(), ys).sum())
+            ys = y[i:j]
+            u = victim.encode(x[i:j]).detach().contiguous()
+            with watch.batch(len(ys)):
+                z, found = back(u.detach().requires_grad_(), ys, *weights.values())
+            watch.add(dict(zip(weights, found, strict=True)))
+            if detail == "full":
+                again.replayed, watch.recorded = watch.recorded, deque()
+                with _doubled(net), again.batch(len(ys)):
+                    back(u.double().requires_grad_(), ys)
+            right += int(correct(z, ys).sum())
             total += len(ys)
-            for t in tallies.values():
-                if t.squares:
-                    t.norms += float(torch.stack(t.squares).sum(0).sqrt().sum())
-                    t.seen += len(ys)
             if say is not None:
                 say(total, len(y))
     finally:
-        for h in handles:
-            h.remove()
         for m, training in was.items():
             m.training = training
         with torch.no_grad():
             for k, v in net.named_buffers():
                 v.copy_(buffers[k])
-    if not any(t.seen for t in tallies.values()):
+    if not any(t.seen for t in watch.tallies.values()):
         raise ValueError(f"{victim.name}: expected `logits` to run `module`, found no operation of it in the gradient")
-    rows = tuple(_row(t, victim.steps, per_step) for t in tallies.values() if t.seen)
+    rows = tuple(
+        _row(t, again.tallies.get(t.op), detail != "plain", total, per_step, per_example)
+        for t in watch.tallies.values()
+        if t.seen
+    )
     return Trail(
-        victim=victim.name, mode=mode, data=data, n=total, steps=victim.steps, clean_accuracy=right / total, rows=rows
+        victim=victim.name,
+        mode=mode,
+        data=data,
+        n=total,
+        steps=victim.steps,
+        clean_accuracy=right / total,
+        rows=rows,
+        route=victim.route,
     )
 
 
@@ -106,54 +120,214 @@ def _cuts(n: int, batch: int, steps: int) -> list[tuple[int, int]]:
     return cuts
 
 
-def _watch(name: str, tallies: dict[str, _Tally], shape: dict[str, int], steps: int):
-    def hook(module: nn.Module, inputs: tuple) -> tuple:
-        t = tallies.setdefault(name, _Tally(op=name, kind=kind_of(module), depth=len(tallies)))
-        n = shape["n"]
-
-        def watched(v: Tensor, first: bool) -> Tensor:
-            # An operation that overwrites its input would lose a hook on an alias; nothing else reads that input.
-            seen = v if getattr(module, "inplace", False) else v.view_as(v)
-            seen.register_hook(lambda g: _count(t, g.detach(), n, steps, first))
-            return seen
-
-        out, first = [], True
-        for v in inputs:
-            if isinstance(v, Tensor) and v.requires_grad:
-                v, first = watched(v, first), False
-            out.append(v)
-        return tuple(out)
-
-    return hook
+def _weights(leaves: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights that want a gradient, by operation."""
+    found = {name: getattr(m, "weight", None) for name, m in leaves.items()}
+    return {name: w for name, w in found.items() if isinstance(w, nn.Parameter) and w.requires_grad}
 
 
-def _count(t: _Tally, g: Tensor, n: int, steps: int, first: bool) -> None:
-    """Add one gradient to the tally; [t*n ...] folded, [t n ...] or [n ...] are told apart by their leading sizes."""
-    if g.shape[0] == steps * n or (g.ndim >= 2 and g.shape[0] == steps and g.shape[1] == n):
-        g = g.reshape(steps, n, -1)
-    else:
-        g = g.reshape(1, n, -1)
-    if not t.seen and not t.squares:
-        t.entries = 0
-    if len(t.zeros) != len(g):
-        t.zeros = torch.zeros(len(g), dtype=torch.float64)
-    t.zeros += (g == 0).sum((1, 2)).cpu()
-    t.squares.append(g.double().square().sum((0, 2)).cpu())
-    if not t.seen:
-        t.entries += g.shape[0] * g.shape[2]
+@contextlib.contextmanager
+def _doubled(net: nn.Module) -> Iterator[None]:
+    """Inside this block the network computes in float64; afterwards its own tensors are back in their places."""
+    parameters = [(p, p.data) for p in net.parameters()]
+    buffers = [(m._buffers, k, b) for m in net.modules() for k, b in m._buffers.items() if b is not None]
+    try:
+        for p, own in parameters:
+            p.data = own.double() if own.is_floating_point() else own
+        for held, k, b in buffers:
+            held[k] = b.double() if b.is_floating_point() else b
+        yield
+    finally:
+        for p, own in parameters:
+            p.data = own
+        for held, k, b in buffers:
+            held[k] = b
 
 
-def _row(t: _Tally, steps: int, per_step: bool) -> TrailRow:
-    per = t.entries * t.seen / len(t.zeros)
+# ---- watching a backward -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tally:
+    """What is known of one operation so far; counts are of entries over all images."""
+
+    op: str
+    kind: str
+    depth: int
+    forced: float = 0.0
+    entries: int = 0
+    zeros: int = 0
+    created: int = 0
+    traced: bool = True  # was it known of every zero where it comes from?
+    arrived: int = 0  # entries of the gradient that arrives at the output
+    arrived_zeros: int = 0
+    steps: list[int] = field(default_factory=list)  # zeros of each step
+    stepped: bool = True  # were all gradients of the whole sequence?
+    norms: float = 0.0
+    shares: float = 0.0  # participation ratios by their number of entries
+    alive: int = 0  # images whose gradient is not zero
+    seen: int = 0
+    examples: list[float] = field(default_factory=list)
+    weight: Tensor | None = None  # gradient of the summed loss
+    parts: list[Tensor] = field(default_factory=list)  # of the batch now seen: zeros, sum of |g|, of g^2 [3 n]
+    size: int = 0  # of the batch now seen: entries an image
+
+
+class _Replay(torch.autograd.Function):
+    """Other values in the place of an operation's result; its gradient is that of the result."""
+
+    @staticmethod
+    def forward(ctx, result: Tensor, values: Tensor) -> Tensor:
+        return values.to(result.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Watch:
+    """Hooks on the leaf operations of a network for the length of a batch, and what they have counted."""
+
+    def __init__(
+        self,
+        leaves: dict[str, nn.Module],
+        steps: int,
+        *,
+        origin: bool = False,
+        record: bool = False,
+        per_example: bool = False,
+    ) -> None:
+        self.leaves, self.steps = leaves, steps
+        self.origin, self.record, self.per_example = origin, record, per_example
+        self.tallies: dict[str, _Tally] = {}
+        self.recorded: deque[Tensor] = deque()  # results of all operations of a batch, in the order of their calls
+        self.replayed: deque[Tensor] | None = None
+        self.arrived: deque[list[Tensor]] = deque()  # of the call now open: where its output has a gradient
+        self.n = 0
+
+    @contextlib.contextmanager
+    def batch(self, n: int) -> Iterator[None]:
+        """Count the backward that runs inside this block, of `n` images."""
+        self.n = n
+        for t in self.tallies.values():
+            t.parts, t.size = [], 0
+        handles = []
+        try:
+            for name, module in self.leaves.items():
+                handles.append(module.register_forward_pre_hook(self._before(name)))
+                handles.append(module.register_forward_hook(self._after(name)))
+            yield
+        finally:
+            for h in handles:
+                h.remove()
+        for t in self.tallies.values():
+            if t.parts:
+                zeros, sums, squares = torch.stack(t.parts).sum(0)
+                there = squares > 0
+                t.norms += float(squares.sqrt().sum())
+                t.shares += float((sums[there].square() / squares[there]).sum()) / t.size
+                t.alive += int(there.sum())
+                t.seen += n
+                if self.per_example:
+                    t.examples += (zeros / t.size).tolist()
+
+    def add(self, gradients: dict[str, Tensor | None]) -> None:
+        """Gradients of the weights of a batch, to be summed."""
+        for name, g in gradients.items():
+            if g is not None and name in self.tallies:
+                t = self.tallies[name]
+                t.weight = g.double() if t.weight is None else t.weight.add_(g)
+
+    def _before(self, name: str):
+        def hook(module: nn.Module, inputs: tuple) -> tuple:
+            t = self.tallies.setdefault(name, _Tally(op=name, kind=kind_of(module), depth=len(self.tallies)))
+            arrived: list[Tensor] = []  # one call's own, so that calls of one module are not mistaken for each other
+            self.arrived.append(arrived)
+
+            def watched(v: Tensor) -> Tensor:
+                # An operation that overwrites its input would lose a hook on an alias; nothing else reads that input.
+                seen = v if getattr(module, "inplace", False) else v.view_as(v)
+                seen.register_hook(lambda g: self._count(t, module, g.detach(), arrived))
+                return seen
+
+            return tuple(watched(v) if isinstance(v, Tensor) and v.requires_grad else v for v in inputs)
+
+        return hook
+
+    def _after(self, name: str):
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+            t, arrived = self.tallies[name], self.arrived.pop()
+            x = inputs[0] if inputs else None
+            if isinstance(x, Tensor) and x.ndim >= 4:
+                t.forced = 1 - density_cap(module, x.shape[-2], x.shape[-1])
+            if not isinstance(output, Tensor):
+                return None
+            if self.record:
+                self.recorded.append(output.detach().clone())
+            if self.replayed is not None:
+                output = _Replay.apply(output, self.replayed.popleft())
+            elif output is x and not getattr(module, "inplace", False):
+                output = output.view_as(output)  # a hook on it would run after the one on the input
+            if self.origin and output.requires_grad:
+                output.register_hook(lambda g: self._arrive(t, g, arrived))
+            return output
+
+        return hook
+
+    def _arrive(self, t: _Tally, g: Tensor, arrived: list[Tensor]) -> None:
+        arrived[:] = [g != 0]
+        t.arrived += g.numel()
+        t.arrived_zeros += g.numel() - int(arrived[0].sum())
+
+    def _count(self, t: _Tally, module: nn.Module, g: Tensor, arrived: list[Tensor]) -> None:
+        zero = g == 0
+        folded, parts = g.reshape(self._folded(g.shape)), zero.reshape(self._folded(g.shape)).sum(2)
+        t.entries += g.numel()
+        t.zeros += int(parts.sum())
+        t.stepped &= len(parts) == self.steps
+        if t.stepped:
+            t.steps = [a + b for a, b in zip(t.steps or [0] * self.steps, parts.sum(1).tolist(), strict=True)]
+        wide = folded.double()
+        sums = wide.abs().sum((0, 2)) if self.origin else wide.new_zeros(self.n)
+        t.parts.append(torch.stack([parts.sum(0).double(), sums, wide.square().sum((0, 2))]).cpu())
+        t.size += g.numel() // self.n
+        if self.origin:
+            there = reach(module, arrived[0], g.shape, steps=self._steps(g.shape)) if arrived else None
+            t.traced &= there is not None
+            t.created += 0 if there is None else int((zero & there).sum())
+
+    def _steps(self, shape: torch.Size) -> int:
+        """Time steps in a gradient: [t*n ...] and [t n ...] are told from [n ...] by their leading sizes."""
+        whole = shape[0] == self.steps * self.n
+        return self.steps if whole or (len(shape) >= 2 and shape[:2] == (self.steps, self.n)) else 1
+
+    def _folded(self, shape: torch.Size) -> tuple[int, int, int]:
+        return self._steps(shape), self.n, -1
+
+
+def _row(t: _Tally, again: _Tally | None, origin: bool, n: int, per_step: bool, per_example: bool) -> TrailRow:
+    traced = origin and t.traced
+    weight = None if t.weight is None else t.weight.abs() / n
+    square = 0.0 if weight is None else float(weight.square().sum())
     return TrailRow(
         op=t.op,
         kind=t.kind,
         depth=t.depth,
-        zero=float(t.zeros.sum()) / (t.entries * t.seen),
+        zero=t.zeros / t.entries,
         forced=t.forced,
         norm=t.norms / t.seen,
-        entries=t.entries,
-        per_step=tuple((t.zeros / per).tolist()) if per_step and len(t.zeros) == steps else None,
+        entries=t.entries // t.seen,
+        per_step=tuple(z * len(t.steps) / t.entries for z in t.steps) if per_step and t.stepped else None,
+        inherited=t.arrived_zeros / t.arrived if origin and t.arrived else None,
+        created=t.created / t.entries if traced else None,
+        participation=t.shares / t.alive if origin and t.alive else None,
+        zero64=again.zeros / again.entries if again is not None and again.entries else None,
+        per_example=tuple(t.examples) if per_example else None,
+        weight_zero=None if weight is None else float((weight == 0).double().mean()),
+        weight_participation=float(weight.sum()) ** 2 / square / weight.numel()
+        if weight is not None and square
+        else None,
+        weight_norm=None if weight is None else square**0.5,
     )
 
 
@@ -175,13 +349,85 @@ def kind_of(module: nn.Module) -> str:
     return name
 
 
-def _geometry(name: str, tallies: dict[str, _Tally]):
-    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        x = inputs[0] if inputs else None
-        if isinstance(x, Tensor) and x.ndim >= 4:
-            tallies[name].forced = 1 - density_cap(module, x.shape[-2], x.shape[-1])
+# ---- geometry ------------------------------------------------------------------------------------------------------
 
-    return hook
+ENTRYWISE = (  # kinds in which one entry of the input leads to one of the output
+    "neuron", "add", "normalise", "dropout", "dropout2d", "relu", "relu6", "leakyrelu", "elu", "gelu",
+    "silu", "sigmoid", "tanh", "hardtanh", "softplus",
+)  # fmt: skip
+WINDOWED: dict[int, tuple[type[nn.Module], ...]] = {  # by the number of sides of the map
+    1: (nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+    2: (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    3: (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
+}
+
+
+def reach(
+    module: nn.Module, arrived: Bool[Tensor, "..."], size: torch.Size, *, steps: int = 1
+) -> Bool[Tensor, "..."] | None:
+    """Which entries of an operation's input, of shape `size`, lead to no output or to one whose gradient is not zero.
+
+    `arrived` says where the gradient at the output is not zero. A zero of the input gradient at such an entry is
+    created by the operation, every other is passed on. What enters a neuron at one of `steps` leads to that step and
+    all later ones, what enters a BatchNorm on batch statistics to its whole channel. None for an operation that is not
+    known.
+    """
+    kind = kind_of(module)
+    if kind == "norm":
+        return _reach_norm(module, arrived)
+    if isinstance(module, nn.Linear):
+        return arrived.any(-1, keepdim=True).expand(size)
+    if isinstance(module, nn.Flatten | nn.Unflatten):
+        return arrived.reshape(size)
+    if kind in ENTRYWISE:
+        if arrived.shape != size:
+            return None
+        if kind != "neuron" or steps == 1:
+            return arrived
+        return (arrived.reshape(steps, -1).flip(0).cumsum(0) > 0).flip(0).reshape(size)
+    sides = _sides(module, tuple(size), tuple(arrived.shape))
+    if sides is None:
+        return None
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _spread(arrived, sides)
+    channel = len(size) - 1 - len(sides)  # an input leads to all channels of its group
+    there = _spread(arrived.unflatten(channel, (module.groups, -1)).any(channel + 1), sides)
+    return there.repeat_interleave(size[channel] // module.groups, channel)
+
+
+def _reach_norm(module: nn.Module, arrived: Tensor) -> Tensor | None:
+    if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        return None
+    if not module.training and module.running_mean is not None:
+        return arrived
+    sides = 3 if isinstance(module, nn.BatchNorm3d) else 2 if isinstance(module, nn.BatchNorm2d) else arrived.ndim - 2
+    there = arrived
+    for d in range(arrived.ndim):
+        if d != arrived.ndim - 1 - sides:
+            there = there.any(d, keepdim=True)
+    return there.expand(arrived.shape)
+
+
+def _spread(arrived: Tensor, sides: list[Tensor]) -> Tensor:
+    """Input cells that lie in no window, or in one whose output has a gradient."""
+    there, seen = arrived.float(), torch.ones((), dtype=torch.bool, device=arrived.device)
+    for axis, side in zip(range(-len(sides), 0), sides, strict=True):
+        side = side.to(arrived.device)
+        there = (there.movedim(axis, -1) @ side.float()).movedim(-1, axis)
+        seen = seen.unsqueeze(-1) & side.any(0)
+    return (there > 0.5) | ~seen
+
+
+def _sides(module: nn.Module, size: tuple[int, ...], out: tuple[int, ...]) -> list[Tensor] | None:
+    """Which cells every window sees, a matrix [windows cells] for each side of the map; None where it is not known."""
+    dims = next((d for d, kinds in WINDOWED.items() if isinstance(module, kinds)), None)
+    if dims is None or getattr(module, "padding_mode", "zeros") != "zeros":
+        return None
+    cells, windows = size[-dims:], out[-dims:]
+    if type(module).__name__.startswith("Adaptive"):
+        return [_adaptive(c, w) for c, w in zip(cells, windows, strict=True)]
+    knobs = zip(cells, *_knobs(module, dims), strict=True)
+    return [_windows(*side, getattr(module, "ceil_mode", False)) for side in knobs]
 
 
 def density_cap(module: nn.Module, height: int, width: int) -> float:
@@ -191,25 +437,14 @@ def density_cap(module: nn.Module, height: int, width: int) -> float:
     maximum in row-major order where several tie), so at most one cell a window is reached. A 3x3/2 max pool with
     padding 1 on an even map: 1/4. A 1x1/2 convolution: exactly 1/4.
     """
-    kernel = _pair(getattr(module, "kernel_size", 1))
-    stride = _pair(getattr(module, "stride", None) or kernel)
-    padding = getattr(module, "padding", 0)
-    if padding == "same":
+    if not isinstance(module, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d):
         return 1.0
-    padding = 0 if padding == "valid" else padding
-    pad, dilation = _pair(padding), _pair(getattr(module, "dilation", 1))
-    if isinstance(module, nn.MaxPool2d):
-        windows = covered = 1
-        for size, k, s, p, d in zip((height, width), kernel, stride, pad, dilation, strict=True):
-            w, c = _windows(size, k, s, p, d, module.ceil_mode)
-            windows, covered = windows * w, covered * c
-        return min(windows, covered) / (height * width)
-    if isinstance(module, nn.Conv2d | nn.AvgPool2d):
-        cells = 1
-        for size, k, s, p, d in zip((height, width), kernel, stride, pad, dilation, strict=True):
-            cells *= _windows(size, k, s, p, d, getattr(module, "ceil_mode", False))[1]
-        return cells / (height * width)
-    return 1.0
+    knobs = zip((height, width), *_knobs(module, 2), strict=True)
+    rows, columns = (_windows(*side, getattr(module, "ceil_mode", False)) for side in knobs)
+    cells = int(rows.any(0).sum()) * int(columns.any(0).sum())
+    if isinstance(module, nn.MaxPool2d) or getattr(module, "one_a_window", False):
+        cells = min(cells, len(rows) * len(columns))
+    return cells / (height * width)
 
 
 def maxpool_density_cap(size: int, kernel: int, stride: int, padding: int) -> float:
@@ -222,15 +457,41 @@ def strided_conv_density(size: int, kernel: int, stride: int, padding: int) -> f
     return density_cap(nn.Conv2d(1, 1, kernel, stride, padding), size, size)
 
 
-def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> tuple[int, int]:
-    """Number of windows along one side, and of cells that lie in at least one."""
-    room = size + 2 * padding - dilation * (kernel - 1) - 1
+def _knobs(module: Any, dims: int) -> list[tuple]:
+    """Kernel, stride, padding before and after, and dilation, one of each a side."""
+    kernel = _each(module.kernel_size, dims)
+    stride, dilation = _each(module.stride, dims), _each(getattr(module, "dilation", 1), dims)
+    if module.padding == "same":
+        whole = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [kernel, stride, tuple(w // 2 for w in whole), tuple(w - w // 2 for w in whole), dilation]
+    padding = _each(0 if module.padding == "valid" else module.padding, dims)
+    return [kernel, stride, padding, padding, dilation]
+
+
+def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value))
+
+
+@functools.lru_cache(maxsize=256)
+def _windows(
+    size: int, kernel: int, stride: int, before: int, after: int, dilation: int, ceil: bool
+) -> Bool[Tensor, "windows cells"]:
+    """Which cells of one side of a map lie in each window."""
+    room = size + before + after - dilation * (kernel - 1) - 1
     count = -(-room // stride) + 1 if ceil else room // stride + 1
-    if ceil and (count - 1) * stride >= size + padding:  # PyTorch drops a window that would start beyond the map
+    if ceil and (count - 1) * stride >= size + before:  # PyTorch drops a window that would start beyond the map
         count -= 1
-    seen = {i * stride - padding + j * dilation for i in range(count) for j in range(kernel)}
-    return count, sum(0 <= c < size for c in seen)
+    seen = torch.zeros(count, size, dtype=torch.bool)
+    for i in range(count):
+        for c in range(i * stride - before, i * stride - before + kernel * dilation, dilation):
+            if 0 <= c < size:
+                seen[i, c] = True
+    return seen
 
 
-def _pair(value) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+@functools.lru_cache(maxsize=256)
+def _adaptive(size: int, count: int) -> Bool[Tensor, "windows cells"]:
+    seen = torch.zeros(count, size, dtype=torch.bool)
+    for i in range(count):
+        seen[i, i * size // count : -(-(i + 1) * size // count)] = True
+    return seen

@@ -27,7 +27,7 @@ from sparsetrail.data import crop as random_crop
 from sparsetrail.models import Trained, load_model, net_spec_from
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.engine import halve, has_bf16, share_memory
-from sparsetrail.snn.folded import Dropout
+from sparsetrail.snn.folded import Draws
 from sparsetrail.snn.graphs import Update
 from sparsetrail.snn.kernels import available
 from sparsetrail.snn.net import NetSpec, build, running_for
@@ -333,7 +333,7 @@ def update(
     `recorded` gives loss and gradients from a CUDA graph.
     """
     for m in net.modules():
-        if isinstance(m, Dropout):
+        if isinstance(m, Draws):
             m.generator = generator
     if seams.periods == 1:
         return _one_update(net, encode, optimizer, spec, seams, x, y, generator, recorded)
@@ -407,7 +407,7 @@ def _finish(
 
 def _recorded(net: nn.Module, encode: Encoder, spec: TrainSpec, seams: Seams) -> Update | None:
     """The training step as a CUDA graph, where nothing in it changes from step to step but the batch."""
-    drawn = encode.random or any(isinstance(m, Dropout) for m in net.modules())
+    drawn = encode.random or any(isinstance(m, Draws) for m in net.modules())
     if drawn or seams.penalty is not None or seams.periods > 1:
         return None
 

@@ -7,7 +7,8 @@ from cyclopts import App, CycloptsError
 
 from sparsetrail import __version__
 
-HOME = "sparsetrail.cli.verbs"
+HOMES = {"trail": "sparsetrail.cli.trails", "ablate": "sparsetrail.cli.trails", "design": "sparsetrail.cli.design"}
+HOME = "sparsetrail.cli.verbs"  # of all others
 THEORY = "sparsetrail.cli.theory"
 VERBS = {
     "quick": "Train two small SEW-ResNets on shipped images, attack both, trace both: a report in minutes.",
@@ -15,7 +16,9 @@ VERBS = {
     "import": "Take in a foreign PyTorch checkpoint of a known architecture; tensors only, nothing is run.",
     "attack": "Attack a trained model: one attack, one threat, one line.",
     "audit": "Judge a robustness claim: checks, a battery of attacks, worst case per image, verdict.",
-    "trail": "Zeros in and norm of the gradient at every operation of a model.",
+    "trail": "Zeros in and norm of the gradient at every operation of a model, and which operations create them.",
+    "ablate": "What is left of the zeros of models when parts of their backward are replaced.",
+    "design": "Pools, surrogates, time steps, stems: clean accuracy against the worst case, as a plot.",
     "reproduce": "Run a table or figure of the paper again, ours beside the published.",
     "report": "Draw the report of a finished run again: HTML, Markdown, table.",
     "bench": "Measure the engine against SpikingJelly 2.0.0, in a clone: a table and CSVs.",
@@ -41,7 +44,7 @@ def app() -> App:
         help="Adversarial robustness of spiking neural networks, judged honestly.",
     )
     for verb, line in VERBS.items():
-        root.command(f"{HOME}:{verb}{'_' * iskeyword(verb)}", name=verb, help=line)
+        root.command(f"{HOMES.get(verb, HOME)}:{verb}{'_' * iskeyword(verb)}", name=verb, help=line)
     data = App(name="data", help="Image sets: get, add, verify, list.")
     for verb, line in DATA_VERBS.items():
         data.command(f"{HOME}:data_{verb}", name=verb, help=line)

@@ -7,7 +7,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +20,7 @@ from sparsetrail import __version__, data
 from sparsetrail.attacks import ATTACKS, settings
 from sparsetrail.auditing import refuse
 from sparsetrail.cli.screen import Screen
-from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, Trail, as_fraction
+from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, as_fraction
 from sparsetrail.models import Trained, import_weights, load_model
 from sparsetrail.recipes import audits, measure, paper
 from sparsetrail.recipes import quick as quick_recipe
@@ -33,6 +32,7 @@ from sparsetrail.snn.encode import build_encoder
 from sparsetrail.snn.engine import has_bf16
 from sparsetrail.snn.net import ARCHITECTURES, NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
+from sparsetrail.snn.pools import POOLS
 from sparsetrail.snn.surrogate import Surrogate
 from sparsetrail.training import TrainSpec
 from sparsetrail.training import train as train_model
@@ -169,7 +169,7 @@ def train(
         str, Parameter(name="--data", help="cifar10, cifar100, fashion-mnist, fashion-mnist-slice or a path")
     ],
     out: Path | None = None,
-    pool: Annotated[Literal["max", "avg"] | None, Parameter(help="default: max, in a VGG avg")] = None,
+    pool: Annotated[str | None, Parameter(help=f"{', '.join(POOLS)} or mix:0.25; default: max, in a VGG avg")] = None,
     connect: Literal["add", "and", "iand"] = "add",
     stem: Literal["imagenet", "cifar"] = "imagenet",
     width: float = 1.0,
@@ -257,7 +257,7 @@ def import_(
         str, Parameter(name="--data", help="the set it was trained on, for its shape and for later attacks")
     ],
     out: Path,
-    pool: Annotated[Literal["max", "avg"] | None, Parameter(help="default: max, in a VGG avg")] = None,
+    pool: Annotated[str | None, Parameter(help=f"{', '.join(POOLS)} or mix:0.25; default: max, in a VGG avg")] = None,
     connect: Literal["add", "and", "iand"] = "add",
     stem: Literal["imagenet", "cifar"] = "imagenet",
     width: float = 1.0,
@@ -551,58 +551,6 @@ def _say_run(run: Run) -> None:
     )
     for line in filter(None, notes):
         print(f"note     {line}")
-
-
-def trail(
-    target: str,
-    *,
-    data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
-    n: int = 64,
-    per_step: bool = False,
-    mode: Literal["eval", "train"] = "eval",
-    out: Path | None = None,
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """The sparsity trail of TARGET: exact zeros in, and L2 norm of, the gradient at the input of every operation.
-
-    Writes a page into --out (default: trail/ or trail-train-mode/ beside the model). --mode train uses batch
-    statistics, as the paper's code does; the model is left as it was.
-    """
-    where = _device(device, threads)
-    model, folder = _target(target)
-    test_set = _test_set(model, data_name, n, root)
-    label, started = folder.resolve().name, time.monotonic()
-    with Screen(quiet=as_json) as screen:
-        place = _folder(out or folder / ("trail" if mode == "eval" else "trail-train-mode"), False)
-        bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
-        found = measure.follow(bench, model, label, test_set, per_step=per_step, mode=mode)
-    report = Report(
-        title=f"Sparsity trail of {label}", summary=(_trail_sentence(found),), models=(),
-        runs=(), trails=(found,), claims=(),
-        provenance=measure.provenance(bench, started, f"sparsetrail trail {target}"),
-    )  # fmt: skip
-    files = write(report, place)
-    if as_json:
-        from dataclasses import asdict
-
-        _emit(asdict(found))
-        return
-    print(f"{'operation':<28}{'kind':<9}{'zeros %':>9}{'forced %':>10}{'norm':>12}")
-    for r in found.rows:
-        print(f"{r.op:<28}{r.kind:<9}{100 * r.zero:>9.2f}{100 * r.forced:>10.2f}{r.norm:>12.3e}")
-    print(_trail_sentence(found))
-    print(f"report   {files.get('html', place)}")
-
-
-def _trail_sentence(t: Trail) -> str:
-    most = max(t.rows, key=lambda r: r.zero)
-    return (
-        f"{t.victim}, {t.mode} mode, n={t.n}: most zeros at {most.op} ({most.zero:.1%}, of which geometry forces "
-        f"{most.forced:.1%}); accuracy in {t.mode} mode {t.clean_accuracy:.1%}."
-    )
 
 
 def reproduce(

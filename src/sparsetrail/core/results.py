@@ -181,9 +181,15 @@ class Audit:
 class TrailRow:
     """One operation of the trail: the gradient of the loss with respect to its input, averaged over images.
 
-    `zero` is the share of exactly zero entries (0..1), `forced` the share of zeros that geometry alone forces,
-    `norm` the L2 norm per image, `entries` the number of gradient entries per image (all time steps), `per_step`
-    the zero share of each time step, on request.
+    Shares are of gradient entries, 0..1. `zero` are exactly zero, `forced` are zero by geometry alone whatever arrives,
+    `norm` is the L2 norm per image, `entries` the number of gradient entries per image (all time steps), `per_step` and
+    `per_example` are the zero share of each time step and of each image.
+
+    `inherited` is the share of zeros in the gradient that arrives at the output. `created` are zeros at entries that
+    lead to no output, or to one whose gradient is not zero; the rest of `zero` is passed on. `participation` is
+    ||g||_1^2 / ||g||_2^2 by the number of entries, the mean over images with a gradient; `zero64` is the zero share of
+    a backward in float64 through the same activations. `weight_*` are of the gradient of the operation's weight, of the
+    mean loss over all images. What was not asked for, or is not known, is None.
     """
 
     op: str
@@ -194,11 +200,33 @@ class TrailRow:
     norm: float
     entries: int
     per_step: tuple[float, ...] | None = None
+    inherited: float | None = None
+    created: float | None = None
+    participation: float | None = None
+    zero64: float | None = None
+    per_example: tuple[float, ...] | None = None
+    weight_zero: float | None = None
+    weight_participation: float | None = None
+    weight_norm: float | None = None
+
+    @property
+    def passed(self) -> float | None:
+        """Share of zeros that are passed on: every output the entry leads to has a zero gradient."""
+        return None if self.created is None else self.zero - self.created
+
+    @property
+    def underflow(self) -> float | None:
+        """Share of zeros that are no zeros in float64."""
+        return None if self.zero64 is None else self.zero - self.zero64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trail:
-    """The sparsity trail of a network: one row per operation in the order of the forward pass."""
+    """The sparsity trail of a network: one row per operation in the order of the forward pass.
+
+    `route` is how the gradient flows, in words; `replaced` what stands in for a part of the backward, for this
+    measurement only and behind the same forward. Both are empty in older records.
+    """
 
     victim: str
     mode: Mode
@@ -207,6 +235,8 @@ class Trail:
     steps: int
     clean_accuracy: float
     rows: tuple[TrailRow, ...]
+    route: str = ""
+    replaced: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

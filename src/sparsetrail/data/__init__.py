@@ -15,5 +15,6 @@ from sparsetrail.data.sets import KNOWN as KNOWN
 from sparsetrail.data.sets import DataError as DataError
 from sparsetrail.data.sets import Dataset as Dataset
 from sparsetrail.data.sets import content_hash as content_hash
+from sparsetrail.data.sets import pick as pick
 from sparsetrail.data.sets import split_validation as split_validation
 from sparsetrail.data.sets import take as take

@@ -174,6 +174,17 @@ def take(dataset: Dataset, n: int | None, *, seed: int | None = None) -> Dataset
     return _subset(dataset, np.sort(order[:n]))
 
 
+def pick(dataset: Dataset, *places: int) -> Dataset:
+    """The images at these places, counted from 0, in the order given; DataError for a place that is not there."""
+    for i in places:
+        if not 0 <= i < len(dataset):
+            raise DataError(
+                f"expected an image from 0 to {len(dataset) - 1} of {dataset.name}/{dataset.split}, found {i}; "
+                "name another"
+            )
+    return _subset(dataset, np.array(places, dtype=np.int64))
+
+
 def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Cut a set in two disjoint parts, the second with `fraction` of each class; its split is called "validation".
 

@@ -33,7 +33,7 @@ from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import NetSpec, build, describe, victim
 from sparsetrail.snn.neuron import can_compile, compile_neurons
 from sparsetrail.snn.weights import load_weights, save_weights
-from sparsetrail.trails import trail
+from sparsetrail.trails import Detail, trail
 from sparsetrail.training import WORTH_COMPILING, Seams, TrainingStopped, TrainSpec, accuracy, train
 
 AT_ONCE = 4  # models trained side by side on one GPU
@@ -236,12 +236,31 @@ def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, 
 
 
 def follow(
-    bench: Bench, model: Trained, name: str, data: Dataset, *, per_step: bool = False, mode: Mode = "eval"
+    bench: Bench,
+    model: Trained,
+    name: str,
+    data: Dataset,
+    *,
+    per_step: bool = False,
+    per_example: bool = False,
+    detail: Detail = "plain",
+    mode: Mode = "eval",
+    batch: int = 16,
+    way: Victim | None = None,
+    replaced: str = "",
 ) -> Trail:
-    """The sparsity trail of one model as a cell."""
-    v = as_victim(model, name, device=bench.device)
+    """The sparsity trail of one model as a cell, or of `way`, the same model with a part of its backward `replaced`."""
+    v = as_victim(model, name, device=bench.device) if way is None else way
     spec = _spec(bench, model, v.route, mode, data, 0) | {"trail": True, "per_step": per_step}
-    task, n = f"trail ({mode} mode): {name}", len(data.labels)
+    for key, got, usual in (
+        ("per_example", per_example, False),
+        ("detail", detail, "plain"),
+        ("images a batch", batch, 16),
+        ("replaced", replaced, ""),
+    ):
+        if got != usual:  # older cells know none of these
+            spec[key] = got
+    task, n = f"trail ({replaced or f'{mode} mode'}): {name}", len(data.labels)
     done = _read(bench, spec)
     if done is not None:
         bench.tick(task, n, n, "kept from before")
@@ -250,12 +269,16 @@ def follow(
         v,
         pixels(data.images.to(bench.device)),
         data.labels.to(bench.device),
+        batch=batch,
         mode=mode,
         per_step=per_step,
+        per_example=per_example,
+        detail=detail,
         data=identity(data),
         say=lambda done, n: bench.tick(task, done, n, ""),
         stop=bench.stop,
     )
+    found = replace(found, replaced=replaced)
     _write(bench, spec, pack(found))
     return found
 

@@ -6,15 +6,25 @@ Colours differ in lightness as well as in hue, and shapes repeat them, so that p
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from sparsetrail._files import write_atomic
-from sparsetrail.core import Rate, Report, Run
+from sparsetrail.core import Audit, Rate, Report, Run, Trail, TrailRow
 from sparsetrail.report.io import ReportError
 from sparsetrail.report.labels import Setting, columns, settings
-from sparsetrail.report.tables import TrailGroup, percent, trail_groups
+from sparsetrail.report.tables import (
+    Ablation,
+    Point,
+    TrailGroup,
+    ablations,
+    percent,
+    tradeoff,
+    trail_groups,
+    undominated,
+)
 
 SERIF = "'Iowan Old Style', 'Palatino Linotype', Palatino, 'URW Palladio L', P052, 'Liberation Serif', Georgia, serif"
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
@@ -30,8 +40,9 @@ SERIES = {
     "light": ["#1d4e89", "#e58a1f", "#5aa89a", "#9b3f6c", "#7f7f7f", "#b5a642"],
     "dark": ["#82b4f0", "#f0a24a", "#7fd0c0", "#e191b5", "#b0b0b0", "#d8ca6a"],
 }
+PANEL = (430, 340)  # of the trade-off, in pixels
 Spec = dict[str, Any]
-Which = Literal["trail", "accuracy", "steps"]
+Which = Literal["trail", "accuracy", "steps", "examples", "ablation", "tradeoff"]
 
 
 def config(theme: Literal["light", "dark"] = "light") -> Spec:
@@ -76,7 +87,8 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
 def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
     """Zero share (above) and L2 norm of the gradient (below) at the input of every operation, in forward order.
 
-    The pale part of a bar is what geometry alone forces, the solid part is what the network adds.
+    The pale part of a bar is what geometry alone forces, the solid part is what the network adds. Where it is known
+    where zeros come from, pale and solid are those that the operation creates, an outline those that it passes on.
     """
     import altair as alt
 
@@ -100,6 +112,11 @@ def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
         alt.Tooltip("victim:N"),
         alt.Tooltip("zero:Q", title="zero, %", format=".3f"),
         alt.Tooltip("forced:Q", title="forced by geometry, %", format=".3f"),
+        *(
+            alt.Tooltip(f"{name}:Q", title=f"{title}, %", format=".3f")
+            for name, title in (("arrives", "zero where it arrives"), ("created", "created"), ("passed", "passed on"))
+            if traced(group)
+        ),
         alt.Tooltip("norm:Q", title="L2 norm", format=".3e"),
         alt.Tooltip("entries:Q", title="entries an image", format=","),
     ]
@@ -108,10 +125,18 @@ def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
     rule = alt.Chart(alt.Data(values=stages[1:])).mark_rule(style="stage", strokeDash=[2, 2])
     names = alt.Chart(alt.Data(values=stages)).mark_text(style="stage-name", align="left", baseline="bottom", dx=2)
     words = "pale: forced by geometry alone; solid: zeros beyond that"
+    if traced(group):
+        words = "pale: created, forced by geometry alone; solid: created beyond that; outline: passed on"
     key = alt.Chart(alt.Data(values=[{}])).mark_text(style="stage-name", align="right", baseline="bottom", text=words)
 
     zero = alt.Y("zero:Q", title="zero entries, %", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5))
-    solid = base.mark_bar(size=bar).encode(x=x(), xOffset=series, y=zero, y2="pale:Q", color=colour, tooltip=hints)
+    top = alt.Y("solid:Q", title="zero entries, %", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5))
+    solid = base.mark_bar(size=bar).encode(x=x(), xOffset=series, y=top, y2="pale:Q", color=colour, tooltip=hints)
+    outline = (
+        base.transform_filter("datum.zero > datum.solid")
+        .mark_bar(size=bar - 1, filled=False, strokeWidth=0.8)
+        .encode(x=x(), xOffset=series, y=zero, y2="solid:Q", color=colour, tooltip=hints)
+    )
     pale = (
         base.transform_filter("datum.pale > 0")
         .mark_bar(size=bar, opacity=0.38)
@@ -121,6 +146,7 @@ def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
         rule.encode(x=x(bandPosition=0)),
         pale,
         solid,
+        *([outline] if traced(group) else []),
         names.encode(x=x(bandPosition=0), y=alt.value(-3), text="stage:N"),
         *(
             [key.encode(x=alt.value(width), y=alt.value(-24))]
@@ -153,7 +179,18 @@ def _decades(group: TrailGroup) -> list[float]:
     return [10.0**k for k in range(low, high + 1, max(1, math.ceil((high - low) / 6)))]
 
 
+def traced(group: TrailGroup) -> bool:
+    """Is it known of some operation which zeros it creates?"""
+    return any(row.created is not None for trail in group.trails for row in trail.rows)
+
+
 def _trail_values(group: TrailGroup) -> list[Spec]:
+    def bar(row: TrailRow) -> Spec:
+        made = row.zero if row.created is None else row.created
+        parts = {"solid": made, "pale": min(row.forced, made)}
+        parts |= {"arrives": row.inherited, "created": row.created, "passed": row.passed}
+        return {name: _finite(100 * part) for name, part in parts.items() if part is not None}
+
     return [
         {
             "op": op,
@@ -161,7 +198,7 @@ def _trail_values(group: TrailGroup) -> list[Spec]:
             "victim": label,
             "zero": _finite(100 * rows[op].zero),
             "forced": _finite(100 * rows[op].forced),
-            "pale": _finite(100 * min(rows[op].forced, rows[op].zero)),
+            **bar(rows[op]),
             "norm": _finite(rows[op].norm),
             "entries": rows[op].entries,
         }
@@ -252,25 +289,38 @@ def _bar(attack: str, victim: str, rate: Rate) -> Spec:
 
 def steps_spec(group: TrailGroup) -> Spec | None:
     """Zero share of every operation at every time step, a panel per victim; None where no step was kept."""
+    return _squares(group, "time step", lambda row: row.per_step, first=1, size=26)
+
+
+def examples_spec(group: TrailGroup) -> Spec | None:
+    """Zero share of every operation in every image, a panel per victim; None where no image was kept."""
+    count = max((len(row.per_example or ()) for rows in group.rows for row in rows.values()), default=0)
+    return _squares(group, "image", lambda row: row.per_example, first=0, size=max(1, min(26, 640 // max(1, count))))
+
+
+def _squares(
+    group: TrailGroup, along: str, of: Callable[[TrailRow], tuple[float, ...] | None], *, first: int, size: int
+) -> Spec | None:
     import altair as alt
 
     panels = []
     for label, rows in zip(group.labels, group.rows, strict=True):
         values = [
-            {"op": op, "kind": row.kind, "step": step, "zero": _finite(100 * zero)}
+            {"op": op, "kind": row.kind, "along": i, "zero": _finite(100 * zero)}
             for op, row in rows.items()
-            for step, zero in enumerate(row.per_step or (), 1)
+            for i, zero in enumerate(of(row) or (), first)
         ]
         if not values:
             continue
         ops = alt.Axis(
             title=None, labelFontSize=9.5, labelOverlap=False, labelLimit=180, labels=not panels, ticks=not panels
         )
+        count = len({v["along"] for v in values})
         panels.append(
             alt.Chart(alt.Data(values=values))
             .mark_rect()
             .encode(
-                x=alt.X("step:O", axis=alt.Axis(title="time step", labelAngle=0)),
+                x=alt.X("along:O", axis=alt.Axis(title=along, labelAngle=0, labelOverlap=True, ticks=size > 6)),
                 y=alt.Y("op:N", sort=list(group.ops), axis=ops),
                 color=alt.Color(
                     "zero:Q",
@@ -280,13 +330,145 @@ def steps_spec(group: TrailGroup) -> Spec | None:
                 tooltip=[
                     alt.Tooltip("op:N", title="operation"),
                     alt.Tooltip("kind:N"),
-                    alt.Tooltip("step:O", title="time step"),
+                    alt.Tooltip("along:O", title=along),
                     alt.Tooltip("zero:Q", title="zero, %", format=".3f"),
                 ],
             )
-            .properties(width=26 * max(row["step"] for row in values), height=12 * len(group.ops), title=label)
+            .properties(width=size * count, height=12 * len(group.ops), title=label)
         )
     return _spec(alt.hconcat(*panels, spacing=24).resolve_scale(color="shared", y="shared")) if panels else None
+
+
+def tradeoff_spec(points: Sequence[Point]) -> Spec:
+    """Clean accuracy against the worst case, a panel per threat: Wilson intervals both ways, density as colour.
+
+    Shapes are what sets a design apart from the first; the line joins the designs that no other dominates.
+    """
+    import altair as alt
+
+    factors = list(dict.fromkeys(p.factor for p in points))
+    dense = [100 * p.density for p in points if p.density is not None]
+    shown = alt.Scale(scheme="cividis", domain=[min(dense, default=0), max(dense, default=100)])
+    panels = []
+    for threat in dict.fromkeys(p.threat for p in points):
+        here = [p for p in points if p.threat == threat]
+        spans = [_span([r.interval() for r in rates]) for rates in ([p.clean for p in here], [p.robust for p in here])]
+        places = _places([(100 * p.clean.value, 100 * p.robust.value) for p in here], [p.victim for p in here], spans)
+        values = [
+            {
+                "network": p.victim,
+                "factor": p.factor,
+                "density": None if p.density is None else 100 * p.density,
+                **{f"clean_{k}": v for k, v in _bar("", "", p.clean).items() if k != "victim"},
+                **{f"robust_{k}": v for k, v in _bar("", "", p.robust).items() if k != "victim"},
+                "strongest": p.strongest,
+                "name_x": place[0],
+                "name_y": place[1],
+            }
+            for p, place in zip(here, places, strict=True)
+        ]
+        base = alt.Chart(alt.Data(values=values))
+        x_scale, y_scale = (alt.Scale(domain=span, nice=False) for span in spans)
+        x = alt.X("clean_accuracy:Q", title="clean accuracy, %", scale=x_scale)
+        y = alt.Y("robust_accuracy:Q", title="worst case, correct, %", scale=y_scale)
+        hints = [
+            alt.Tooltip("network:N"),
+            alt.Tooltip("clean_text:N", title="clean"),
+            alt.Tooltip("robust_text:N", title="worst case"),
+            alt.Tooltip("robust_n:Q", title="images attacked"),
+            alt.Tooltip("density:Q", title="gradient density, %", format=".2f"),
+            alt.Tooltip("strongest:N", title="strongest attack"),
+        ]
+        front = [{"x": 100 * p.clean.value, "y": 100 * p.robust.value} for p in undominated(here)]
+        line = alt.Chart(alt.Data(values=front)).mark_line(style="stage", strokeDash=[4, 3]).encode(x="x:Q", y="y:Q")
+        across = base.mark_rule(style="stage").encode(x=alt.X("clean_low:Q"), x2="clean_high:Q", y=y)
+        along = base.mark_rule(style="stage").encode(x=x, y=alt.Y("robust_low:Q"), y2="robust_high:Q")
+        dots = base.mark_point(size=110, filled=True, opacity=1).encode(
+            x=x,
+            y=y,
+            shape=alt.Shape("factor:N", sort=factors, scale=alt.Scale(domain=factors), legend=alt.Legend(title=None)),
+            color=alt.Color(
+                "density:Q", scale=shown, legend=alt.Legend(title="gradient density, %", gradientLength=140)
+            ),
+            tooltip=hints,
+        )
+        names = base.mark_text(style="stage-name", align="left", baseline="middle").encode(
+            x="name_x:Q", y="name_y:Q", text="network:N"
+        )
+        layers = alt.layer(line, across, along, dots, names)
+        panels.append(layers.properties(width=PANEL[0], height=PANEL[1], title=str(threat)))
+    return _spec(alt.hconcat(*panels, spacing=34) if len(panels) > 1 else panels[0])
+
+
+def _span(intervals: Sequence[tuple[float, float]]) -> list[float]:
+    """An axis in % that holds all intervals with a little room."""
+    low, high = min(a for a, _ in intervals), max(b for _, b in intervals)
+    room = 0.04 * (high - low) or 0.02
+    return [max(0.0, 100 * (low - room)), min(100.0, 100 * (high + room))]
+
+
+def _places(
+    dots: Sequence[tuple[float, float]], names: Sequence[str], spans: Sequence[Sequence[float]]
+) -> list[tuple[float, float]]:
+    """Where the name of each dot begins, in units of the axes, so that names cover neither dots nor each other.
+
+    The nearest free place is taken, in pixels of the panel; where there is none, the first.
+    """
+    (x0, x1), (y0, y1) = spans
+    wide, high, letter, tall = *PANEL, 5.4, 12.0
+
+    def boxes_meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+        return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+    pixels = [((x - x0) / (x1 - x0) * wide, (y - y0) / (y1 - y0) * high) for x, y in dots]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
+    out = []
+    for (x, y), name in sorted(zip(pixels, names, strict=True), key=lambda one: one[0]):
+        size = letter * len(name)
+        sides = [(dx, s * up * tall) for up in range(7) for s in (1, -1) for dx in (9.0, -9.0 - size)]
+        boxes = [(x + dx, y + dy - tall / 2, x + dx + size, y + dy + tall / 2) for dx, dy in sides]
+        inside = [b for b in boxes if b[0] >= 0 and b[2] <= wide and b[1] >= 0 and b[3] <= high] or boxes
+        box = next((b for b in inside if not any(boxes_meet(b, other) for other in taken)), inside[0])
+        taken.append(box)
+        out.append((name, (x0 + box[0] / wide * (x1 - x0), y0 + (box[1] + tall / 2) / high * (y1 - y0))))
+    by_name = dict(out)
+    return [by_name[name] for name in names]
+
+
+def ablation_spec(found: Ablation) -> Spec:
+    """Zeros left in all operations, by kind, a bar per replacement; longer than the first where one adds zeros."""
+    import altair as alt
+
+    base = found.rows[0]
+    names = [f"{row.part}: {row.replaced}" if row.part else "as it is" for row in found.rows]
+    values = [
+        {"replaced": name, "kind": kind, "order": i, "zero": _finite(100 * zero), "left": _finite(100 * row.left)}
+        for name, row in zip(names, found.rows, strict=True)
+        for i, (kind, zero) in enumerate(zip(found.kinds, row.of_all, strict=True))
+        if zero
+    ]
+    kinds = [k for k in found.kinds if any(v["kind"] == k for v in values)]
+    chart = (
+        alt.Chart(alt.Data(values=values))
+        .mark_bar(size=13)
+        .encode(
+            x=alt.X("zero:Q", title="zero entries, % of all", stack="zero"),
+            y=alt.Y("replaced:N", scale=alt.Scale(domain=names), axis=alt.Axis(title=None, labelLimit=420)),
+            color=alt.Color(
+                "kind:N", sort=kinds, legend=alt.Legend(title=None, orient="top", columns=3, labelLimit=300)
+            ),
+            order=alt.Order("order:Q"),
+            tooltip=[
+                alt.Tooltip("replaced:N"),
+                alt.Tooltip("kind:N"),
+                alt.Tooltip("zero:Q", title="zero, % of all entries", format=".3f"),
+                alt.Tooltip("left:Q", title="of the zeros, %", format=".1f"),
+            ],
+        )
+        .properties(width=520, height=alt.Step(20))
+    )
+    rule = alt.Chart(alt.Data(values=[{"zero": 100 * base.zero}])).mark_rule(style="stage", strokeDash=[2, 2])
+    return _spec(alt.layer(rule.encode(x="zero:Q"), chart))
 
 
 def figure(report: Report, path: str | Path, *, which: Which = "trail") -> Path:
@@ -314,19 +496,65 @@ def figure(report: Report, path: str | Path, *, which: Which = "trail") -> Path:
 
 
 def _which(report: Report, which: str) -> Spec:
+    groups = trail_groups(report.trails)
     if which == "accuracy":
-        specs = [accuracy_spec(report.runs)] if report.runs else []
-    elif which in ("trail", "steps"):
-        groups = trail_groups(report.trails)
-        several = len(groups) > 1
-        drawn = [trail_spec(g, title=g.title if several else "") if which == "trail" else steps_spec(g) for g in groups]
-        specs = [spec for spec in drawn if spec]
+        specs = [stamped(accuracy_spec(report.runs), report, report.runs)] if report.runs else []
+    elif which == "ablation":
+        specs = [
+            stamped({**ablation_spec(a), "title": a.victim}, report, [t for t in report.trails if t.victim == a.victim])
+            for a in ablations(report.trails)
+        ]
+    elif which == "tradeoff":
+        points = tradeoff(report)
+        specs = [stamped(tradeoff_spec(points), report, report.runs)] if points else []
+    elif which in ("trail", "steps", "examples"):
+        title = {g.title: g.title if len(groups) > 1 else "" for g in groups}
+        drawn = [
+            trail_spec(g, title=title[g.title])
+            if which == "trail"
+            else steps_spec(g)
+            if which == "steps"
+            else examples_spec(g)
+            for g in groups
+        ]
+        specs = [stamped(spec, report, g.trails) for spec, g in zip(drawn, groups, strict=True) if spec]
     else:
-        raise ReportError(f"which: expected 'trail', 'accuracy' or 'steps', found {which!r}; likely fix: choose one")
+        raise ReportError(
+            f"which: expected one of {', '.join(typing.get_args(Which))}, found {which!r}; likely fix: choose one"
+        )
     if not specs:
-        need = {"trail": "a trail", "accuracy": "a run", "steps": "a trail with per-step shares"}[which]
+        need = {
+            "trail": "a trail",
+            "accuracy": "a run",
+            "steps": "a trail with per-step shares",
+            "examples": "a trail with per-example shares",
+            "ablation": "trails of which a part was replaced",
+            "tradeoff": "a sweep of designs",
+        }[which]
         raise ReportError(f"expected a report with {need}, found none; likely fix: measure it, then draw it")
     return specs[0] if len(specs) == 1 else {"vconcat": specs, "spacing": 40}
+
+
+def stamped(spec: Spec, report: Report, of: Sequence[Run | Trail | Audit]) -> Spec:
+    """A chart with what it rests on below it: images and their number, seed, threat and mode, versions."""
+    return {"vconcat": [spec], "title": {"text": stamp(report, of), "orient": "bottom", "fontSize": 10.5, "offset": 14}}
+
+
+def stamp(report: Report, of: Sequence[Run | Trail | Audit]) -> list[str]:
+    """The lines below a chart: data and n, threats or that there are none, seed and versions."""
+    sizes = dict.fromkeys(f"{one.data}{'' if f'n={one.n}' in one.data else f', n={one.n}'}" for one in of)
+    threats = dict.fromkeys(
+        f"gradient of the cross-entropy at the images themselves (no threat), {one.mode}-mode BatchNorm"
+        if isinstance(one, Trail)
+        else str(one.threat) + ("" if isinstance(one, Audit) else f", crafted in {one.mode} mode")
+        for one in of
+    )
+    known = report.provenance
+    seeds = dict.fromkeys(
+        [f"seed {one.seed}" for one in of if isinstance(one, Run)] or [f"seed {known.get('seed', 0)}"]
+    )
+    versions = [f"{name} {known[name]}" for name in ("sparsetrail", "torch") if name in known]
+    return ["; ".join(sizes), "; ".join(threats), "; ".join([*seeds, *versions])]
 
 
 def _finite(x: float) -> float | None:

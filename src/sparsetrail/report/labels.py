@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsetrail.core import Mode, Run, Threat, as_fraction
+from sparsetrail.core import Mode, Run, Threat, Trail, as_fraction
 
 ATTACKS = {  # names as the literature prints them; any other attack keeps its own
     "fgsm": "FGSM",
@@ -172,6 +172,48 @@ def attack_words(run: Run) -> tuple[str, str, str]:
     if run.votes > 1 or run.eot > 1:
         knobs.append(f"mean of {run.eot} gradients, {run.votes} votes")
     return name, ", ".join(knobs), via
+
+
+def explain(trail: Trail) -> str:
+    """One sentence: how many gradient entries of a trail are zero, and which operations create them.
+
+    Operations are named until they account for 95 % of the zeros created, five at most. Of a max pool it is known how
+    many zeros geometry forces, not which: the smaller of both shares counts as forced.
+    """
+    zeros, entries = sum(r.zero * r.entries for r in trail.rows), sum(r.entries for r in trail.rows)
+    begin = f"{trail.victim}, {trail.mode} mode, n={trail.n}: "
+    if not zeros:
+        return begin + "no gradient entry is exactly zero."
+    begin += f"{portion(zeros / entries)} of all gradient entries are exactly zero"
+    known = [(r.created * r.entries, r) for r in trail.rows if r.created is not None]
+    if not known:
+        most = max(trail.rows, key=lambda r: r.zero)
+        return f"{begin}, most at {most.op} ({portion(most.zero)}); where they come from was not measured."
+    created = sum(count for count, _ in known)
+    forced = sum(min(count, r.forced * r.entries) for count, r in known)
+    parts, named = [], 0.0
+    for count, r in sorted(known, key=lambda item: -item[0]):
+        if count and named < 0.95 * created and len(parts) < 5:
+            parts.append(f"{r.op} {portion(count / created)}")
+            named += count
+    text = f"{begin}; {portion(created / zeros)} of them are created where they stand"
+    if created:
+        text += f" (by {', '.join(parts)}{', others the rest' if named < created else ''}), "
+        text += f"{portion(forced / created)} of those by geometry alone"
+        text += ", the others arrive with the gradient" if created < zeros * (1 - 1e-9) else ""
+    if unknown := [r for r in trail.rows if r.created is None]:
+        text += f", {len(unknown)} of {len(trail.rows)} operations not traced"
+    if all(r.zero64 is not None for r in trail.rows):
+        lost = sum(max(0.0, r.underflow or 0.0) * r.entries for r in trail.rows)
+        text += f"; {portion(lost / zeros)} of all are no zeros in float64"
+    return f"{text}; {portion(trail.rows[0].zero)} of the entries at {trail.rows[0].op}, the first operation, are zero."
+
+
+def portion(x: float) -> str:
+    """A share 0..1 in running text: '0 %' and '100 %' only where it is exactly so."""
+    if x in (0, 1):
+        return "0 %" if x == 0 else "100 %"
+    return "< 0.1 %" if x < 5e-4 else "> 99.9 %" if 1 - 5e-4 < x < 1 else f"{100 * x:.1f} %"
 
 
 def _exact(run: Run) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import html
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ from sparsetrail.core import Audit, Report
 from sparsetrail.report import audit_charts, audits, card, charts, tables
 from sparsetrail.report.images import examples, keep, kept
 from sparsetrail.report.io import RESULT, steps_csv, to_json, trail_csv
-from sparsetrail.report.labels import setting, setting_label, settings, value
+from sparsetrail.report.labels import explain, setting, setting_label, settings, value
 from sparsetrail.report.tables import Grid
 
 
@@ -24,19 +25,30 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
 
     `images` are shown on the page only: mappings with `clean`, `adversarial` (uint8 [h w c] or [h w]), `label`,
     `predicted`, `title`, and of an audit its place among `report.audits` as `audit`; without them, those of an earlier
-    call are shown again. `trail_steps.csv` is written where a trail kept its time steps, `card.json` where there is an
-    audit. Returns paths by kind: json, md, html, csv, steps and card.
+    call are shown again. `trail_steps.csv` is written where a trail kept its time steps, `trail_examples.csv` where it
+    kept its images, `trail_origins.csv` where it tells created zeros from inherited ones, `ablation.csv` where parts
+    were replaced, `tradeoff.csv` of a sweep of designs, `card.json` where there is an audit. Returns paths by kind:
+    json, md, html, csv, steps, examples, origins, ablation, tradeoff and card.
     """
     folder = Path(out)
+    plain = tuple(t for t in report.trails if not t.replaced)
     images = kept(folder) if images is None else images
     texts = {
         "json": (RESULT, to_json(report)),
         "md": ("report.md", markdown(report).encode()),
         "html": ("report.html", page(report, images=images).encode()),
-        "csv": ("trail.csv", trail_csv(report).encode()),
+        "csv": ("trail.csv", trail_csv(replace(report, trails=plain)).encode()),
     }
+    if any(t.replaced or any(row.created is not None for row in t.rows) for t in report.trails):
+        texts["origins"] = ("trail_origins.csv", tables.origins_csv(report.trails).encode())
+    if any(row.per_example for t in report.trails for row in t.rows):
+        texts["examples"] = ("trail_examples.csv", tables.examples_csv(report.trails).encode())
+    if found := tables.ablations(report.trails):
+        texts["ablation"] = ("ablation.csv", tables.ablation_csv(found).encode())
+    if points := tables.tradeoff(report):
+        texts["tradeoff"] = ("tradeoff.csv", tables.tradeoff_csv(points).encode())
     if any(row.per_step for trail in report.trails for row in trail.rows):
-        texts["steps"] = ("trail_steps.csv", steps_csv(report).encode())
+        texts["steps"] = ("trail_steps.csv", steps_csv(replace(report, trails=plain)).encode())
     if report.audits:
         texts["card"] = (card.CARD, card.to_json(report))
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +71,8 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
     environment.filters["prose"] = _prose
     environment.filters["cell"] = _cell
     shown, gain = examples([image for image in images or () if _audit_of(image, report) is None])
-    groups = tables.trail_groups(report.trails)
+    points = tables.tradeoff(report)
+    groups = () if points else tables.trail_groups(report.trails)
     drawn = _charts(report)
     figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
     compared = [c for c in tables.comparisons(report) if c.figure not in tables.FIGURES]
@@ -74,6 +87,8 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
             }
             for here, members in audits.summaries(report.audits)
         ],
+        tradeoff=tables.tradeoff_grid(points) if points else None,
+        tradeoff_words=tables.tradeoff_sentences(points),
         accuracy=tables.accuracy(report.runs) if report.runs else None,
         facts=[fact for fact in tables.facts(report.runs) if not fact.startswith("gradient under")],
         threats=threats(report),
@@ -91,11 +106,18 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
                 "title": group.title,
                 "chart": f"trail-{i}",
                 "steps": f"steps-{i}" if f"steps-{i}" in drawn else None,
+                "examples": f"examples-{i}" if f"examples-{i}" in drawn else None,
                 "kinds": tables.kind_grid(group, figures),
                 "grid": tables.trail_grid(group),
                 "words": _trail_words(group),
+                "caption": _trail_caption(group),
+                "origins": _origins(group),
             }
             for i, group in enumerate(groups)
+        ],
+        ablations=[
+            {"victim": a.victim, "chart": f"ablation-{i}", "grid": a.grid, "sentence": a.sentence}
+            for i, a in enumerate(tables.ablations(report.trails))
         ],
         figure_claims=[c for c in tables.comparisons(report) if c.figure in tables.FIGURES],
         compared=[c for c in compared if c.grid.rows],
@@ -117,13 +139,24 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
 def markdown(report: Report) -> str:
     """The report for a reader of plain text: the same order, charts left out, trails by kind of operation."""
     parts = [f"# {report.title}", *report.summary, *audits.markdown(report.audits)]
+    if points := tables.tradeoff(report):
+        grid = tables.tradeoff_grid(points)
+        parts += ["## Trade-off", grid.text(), f"{grid.caption}.", *tables.tradeoff_sentences(points)]
     if report.runs or not report.audits:
         parts += ["## Accuracy", tables.table(report)]
     parts += [f"- **{label}**: {sentence}" for label, sentence in threats(report)]
     figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
-    for group in tables.trail_groups(report.trails):
+    for group in () if points else tables.trail_groups(report.trails):
         grid = tables.kind_grid(group, figures)
         parts += [f"## Trail: {group.title}", grid.text(), f"{grid.caption}. Every operation is in `trail.csv`."]
+        parts += _origins(group)
+    for a in tables.ablations(report.trails):
+        parts += [
+            f"## What is left of the zeros: {a.victim}",
+            a.grid.text(),
+            f"{a.grid.caption}; {a.data}.",
+            a.sentence,
+        ]
     measured = [c for c in tables.comparisons(report) if c.grid.rows]
     if measured:
         parts += ["## Beside the published figures"]
@@ -174,13 +207,25 @@ def threats(report: Report) -> tuple[tuple[str, str], ...]:
 
 def _charts(report: Report) -> dict[str, charts.Spec]:
     """All charts of the page by the id of their place."""
-    out = audit_charts.drawn(report.audits)
+    out = {
+        name: charts.stamped(spec, report, [report.audits[int(name.split("-")[1])]])  # audit-0-fall
+        for name, spec in audit_charts.drawn(report.audits).items()
+    }
+    if points := tables.tradeoff(report):  # of a sweep, a panel or a bar each would be too many to read
+        return out | {"tradeoff": charts.stamped(charts.tradeoff_spec(points), report, report.runs)}
     if report.runs:
-        out["accuracy"] = charts.accuracy_spec(report.runs)
+        out["accuracy"] = charts.stamped(charts.accuracy_spec(report.runs), report, report.runs)
     for i, group in enumerate(tables.trail_groups(report.trails)):
-        out[f"trail-{i}"] = charts.trail_spec(group)
-        if (steps := charts.steps_spec(group)) is not None:
-            out[f"steps-{i}"] = steps
+        for name, spec in (
+            ("trail", charts.trail_spec(group)),
+            ("steps", charts.steps_spec(group)),
+            ("examples", charts.examples_spec(group)),
+        ):
+            if spec is not None:
+                out[f"{name}-{i}"] = charts.stamped(spec, report, group.trails)
+    for i, a in enumerate(tables.ablations(report.trails)):
+        mine = [t for t in report.trails if t.victim == a.victim]
+        out[f"ablation-{i}"] = charts.stamped(charts.ablation_spec(a), report, mine)
     return out
 
 
@@ -262,6 +307,29 @@ def _trail_words(group: tables.TrailGroup) -> str:
         mean = sum(row.zero for row in rows.values()) / len(rows)
         parts.append(f"{label}: {tables.share(mean)} on average, most at {op} with {tables.share(top.zero)}")
     return f"Zero share over {len(group.ops)} operations. " + "; ".join(parts) + "."
+
+
+def _trail_caption(group: tables.TrailGroup) -> str:
+    """What the trail chart shows, for who can see it."""
+    bars = "the pale part of a bar is forced by geometry alone (strides and pooling windows)"
+    if charts.traced(group):
+        bars = (
+            "pale: created there and forced by geometry alone (strides and pooling windows); solid: created there "
+            "beyond that; outline: passed on, since all that arrives is zero"
+        )
+    return (
+        "Gradient of the loss with respect to the input of each operation, in the order of the forward pass. Above: "
+        f"share of exactly zero entries; {bars}. Below: L2 norm per image, logarithmic."
+    )
+
+
+def _origins(group: tables.TrailGroup) -> list[str]:
+    """Where the zeros of each trail come from, where that was measured."""
+    return [
+        explain(replace(trail, victim=label))
+        for label, trail in zip(group.labels, group.trails, strict=True)
+        if any(row.created is not None for row in trail.rows)
+    ]
 
 
 def _still(spec: charts.Spec) -> str:

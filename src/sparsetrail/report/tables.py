@@ -3,15 +3,18 @@
 A column of accuracies holds one attack with its knobs under one threat, mode and gradient route, never two.
 """
 
+import csv
+import io
 import itertools
 import math
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsetrail.core import Claim, Rate, Report, Run, Trail, TrailRow
-from sparsetrail.report.labels import Setting, columns, setting, setting_label, settings, value
+from sparsetrail.core import Claim, Rate, Report, Run, Threat, Trail, TrailRow
+from sparsetrail.report.labels import Setting, attack_words, columns, portion, setting, setting_label, settings, value
 
 FIGURES = ("fig1", "fig3")  # claims about trails; all others are about accuracies
 DASH = "\u2013"
@@ -227,9 +230,12 @@ def share(x: float | None) -> str:
 
 
 def trail_groups(trails: Sequence[Trail]) -> tuple[TrailGroup, ...]:
-    """Trails sorted into pictures: another mode, other data or another architecture is another picture."""
+    """Trails sorted into pictures: another mode, other data or another architecture is another picture.
+
+    Trails of which a part was replaced have no picture: `ablations` lays them beside those of the network as it is.
+    """
     bundles: list[list[Trail]] = []
-    for trail in trails:
+    for trail in (t for t in trails if not t.replaced):
         ops = set(by_op(trail))
         for bundle in bundles:
             first, other = bundle[0], set(by_op(bundle[0]))
@@ -276,21 +282,46 @@ def _merge(lists: Sequence[Sequence[str]]) -> tuple[str, ...]:
     return tuple(order)
 
 
+COLUMNS: tuple[tuple[str, Callable[[TrailRow], float | None]], ...] = (  # shares of a trail that are there on request
+    ("arrives", lambda r: r.inherited),
+    ("created", lambda r: r.created),
+    ("passed on", lambda r: r.passed),
+    ("zero, float64", lambda r: r.zero64),
+    ("participation", lambda r: r.participation),
+    ("weight zero", lambda r: r.weight_zero),
+    ("weight participation", lambda r: r.weight_participation),
+)
+
+
 def trail_grid(group: TrailGroup) -> Grid:
-    """Every operation: kind, zero share, share forced by geometry, gradient norm; three columns a victim."""
+    """Every operation: kind, zero share, share forced by geometry, gradient norm, and for each victim what more it has.
+
+    `arrives` is the zero share at the operation's output; zero is created + passed on.
+    """
     rows = group.rows
+    every = [row for r in rows for row in r.values()]
+    more = [(name, of) for name, of in COLUMNS if any(of(row) is not None for row in every)]
+    heads = ["zero", "forced", *(name for name, _ in more), "L2 norm"]
+    if weighed := any(row.weight_norm is not None for row in every):
+        heads.append("weight L2 norm")
     lines = []
     for op in group.ops:
         line = [op, next(r[op].kind for r in rows if op in r)]
         for r in rows:
-            line += [share(r[op].zero), share(r[op].forced), norm(r[op].norm)] if op in r else ["", "", ""]
+            if op not in r:
+                line += [""] * len(heads)
+                continue
+            row = r[op]
+            line += [share(row.zero), share(row.forced), *(share(of(row)) for _, of in more), norm(row.norm)]
+            if weighed:
+                line.append(DASH if row.weight_norm is None else norm(row.weight_norm))
         lines.append(tuple(line))
     return Grid(
         caption="Gradient with respect to the input of each operation",
-        head=("operation", "kind", *("zero", "forced", "L2 norm") * len(rows)),
+        head=("operation", "kind", *heads * len(rows)),
         rows=tuple(lines),
         labels=2,
-        groups=(("", 2), *((label, 3) for label in group.labels)),
+        groups=(("", 2), *((label, len(heads)) for label in group.labels)),
     )
 
 
@@ -328,6 +359,309 @@ def kind_grid(group: TrailGroup, claims: Sequence[Claim]) -> Grid:
             *((f"paper, {next(_pool(c) for c in claims if c.figure == f)}", 1) for f in figures),
         ),
     )
+
+
+# --- what is left of the zeros ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationRow:
+    """Zeros left with one part replaced, all shares 0..1: of all entries, at the first operation, by kind.
+
+    `part` is what the replacement belongs to: architecture, neuron, both, numbers or statistics; empty for the network
+    as it is. `kinds` are shares of the entries of each kind, `of_all` the same zeros as shares of all entries; `left`
+    is how many zeros there are for each one of the network as it is.
+    """
+
+    part: str
+    replaced: str
+    route: str
+    zero: float
+    at_input: float
+    kinds: tuple[float, ...]
+    of_all: tuple[float, ...]
+    left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """What becomes of the zeros of a network when parts of its backward are replaced, behind the same forward.
+
+    The first row is the network as it is; `kinds` names the columns of every row's `kinds`.
+    """
+
+    victim: str
+    data: str
+    n: int
+    kinds: tuple[str, ...]
+    rows: tuple[AblationRow, ...]
+
+    def removed(self, part: str) -> float:
+        """Largest share of the zeros that replacing something of one part removes, 0..1."""
+        return max([0.0, *(1 - row.left for row in self.rows if row.part == part)])
+
+    @property
+    def grid(self) -> Grid:
+        """A row per replacement."""
+        lines = [
+            (
+                f"{row.part}: {row.replaced}" if row.part else "none",
+                share(row.zero),
+                DASH if math.isnan(row.left) else f"{100 * row.left:.1f} %",
+                share(row.at_input),
+                *map(share, row.kinds),
+            )
+            for row in self.rows
+        ]
+        return Grid(
+            caption="Exactly zero gradient entries left, without retraining",
+            head=("replaced", "all entries", "of the zeros", "first operation", *self.kinds),
+            rows=tuple(lines),
+            groups=(("", 4), ("entries at", len(self.kinds))),
+        )
+
+    @property
+    def sentence(self) -> str:
+        """Where the zeros come from, by what removes them and under no name given before."""
+        base = self.rows[0]
+        begin = f"{self.victim}, n={self.n}: "
+        if not base.zero:
+            return begin + "no gradient entry is exactly zero."
+        shape, neuron, both = (self.removed(part) for part in ("architecture", "neuron", "both"))
+        most = [
+            name for name, removed in (("the architecture", shape), ("the spiking neurons", neuron)) if removed >= 0.5
+        ]
+        origin = " and of ".join(most) or "neither the architecture nor the spiking neurons alone"
+        text = (
+            f"{begin}of the zeros in its gradients ({portion(base.zero)} of all entries) another backward of pools and "
+            f"strided convolutions removes {portion(shape)}, another backward of the neurons {portion(neuron)}, both "
+            f"together {portion(both)}, float64 {portion(self.removed('numbers'))}: they are the work of {origin}"
+        )
+        worst = max((row for row in self.rows if row.part == "neuron"), key=lambda row: row.left, default=base)
+        if worst.left > 1.01:
+            text += f"; with {worst.replaced} the neurons would bring them to {portion(worst.zero)} of all entries"
+        return text + "."
+
+
+def ablations(trails: Sequence[Trail]) -> tuple[Ablation, ...]:
+    """One table per victim and data of which a trail with something replaced was taken; its own trail comes first."""
+    out = []
+    for base in trails:
+        mine = [t for t in trails if (t.victim, t.data) == (base.victim, base.data)]
+        if base.replaced or base.mode != "eval" or not any(t.replaced for t in mine):
+            continue
+        kinds = {op: _kind(row) for op, row in by_op(base).items()}
+        rows = [_ablated(base, "", base, kinds, lambda r: r.zero)]
+        rows += [_ablated(t, t.replaced, base, kinds, lambda r: r.zero) for t in mine if t.replaced]
+        if all(row.zero64 is not None for row in base.rows):
+            rows.append(_ablated(base, "numbers: float64", base, kinds, lambda r: r.zero64 or 0.0))
+        rows += [
+            _ablated(t, "statistics: batch (train mode)", base, kinds, lambda r: r.zero)
+            for t in mine
+            if t.mode == "train" and not t.replaced
+        ]
+        out.append(
+            Ablation(
+                victim=base.victim,
+                data=base.data,
+                n=base.n,
+                kinds=tuple(dict.fromkeys(kinds.values())),
+                rows=tuple(rows),
+            )
+        )
+    return tuple(out)
+
+
+def _ablated(
+    trail: Trail, replaced: str, base: Trail, kinds: dict[str, str], zero: Callable[[TrailRow], float]
+) -> AblationRow:
+    zeros, entries = dict.fromkeys(kinds.values(), 0.0), dict.fromkeys(kinds.values(), 0)
+    for op, row in by_op(trail).items():
+        if op in kinds:
+            zeros[kinds[op]] += zero(row) * row.entries
+            entries[kinds[op]] += row.entries
+    part, _, words = replaced.partition(": ")
+    before, after, every = sum(r.zero * r.entries for r in base.rows), sum(zeros.values()), sum(entries.values())
+    return AblationRow(
+        part=part,
+        replaced=words,
+        route=trail.route,
+        zero=after / every,
+        at_input=zero(trail.rows[0]),
+        kinds=tuple(zeros[k] / entries[k] for k in zeros),
+        of_all=tuple(zeros[k] / every for k in zeros),
+        left=after / before if before else math.nan,
+    )
+
+
+def _kind(row: TrailRow) -> str:
+    """As `_family`; a convolution that leaves cells of its input out stands apart."""
+    return "conv that leaves cells out" if row.kind == "conv" and row.forced else _family(row)
+
+
+def ablation_csv(found: Sequence[Ablation]) -> str:
+    """One row a replacement and kind of operation ('all' and 'first operation' too): the zero share 0..1 left."""
+    rows = [
+        (a.victim, a.data, a.n, row.part, row.replaced, row.route, kind, zero)
+        for a in found
+        for row in a.rows
+        for kind, zero in (("all", row.zero), ("first operation", row.at_input), *zip(a.kinds, row.kinds, strict=True))
+    ]
+    return as_csv(("victim", "data", "n", "part", "replaced", "route", "kind", "zero"), rows)
+
+
+def origins_csv(trails: Sequence[Trail]) -> str:
+    """All that is known of every operation of every trail, shares 0..1; empty where it was not asked for."""
+    names = ("zero", "forced", "inherited", "created", "passed", "zero64", "participation", "norm", "entries")
+    names += ("weight_zero", "weight_participation", "weight_norm")
+    rows = [
+        (t.victim, t.mode, t.data, t.n, t.route, t.replaced, i, r.op, r.kind, *(getattr(r, name) for name in names))
+        for t in trails
+        for i, r in enumerate(t.rows)
+    ]
+    return as_csv(("victim", "mode", "data", "n", "route", "replaced", "order", "op", "kind", *names), rows)
+
+
+def examples_csv(trails: Sequence[Trail]) -> str:
+    """Zero share 0..1 of every image (from 0), one row an operation and image."""
+    rows = [
+        (t.victim, t.mode, t.data, t.replaced, i, r.op, r.kind, image, zero)
+        for t in trails
+        for i, r in enumerate(t.rows)
+        for image, zero in enumerate(r.per_example or ())
+    ]
+    return as_csv(("victim", "mode", "data", "replaced", "order", "op", "kind", "image", "zero"), rows)
+
+
+def as_csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Comma-separated values; None is an empty cell."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([head, *rows])
+    return out.getvalue()
+
+
+# --- the trade-off ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One design under one threat: clean accuracy, the worst case over its attacks, and how dense its gradients are.
+
+    `density` is the share of gradient entries that are not zero over all operations, None where there is no trail;
+    `strongest` is the attack that leaves least on its own.
+    """
+
+    victim: str
+    design: str
+    factor: str
+    threat: Threat
+    clean: Rate
+    robust: Rate
+    attacks: int
+    strongest: str
+    density: float | None
+
+
+def tradeoff(report: Report) -> tuple[Point, ...]:
+    """The points of a sweep: of every model whose card names a `factor`, under every threat it was attacked with."""
+    points = []
+    trails = {t.victim: t for t in report.trails if not t.replaced and t.mode == "eval"}
+    for card in (c for c in report.models if "factor" in c and "clean" in c):
+        mine = [run for run in report.runs if run.victim == card["name"] and run.mode == "eval"]
+        for threat, data in dict.fromkeys((run.threat, run.data) for run in mine):
+            here = [run for run in mine if (run.threat, run.data) == (threat, data)]
+            standing = [all(flags) for flags in zip(*(run.robust for run in here), strict=True)]
+            least = min(here, key=lambda run: sum(run.robust))
+            trail = trails.get(card["name"])
+            entries = 0 if trail is None else sum(row.entries for row in trail.rows)
+            zeros = 0.0 if trail is None else sum(row.zero * row.entries for row in trail.rows)
+            points.append(
+                Point(
+                    victim=card["name"],
+                    design=str(card.get("design", card["name"])),
+                    factor=str(card["factor"]),
+                    threat=threat,
+                    clean=Rate(card["clean"]["k"], card["clean"]["n"]),
+                    robust=Rate(sum(standing), len(standing)),
+                    attacks=len(here),
+                    strongest=" ".join(filter(None, (attack_words(least)[0], attack_words(least)[2]))),
+                    density=1 - zeros / entries if entries else None,
+                )
+            )
+    return tuple(points)
+
+
+def undominated(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in one accuracy without losing in the other, by clean accuracy."""
+
+    def beaten(p: Point) -> bool:
+        return any(
+            q.clean.value >= p.clean.value
+            and q.robust.value >= p.robust.value
+            and (q.clean.value, q.robust.value) != (p.clean.value, p.robust.value)
+            for q in points
+        )
+
+    return sorted((p for p in points if not beaten(p)), key=lambda p: p.clean.value)
+
+
+def tradeoff_sentences(points: Sequence[Point]) -> tuple[str, ...]:
+    """For each threat: is there a trade-off, does it go with density, and which designs no other dominates."""
+    lines = []
+    for threat in dict.fromkeys(p.threat for p in points):
+        here = [p for p in points if p.threat == threat]
+        text = f"{threat}, worst of {here[0].attacks} attacks, {len(here)} networks: "
+        pairs = [("clean and robust accuracy", [(p.clean.value, p.robust.value) for p in here])]
+        known = [(p.density, p) for p in here if p.density is not None]
+        pairs.append(("density and robust accuracy", [(d, p.robust.value) for d, p in known]))
+        pairs.append(("density and clean accuracy", [(d, p.clean.value) for d, p in known]))
+        found = [(name, r) for name, pair in pairs if (r := rank_correlation(pair)) is not None]
+        if found:
+            chance = 1.96 / math.sqrt(len(here) - 1)
+            text += "rank correlation of " + ", of ".join(f"{name} {r:+.2f}" for name, r in found)
+            text += f" (within {chance:.2f} of 0 is chance); "
+        lines.append(f"{text}not dominated: {', '.join(p.victim for p in undominated(here))}.")
+    return tuple(lines)
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's, ties by their mean rank; None for fewer than three pairs or where one side does not vary."""
+    if len(pairs) < 3:
+        return None
+    sides = []
+    for side in zip(*pairs, strict=True):
+        order = sorted(side)
+        sides.append([order.index(v) + (order.count(v) - 1) / 2 for v in side])
+    try:
+        return statistics.correlation(*sides)
+    except statistics.StatisticsError:
+        return None
+
+
+def tradeoff_grid(points: Sequence[Point]) -> Grid:
+    """A row per network and threat."""
+    return Grid(
+        caption="Clean accuracy and worst case per image, with 95 % Wilson intervals",
+        head=("network", "threat", "clean", "worst case", "strongest attack alone", "gradient density"),
+        rows=tuple(
+            (p.victim, str(p.threat), percent(p.clean), percent(p.robust), p.strongest, share(p.density))
+            for p in points
+        ),
+        labels=2,
+    )
+
+
+def tradeoff_csv(points: Sequence[Point]) -> str:
+    """One row a network and threat: counts, intervals and density, shares 0..1."""
+    head = ("victim", "design", "factor", "threat", "clean_k", "clean_n", "clean_low", "clean_high", "robust_k",
+            "robust_n", "robust_low", "robust_high", "attacks", "density")  # fmt: skip
+    rows = [
+        (p.victim, p.design, p.factor, str(p.threat), p.clean.k, p.clean.n, *p.clean.interval(), p.robust.k, p.robust.n,
+         *p.robust.interval(), p.attacks, p.density)
+        for p in points
+    ]  # fmt: skip
+    return as_csv(head, rows)
 
 
 def _family(row: TrailRow) -> str:

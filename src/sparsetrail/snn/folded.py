@@ -56,13 +56,17 @@ class Normalise(nn.Module):
         return self.name
 
 
-class Dropout(nn.Module):
-    """Dropout whose mask is drawn once a forward and shared by all steps; nothing in eval mode.
-
-    DIET-SNN (Rathi & Roy 2020, arXiv:2008.03658) and HIRE-SNN. Training hands in the `generator` of each step.
-    """
+class Draws(nn.Module):
+    """A module that draws while it trains: training hands in the `generator` of each step."""
 
     generator: torch.Generator | None = None
+
+
+class Dropout(Draws):
+    """Dropout whose mask is drawn once a forward and shared by all steps; nothing in eval mode.
+
+    DIET-SNN (Rathi & Roy 2020, arXiv:2008.03658) and HIRE-SNN.
+    """
 
     def __init__(self, p: float, steps: int) -> None:
         super().__init__()

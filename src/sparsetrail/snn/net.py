@@ -14,7 +14,8 @@ from sparsetrail.snn.engine import Workspace, freeze, has_bf16, watched
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons, ruled
-from sparsetrail.snn.resnet import DEPTHS, Connect, Pool, SpikingResNet, Stem
+from sparsetrail.snn.pools import POOLS, share_of
+from sparsetrail.snn.resnet import DEPTHS, Connect, SpikingResNet, Stem
 from sparsetrail.snn.routes import NeuronRoute, neuron_route
 from sparsetrail.snn.vgg import PLANS, Norm, SpikingVGG
 from sparsetrail.snn.wrn import SpikingWRN
@@ -29,7 +30,8 @@ class NetSpec:
     """What to build; a setting that would not be read is refused. `width` multiplies all channel counts.
 
     The stem "imagenet" is 7x7/2 and a 3x3/2 pool (the paper's, on 32x32 images too), "cifar" one 3x3 and no pool; it is
-    the ResNets'. `pool` is that of the imagenet stem, or of a VGG; None takes the family's own (max, in a VGG avg).
+    the ResNets'. `pool` is that of the imagenet stem, or of a VGG, one of POOLS or a mix as in "mix:0.25" (of max);
+    None takes the family's own (max, in a VGG avg).
     `connect` is SEW-ResNet's; `norm` and `dropout` are a VGG's. `normalise` is the network's first operation, a name of
     NORMALISATIONS. `readout` averages the scores of all steps or adds them up.
     `exact` switches the fast paths off: neurons step by step under autograd, PyTorch's own convolutions.
@@ -40,7 +42,7 @@ class NetSpec:
     channels: int = 3
     width: float = 1.0
     stem: Stem = "imagenet"
-    pool: Pool | None = None
+    pool: str | None = None
     connect: Connect = "add"
     norm: Norm = "batch"
     dropout: float = 0.0
@@ -54,10 +56,11 @@ class NetSpec:
         vgg, resnet = self.arch in VGGS, self.arch in RESNETS
         if self.pool is None:
             object.__setattr__(self, "pool", "max" if resnet else "avg" if vgg else "none")
+        pool = str(self.pool)
         for name, got, allowed in (
             ("arch", self.arch, ARCHITECTURES),
             ("stem", self.stem, ("imagenet", "cifar") if resnet else ("imagenet",)),
-            ("pool", self.pool, ("max", "avg") if vgg or resnet else ("none",)),
+            ("pool", pool.partition(":")[0], POOLS if resnet else POOLS[:-1] if vgg else ("none",)),
             ("connect", self.connect, ("add", "and", "iand") if resnet else ("add",)),
             ("norm", self.norm, ("batch", "none") if vgg else ("batch",)),
             ("normalise", self.normalise, ("none", *NORMALISATIONS)),
@@ -68,8 +71,11 @@ class NetSpec:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}{of}, got {got!r}")
         if self.arch.startswith("spiking") and self.connect != "add":
             raise ValueError(f"connect: a Spiking-ResNet adds currents; {self.connect!r} is for SEW-ResNet")
-        if self.stem == "cifar" and self.pool != "max":
-            raise ValueError(f"pool: the cifar stem has no pool; {self.pool!r} is for the imagenet stem")
+        share_of(pool)
+        if self.stem == "cifar" and pool not in ("max", "none"):  # max, the default, is not read there
+            raise ValueError(f"pool: the cifar stem has no pool; {pool!r} is for the imagenet stem; leave it out")
+        if self.neuron.kind == "relu" and pool in ("sum", "stochastic"):
+            raise ValueError(f"pool: {pool} is made of spikes and a ReLU network has none; take avg, max, mix or conv")
         if not 0 <= self.dropout < 1 or (self.dropout and not vgg):
             raise ValueError(f"dropout: expected a share 0..1 in a VGG, 0 elsewhere, got {self.dropout} in {self.arch}")
         if self.normalise != "none" and len(NORMALISATIONS[self.normalise][0]) not in (1, self.channels):

@@ -74,6 +74,10 @@ class NeuronSpec:
         if self.kind == "diet" and (self.reset is not None or not self.detach_reset):
             raise ValueError("diet: expected the soft reset out of the graph, its only one; give reset=None")
 
+    def soft(self) -> "NeuronSpec":
+        """An IF neuron of threshold 1 that subtracts it, so that no spike is lost; with the surrogate of this one."""
+        return NeuronSpec(reset=None, detach_reset=self.detach_reset, surrogate=self.surrogate)
+
     @property
     def rest(self) -> float:
         """The potential at the start of a sequence."""

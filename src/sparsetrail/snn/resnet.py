@@ -14,9 +14,9 @@ from sparsetrail._shapes import Float
 from sparsetrail.snn.engine import Conv2d, conv_fire, watched
 from sparsetrail.snn.folded import FoldedNet, FoldedNeuron, Normalise, Readout
 from sparsetrail.snn.neuron import Neuron, NeuronSpec
+from sparsetrail.snn.pools import make_pool
 
 Connect = Literal["add", "and", "iand"]
-Pool = Literal["max", "avg", "none"]
 Stem = Literal["imagenet", "cifar"]
 
 DEPTHS: dict[int, tuple[bool, tuple[int, int, int, int]]] = {  # depth: (bottleneck, blocks a stage)
@@ -107,7 +107,7 @@ class SpikingResNet(FoldedNet):
         channels: int,
         width: float,
         stem: Stem,
-        pool: Pool,
+        pool: str,
         connect: Connect,
         normalise: str,
         readout: Readout,
@@ -121,12 +121,12 @@ class SpikingResNet(FoldedNet):
         self.steps, self.readout = steps, readout
         self.normalise = None if normalise == "none" else Normalise(normalise)
 
-        def fire() -> FoldedNeuron:
-            return FoldedNeuron(neuron, steps, exact=exact)
+        def fire(soft: bool = False) -> FoldedNeuron:
+            return FoldedNeuron(neuron.soft() if soft else neuron, steps, exact=exact)
 
         if stem == "imagenet":
             self.conv1 = _conv(channels, widths[0], 7, 2)
-            self.pool: nn.Module = nn.MaxPool2d(3, 2, 1) if pool == "max" else nn.AvgPool2d(3, 2, 1)
+            self.pool = make_pool(pool, widths[0], (3, 2, 1), fire)
         else:
             self.conv1 = _conv(channels, widths[0], 3)
             self.pool = nn.Identity()

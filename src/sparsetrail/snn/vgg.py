@@ -1,4 +1,4 @@
-"""Spiking VGG-5 and VGG-11 as the compared defences build them, with 3x3 convolutions and average pools.
+"""Spiking VGG-5 and VGG-11 as the compared defences build them, with 3x3 convolutions; their pools average.
 
 VGG-11 is that of SNN-RAT (Ding et al. 2022) with `norm="batch"`: BatchNorm and biases, 61,377,034 parameters for 10
 classes. With `norm="none"` it is HIRE-SNN's (Kundu et al. 2021, arXiv:2110.11417): neither, and dropout behind every
@@ -15,6 +15,7 @@ from sparsetrail._shapes import Float
 from sparsetrail.snn.engine import Conv2d, conv_fire
 from sparsetrail.snn.folded import Dropout, FoldedNet, FoldedNeuron, Normalise, Readout
 from sparsetrail.snn.neuron import Neuron, NeuronSpec
+from sparsetrail.snn.pools import make_pool
 
 Norm = Literal["batch", "none"]
 POOL = 0  # in a plan, where the map is halved
@@ -67,8 +68,8 @@ class SpikingVGG(FoldedNet):
         def scaled(c: int) -> int:
             return max(1, round(c * width))
 
-        def fire() -> FoldedNeuron:
-            return FoldedNeuron(neuron, steps, exact=exact)
+        def fire(soft: bool = False) -> FoldedNeuron:
+            return FoldedNeuron(neuron.soft() if soft else neuron, steps, exact=exact)
 
         def drop() -> nn.Module:
             return Dropout(dropout, steps) if dropout else nn.Identity()
@@ -77,8 +78,8 @@ class SpikingVGG(FoldedNet):
         for c, following in zip(plan, (*plan[1:], None), strict=True):
             if c == POOL:
                 continue
-            halve = nn.MaxPool2d(2, 2) if pool == "max" else nn.AvgPool2d(2, 2)
-            layers.append(Layer(cin, scaled(c), norm, halve if following == POOL else drop(), fire()))
+            after = make_pool(pool, scaled(c), (2, 2, 0), fire) if following == POOL else drop()
+            layers.append(Layer(cin, scaled(c), norm, after, fire()))
             cin = scaled(c)
         self.features = nn.Sequential(*layers)
         self.side = 32 // 2 ** plan.count(POOL)

@@ -1,0 +1,138 @@
+"""The verbs `trail` and `ablate`: the gradients of trained models operation by operation, and their zeros' origin."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from sparsetrail import data
+from sparsetrail.cli.screen import Screen
+from sparsetrail.cli.verbs import Device, Json, Threads, _device, _emit, _folder, _target, _test_set
+from sparsetrail.models import Trained
+from sparsetrail.recipes import measure
+from sparsetrail.recipes.ablation import ablate as run_ablation
+from sparsetrail.recipes.ablation import trace
+from sparsetrail.report import figure, write
+from sparsetrail.report.tables import ablations, share
+
+Targets = Annotated[list[str], Parameter(help="run folders or model.safetensors, of one data set")]
+Named = Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")]
+
+
+def trail(
+    targets: Targets,
+    *,
+    data_name: Named = None,
+    n: int = 64,
+    detail: Annotated[
+        Literal["plain", "origin", "full"],
+        Parameter(help="zeros and norms; also where zeros come from; also weight gradients and float64"),
+    ] = "full",
+    per_step: Annotated[bool, Parameter(help="the zero share of every time step, as a chart and a CSV")] = False,
+    per_example: Annotated[bool, Parameter(help="the zero share of every image, as a chart and a CSV")] = False,
+    example: Annotated[
+        int | None, Parameter(help="follow this one image of the test set (from 0) instead of n, step by step")
+    ] = None,
+    mode: Literal["eval", "train"] = "eval",
+    batch: int = 16,
+    out: Path | None = None,
+    root: Path | None = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """The sparsity trail of TARGETS: exact zeros in, and L2 norm of, the gradient at the input of every operation.
+
+    Several models of one architecture stand side by side in one picture. Writes a page, CSVs, trail.svg and trail.pdf
+    into --out (default: trail/ or trail-train-mode/ beside the first model). --mode train uses batch statistics, as
+    the paper's code does; the models are left as they were. docs/trail.md says what every column means.
+    """
+    where = _device(device, threads)
+    models, test_set, first = _models(targets, data_name, None if example is not None else n, root, batch)
+    name = "trail" if mode == "eval" else "trail-train-mode"
+    command = f"sparsetrail trail {' '.join(targets)} --n {n} --detail {detail} --mode {mode}"
+    if example is not None:
+        test_set, per_step = data.pick(test_set, example), True
+        name, command = f"{name}-example-{example}", f"{command.replace(f'--n {n}', f'--example {example}')}"
+    with Screen(quiet=as_json) as screen:
+        place = _folder(out or first / name, False)
+        bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
+        report = trace(
+            bench, models, test_set, detail=detail, mode=mode, per_step=per_step, per_example=per_example, batch=batch,
+            command=command,
+        )  # fmt: skip
+        files = write(report, place)
+        drawn = [figure(report, place / f"trail.{kind}") for kind in ("svg", "pdf")]
+    if as_json:
+        for found in report.trails:
+            _emit(asdict(found))
+        return
+    for found in report.trails:
+        print(found.victim)
+        print(f"{'operation':<28}{'kind':<9}{'zeros %':>9}{'forced %':>10}{'created':>10}{'passed on':>10}{'norm':>12}")
+        for r in found.rows:
+            parts = f"{share(r.created):>10}{share(r.passed):>10}"
+            print(f"{r.op:<28}{r.kind:<9}{100 * r.zero:>9.2f}{100 * r.forced:>10.2f}{parts}{r.norm:>12.3e}")
+    for line in report.summary:
+        print(line)
+    print(f"figure   {', '.join(map(str, drawn))}")
+    print(f"report   {files.get('html', place)}")
+
+
+def ablate(
+    targets: Targets,
+    *,
+    data_name: Named = None,
+    n: int = 64,
+    batch: int = 16,
+    out: Path | None = None,
+    root: Path | None = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Where the zeros in the gradients of TARGETS come from: each part of the backward is replaced, zeros are counted.
+
+    The scores stay the same to the bit and nothing is retrained. Writes a page, Markdown, CSVs, ablation.svg and
+    ablation.pdf into --out (default: ablation/ beside the first model). The same command continues.
+    """
+    where = _device(device, threads)
+    models, test_set, first = _models(targets, data_name, n, root, batch)
+    with Screen(quiet=as_json) as screen:
+        place = _folder(out or first / "ablation", False)
+        bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
+        report = run_ablation(
+            bench, models, test_set, batch=batch, command=f"sparsetrail ablate {' '.join(targets)} --n {n}"
+        )
+        files = write(report, place)
+        drawn = [figure(report, place / f"ablation.{kind}", which="ablation") for kind in ("svg", "pdf")]
+    tables = ablations(report.trails)
+    if as_json:
+        _emit({"ablations": [asdict(t) for t in tables], "files": {k: str(v) for k, v in files.items()}})
+        return
+    for table in tables:
+        print(f"{table.victim}\n{table.grid.text('simple')}\n{table.sentence}\n")
+    print(f"figure   {', '.join(map(str, drawn))}")
+    print(f"report   {files.get('html', place)}")
+
+
+def _models(
+    targets: Sequence[str], data_name: str | None, n: int | None, root: Path | None, batch: int
+) -> tuple[list[tuple[str, Trained]], data.Dataset, Path]:
+    """The models by the names of their folders, the images they share, and the folder of the first."""
+    if not targets:
+        raise ValueError("expected at least one model, got none; name a run folder")
+    if batch < 1:
+        raise ValueError(f"--batch: expected at least 1 image, got {batch}")
+    found = [_target(target) for target in targets]
+    sets = [_test_set(model, data_name, n, root) for model, _ in found]
+    if len({s.sha256 for s in sets}) > 1:
+        names = ", ".join(dict.fromkeys(s.name for s in sets))
+        raise ValueError(f"expected models of one data set, got {names}; name one with --data")
+    labels = [folder.resolve().name for _, folder in found]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"expected models in folders of different names, got {', '.join(labels)}; rename one")
+    models = [(label, model) for label, (model, _) in zip(labels, found, strict=True)]
+    return models, sets[0], found[0][1]

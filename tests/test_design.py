@@ -1,0 +1,161 @@
+"""The sweep of designs: one thing changed at a time, counts by hand, a repeated command computes nothing."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import pytest
+
+from sparsetrail.cli import main
+from sparsetrail.core import Linf, Rate, Report, Run, Trail, TrailRow
+from sparsetrail.recipes import design as recipe
+from sparsetrail.recipes import measure
+from sparsetrail.recipes.design import ATTACKS, SIZES, designs, sweep
+from sparsetrail.report import charts, figure, load, write
+from sparsetrail.report.tables import rank_correlation, tradeoff, tradeoff_csv, tradeoff_sentences, undominated
+from sparsetrail.snn.pools import POOLS
+
+ONE, TWO = (Linf(e / 255, space="pixel") for e in (1, 2))
+
+
+@pytest.mark.parametrize("scale", SIZES)
+def test_every_design_differs_from_the_first_in_one_thing(scale):
+    first, *others = designs(SIZES[scale], 3, 10)
+    assert [d.net.pool for d in others if d.factor == "pool"] == list(POOLS[1:])
+    for d in others:
+        same = {
+            "pool": lambda net: replace(net, pool="max"),
+            "surrogate": lambda net: replace(net, neuron=first.net.neuron),
+            "steps": lambda net: replace(net, steps=first.net.steps),
+            "stem": lambda net: replace(net, stem="imagenet", pool="max"),
+        }[d.factor](d.net)
+        assert d.net != first.net and same == first.net
+    assert len({d.name for d in (first, *others)}) == len(others) + 1
+    assert [d.name for d in designs(SIZES[scale], 3, 10, ["stem"])] == ["max pool", "CIFAR stem"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    out = tmp_path_factory.mktemp("design")
+    short = tuple(
+        (name, route, knobs | {k: 2 for k in ("steps", "queries") if k in knobs}) for name, route, knobs in ATTACKS
+    )
+    args = ["design", "--data", "fashion-mnist-slice", "--scale", "smoke", "--only", "steps", "--eps",
+            "8/255", "--seeds", "2", "--threads", "1", "--out", str(out)]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "ATTACKS", short)
+        main(args)
+        yield out, args
+
+
+def test_a_sweep_from_end_to_end(swept, capsys, monkeypatch):
+    out, args = swept
+    report = load(out)
+    points = tradeoff(report)
+    assert [p.design for p in points] == ["max pool", "T=2"] * 2
+    assert {p.victim for p in points} == {f"{p.design}, seed {s}" for p in points for s in (3407, 3408)}
+    assert all(p.threat == Linf(8 / 255, space="pixel") and p.attacks == len(ATTACKS) for p in points)
+    assert all(p.robust.n == 8 and p.clean.n == 16 and 0 < p.density <= 1 for p in points)
+    files = {p.name for p in out.iterdir()}
+    assert {"tradeoff.svg", "tradeoff.pdf", "tradeoff.csv", "report.html", "report.md", "result.json"} <= files
+    drawn = (out / "tradeoff.svg").read_text()
+    assert "n=8" in drawn and "L-infinity 8/255" in drawn and "seed 0" in drawn and "sparsetrail 0" in drawn
+    page = (out / "report.html").read_text()
+    assert "<h2>Trade-off</h2>" in page and '"tradeoff"' in page and '"trail-0"' not in page
+    for name in ("attack", "trail", "accuracy", "build"):
+        monkeypatch.setattr(measure, name, lambda *a, **k: pytest.fail("computed again"))
+    capsys.readouterr()
+    main([*args, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["points"]) == len(points) and load(out).runs == report.runs
+
+
+def test_a_sweep_that_cannot_be_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "load", lambda *a, **k: pytest.fail("looked for data"))
+    bench = measure.Bench(out=tmp_path)
+    for knobs, words in (
+        ({"scale": "huge"}, "expected one of smoke, small, paper"),
+        ({"factors": []}, "a factor, a radius and a seed"),
+        ({"eps": ()}, "a factor, a radius and a seed"),
+        ({"seeds": 0}, "got .* 0 seeds"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sweep(bench, "cifar10", **knobs)
+
+
+def made(*given, threats=(ONE,)):
+    """A report of designs (name, factor, clean of 10, flags left by attack a, by attack b, zero share)."""
+    cards, runs, trails = [], [], []
+    for name, factor, clean, a, b, zero in given:
+        cards.append({"name": name, "factor": factor, "clean": {"k": clean, "n": 10}})
+        for threat in threats:
+            for attack, flags in (("pgd", a), ("square", b)):
+                robust = tuple(f == "1" for f in flags)
+                runs.append(
+                    Run(attack=attack, knobs={}, threat=threat, victim=name, route="own", mode="eval", data="d, n=4",
+                        seed=0, clean=(True,) * len(robust), robust=robust, ties=0, forwards=1, backwards=1,
+                        zero_gradient=0.0, dead_examples=0, nonfinite=0, trace=(), seconds=1.0)
+                )  # fmt: skip
+        rows = (
+            TrailRow(op="a", kind="conv", depth=0, zero=zero, forced=0.0, norm=1.0, entries=300),
+            TrailRow(op="b", kind="conv", depth=1, zero=0.0, forced=0.0, norm=1.0, entries=100),
+        )
+        trails.append(Trail(victim=name, mode="eval", data="d", n=4, steps=1, clean_accuracy=1.0, rows=rows))
+    return Report(title="t", summary=(), models=tuple(cards), runs=tuple(runs), trails=tuple(trails), claims=(),
+                  provenance={"seed": 0, "torch": "2", "sparsetrail": "0"})  # fmt: skip
+
+
+THREE = (
+    ("x", "pool", 9, "1100", "0110", 0.8),
+    ("y", "pool", 7, "1110", "1111", 0.4),
+    ("z", "stem", 6, "1110", "1011", 0.0),
+)
+
+
+def test_points_by_hand():
+    x, y, z = tradeoff(made(*THREE))
+    assert (x.robust, y.robust, z.robust) == (Rate(1, 4), Rate(3, 4), Rate(2, 4))  # images that survive both
+    assert (x.clean, y.factor, z.factor) == (Rate(9, 10), "pool", "stem")
+    assert (x.density, y.density, z.density) == (pytest.approx(0.4), pytest.approx(0.7), 1.0)
+    assert [p.victim for p in undominated([x, y, z])] == ["y", "x"]
+    (line,) = tradeoff_sentences([x, y, z])
+    assert "clean and robust accuracy -0.50" in line and "not dominated: y, x" in line
+    assert "density and robust accuracy +0.50" in line and "worst of 2 attacks, 3 networks" in line
+    rows = list(csv.DictReader(io.StringIO(tradeoff_csv([x]))))
+    assert rows[0]["robust_k"] == "1" and rows[0]["robust_n"] == "4" and float(rows[0]["density"]) == pytest.approx(0.4)
+    assert tradeoff(replace(made(*THREE), models=())) == ()  # a report that is no sweep
+
+
+def test_two_threats_are_never_one_worst_case():
+    points = tradeoff(made(*THREE, threats=(ONE, TWO)))
+    assert [(p.victim, p.threat) for p in points] == [(n, t) for n in "xyz" for t in (ONE, TWO)]
+    assert all(p.attacks == 2 for p in points) and len(tradeoff_sentences(points)) == 2
+
+
+def test_rank_correlation():
+    assert rank_correlation([(1, 10), (2, 20), (3, 15), (4, 40)]) == pytest.approx(0.8)
+    assert rank_correlation([(1, 1), (1, 2), (2, 3)]) == pytest.approx(3**0.5 / 2)  # ties share a rank
+    assert rank_correlation([(1, 1), (2, 1), (3, 1)]) is None and rank_correlation([(1, 1), (2, 2)]) is None
+
+
+def test_the_plot_holds_intervals_both_ways_and_names_that_do_not_meet(tmp_path):
+    report = made(*THREE, *((f"crowd {i}", "steps", 7, "1110", "1111", 0.1 * i) for i in range(5)))
+    points = tradeoff(report)
+    spec = charts.tradeoff_spec(points)
+    (values,) = {json.dumps(layer["data"]["values"]) for layer in spec["layer"] if len(layer["data"]["values"]) == 8}
+    rows = {v["network"]: v for v in json.loads(values)}
+    lo, hi = Rate(1, 4).interval()
+    assert (rows["x"]["robust_low"], rows["x"]["robust_high"]) == (pytest.approx(100 * lo), pytest.approx(100 * hi))
+    assert rows["x"]["clean_accuracy"] == 90 and rows["x"]["density"] == pytest.approx(40)
+    span = [charts._span([r.interval() for r in rs]) for rs in ([p.clean for p in points], [p.robust for p in points])]
+    scale = [size / (b - a) for size, (a, b) in zip(charts.PANEL, span, strict=True)]
+    at = [(v["name_x"] * scale[0], v["name_y"] * scale[1], 5.4 * len(v["network"])) for v in rows.values()]
+    for i, (x, y, wide) in enumerate(at):
+        for u, w, size in at[:i]:
+            assert abs(y - w) > 11.9 or x + wide <= u + 0.1 or u + size <= x + 0.1
+    files = write(report, tmp_path)
+    assert files["tradeoff"].name == "tradeoff.csv" and "## Trade-off" in files["md"].read_text()
+    assert figure(report, tmp_path / "t.pdf", which="tradeoff").read_bytes().startswith(b"%PDF")
+    with pytest.raises(ValueError, match="expected a report with a sweep of designs"):
+        figure(replace(report, models=()), tmp_path / "t.pdf", which="tradeoff")
