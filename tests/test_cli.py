@@ -34,8 +34,8 @@ def model(tmp_path_factory):
 
 
 def test_the_verbs_are_exactly_these(capsys):
-    assert list(VERBS) == ["quick", "train", "import", "attack", "audit", "trail", "ablate", "design", "reproduce",
-                           "report", "bench", "doctor"]  # fmt: skip
+    assert list(VERBS) == ["quick", "train", "defend", "import", "attack", "audit", "trail", "ablate", "design",
+                           "reproduce", "report", "bench", "doctor"]  # fmt: skip
     assert list(DATA_VERBS) == ["get", "add", "verify", "list"]
     assert list(THEORY_VERBS) == ["demo", "audit"]
     code, out, _ = run("--help", capsys=capsys)
@@ -43,6 +43,29 @@ def test_the_verbs_are_exactly_these(capsys):
     for verb in [*VERBS, *[f"data {v}" for v in DATA_VERBS], *[f"theory {v}" for v in THEORY_VERBS]]:
         code, out, _ = run(*verb.split(), "--help", capsys=capsys)
         assert code == 0 and "Usage: sparsetrail" in out, verb
+
+
+def test_a_compared_system_is_one_command_away(tmp_path, capsys):
+    small = ("--data", "fashion-mnist-slice", "--images", 48, "--width", "0.0625", "--T", 2, "--epochs", 1,
+             "--batch", 16, "--threads", 1, "--out", tmp_path / "d")  # fmt: skip
+    code, out, err = run("defend", "rat_vgg11", *small, "--set", "strength=0.01", "--json", capsys=capsys)
+    assert code == 0, err
+    told = json.loads(out)
+    held = load_model(tmp_path / "d" / "models" / "fashion-mnist-slice-rat_vgg11")
+    assert told["sha256"] == held.sha256 and "FGSM step of 2/255" in told["open in its source"]
+    assert held.card["defence"]["knobs"]["strength"] == 0.01
+    code, out, _ = run("attack", held.path, "--eps", "8/255", "--space", "pixel", "--n", 4, capsys=capsys)
+    assert code == 0 and "crafted in eval mode" in out
+    for args, match in (
+        (("defend", "rat"), "expected one of vanilla_vgg11"),
+        (("defend", "rat_vgg11", "--set", "eps=8"), "grey levels are divided by 255"),
+        (("defend", "rat_vgg11", "--set", "steps=8"), "expected key=value of snn_rat's settings"),
+        (("defend", "vanilla_vgg11", "--set", "eps=0.1"), "settings (none)"),
+        (("defend", "hire_vgg11", "--T", 3), "divisor of the 3 time steps"),
+        (("defend", "rat_vgg11", "--calibrate", 3), "has no twin"),
+    ):
+        code, _, err = run(*args, "--data", "fashion-mnist-slice", "--out", tmp_path / "no", capsys=capsys)
+        assert code == 4 and match in err and not (tmp_path / "no").exists(), err
 
 
 def test_usage_errors_exit_2(capsys):

@@ -7,12 +7,18 @@ from cyclopts import App, CycloptsError
 
 from sparsetrail import __version__
 
-HOMES = {"trail": "sparsetrail.cli.trails", "ablate": "sparsetrail.cli.trails", "design": "sparsetrail.cli.design"}
+HOMES = {
+    "defend": "sparsetrail.cli.defend",
+    "trail": "sparsetrail.cli.trails",
+    "ablate": "sparsetrail.cli.trails",
+    "design": "sparsetrail.cli.design",
+}
 HOME = "sparsetrail.cli.verbs"  # of all others
 THEORY = "sparsetrail.cli.theory"
 VERBS = {
     "quick": "Train two small SEW-ResNets on shipped images, attack both, trace both: a report in minutes.",
     "train": "Train a network, or continue; Ctrl-C and kill -9 lose nothing.",
+    "defend": "Train a system the paper compares with (SNN-RAT, HIRE-SNN, ...) or a standard defence.",
     "import": "Take in a foreign PyTorch checkpoint of a known architecture; tensors only, nothing is run.",
     "attack": "Attack a trained model: one attack, one threat, one line.",
     "audit": "Judge a robustness claim: checks, a battery of attacks, worst case per image, verdict.",

@@ -174,6 +174,32 @@ SYSTEMS: dict[str, System] = {
 }  # fmt: skip
 
 
+def plan(
+    name: str,
+    data: Dataset,
+    *,
+    width: float = 1.0,
+    steps: int | None = None,
+    epochs: int | None = None,
+    twin_epochs: int | None = None,
+    calibrate: int | None = None,
+    batch: int | None = None,
+    knobs: Mapping[str, Any] | None = None,
+) -> tuple[NetSpec, Encoder, Seams, TrainSpec]:
+    """What `train_system` would train, and how; ValueError for what does not exist or does not fit."""
+    if name not in SYSTEMS:
+        raise ValueError(f"system: expected one of {', '.join(SYSTEMS)}, got {name!r}")
+    system = SYSTEMS[name]
+    if system.twin is None and (twin_epochs is not None or calibrate is not None):
+        raise ValueError(f"{name}: has no twin of ReLUs; leave its epochs and the steps of its calibration out")
+    net = system.net(data, width=width, steps=steps)
+    encode, seams = system.encoder(net.steps), system.seams(knobs)
+    spec = _sized(system.train, epochs, batch)
+    if seams.check is not None:
+        seams.check(net, encode, spec)
+    return net, encode, seams, spec
+
+
 def train_system(
     bench: Bench,
     name: str,
@@ -192,17 +218,12 @@ def train_system(
     Whatever is None is as the source has it: time `steps`, `epochs` (and of the twin), steps of the calibration, batch.
     ValueError, before anything is written, for a system that does not exist and settings that do not fit it.
     """
-    if name not in SYSTEMS:
-        raise ValueError(f"system: expected one of {', '.join(SYSTEMS)}, got {name!r}")
+    net, encode, seams, spec = plan(
+        name, data, width=width, steps=steps, epochs=epochs, twin_epochs=twin_epochs, calibrate=calibrate, batch=batch,
+        knobs=knobs,
+    )  # fmt: skip
     system = SYSTEMS[name]
-    net = system.net(data, width=width, steps=steps)
-    encode, seams = system.encoder(net.steps), system.seams(knobs)
-    spec = _sized(system.train, epochs, batch)
-    if seams.check is not None:
-        seams.check(net, encode, spec)
     folder, start = f"{data.name}-{name}", None
-    if system.twin is None and (twin_epochs is not None or calibrate is not None):
-        raise ValueError(f"{name}: has no twin of ReLUs; leave its epochs and the steps of its calibration out")
     if system.twin is not None:
         how = system.twin
         relu = replace(
