@@ -112,6 +112,7 @@ def test_a_linear_victim_meets_the_hypotheses():
     outside = replace(a, radii=(replace(a.at, verdict=("violated (certified)",) * 6),))
     assert theorems.judge1(outside).verdict == "violated (certified)"
     assert theorems.judge1(replace(a, noise_floor=0.1)).why.startswith("The score is not a function")
+    assert "the victim draws noise" in theorems.judge1(replace(a, random=True)).why
     assert theorems.judge2(a).verdict == "hypothesis not met" and "Victim(module=" in theorems.judge2(a).why
     assert theorems.judge_corollary(a).verdict == "vacuous"
     falls = replace(a, corollary=(replace(a.corollary[1], rho=-0.9, low=-1.0, high=-0.5),))
@@ -240,8 +241,8 @@ def three():
     return Victim(encode=lambda x: x.flatten(1)[None], logits=lambda u: u[0][:, :3], steps=1, classes=3)
 
 def noisy():
-    code = lambda x: (torch.rand_like(x) < x).float().flatten(1)[None] + 0 * x.flatten(1)
-    return Victim(encode=code, logits=lambda u: u[0][:, 390:400], steps=1, classes=10, random=True)
+    code = lambda x: torch.rand_like(x).flatten(1)[None] + 0 * x.flatten(1)
+    return Victim(encode=code, logits=lambda u: u[0][:, :10], steps=1, classes=10)
 """
 
 
@@ -275,7 +276,7 @@ def test_foreign_victims_from_a_file(tmp_path, capsys):
     assert code == 4 and "three: expected 3 classes, found 10 in fashion-mnist-slice" in said
     assert audit("dark")[1]["Theorem 1"]["verdict"] == "undefined"
     assert "\u2013: read gradient-based" in (tmp_path / "dark" / "theorems.md").read_text()
-    assert "not a function" in audit("noisy")[1]["Theorem 1"]["why"]
+    assert "not a function: calls on the same images differ" in audit("noisy")[1]["Theorem 1"]["why"]
 
 
 def test_reproduce_theorems_and_the_verbs(tmp_path, monkeypatch, capsys, shown):

@@ -262,8 +262,9 @@ def judge1(a: TheoryAudit) -> Judgement:
     """Theorem 1 on a victim: its hypotheses first, then the inequality."""
     counts = {v: a.at.verdict.count(v) for v in dict.fromkeys(a.at.verdict)}
     said = f"the ratio is {', '.join(f'{PLACE[v]} on {k}' for v, k in counts.items())} of {a.n} images"
-    if a.noise_floor > 0:
-        return Judgement(verdict="hypothesis not met", why=f"The score is not a function: two calls differ; {said}.")
+    if a.random or a.noise_floor > 0:
+        why = "the victim draws noise" if a.random else "calls on the same images differ"
+        return Judgement(verdict="hypothesis not met", why=f"The score is not a function: {why}; {said}.")
     if counts.get("undefined") == a.n:
         return Judgement(verdict="undefined", why=f"Nothing within {a.threat} changes the score of any image: 0/0.")
     if failed := _unmet(a):
@@ -326,9 +327,9 @@ def _asked(a: TheoryAudit) -> tuple[Asked, ...]:
             "below a millionth of the largest",
         ),
         Asked(
-            asks="the score is a function: two calls agree",
-            met=a.noise_floor == 0,
-            found=f"mean squared difference {a.noise_floor:.2g}",
+            asks="the score is a function: calls on the same images agree",
+            met=a.noise_floor == 0 and not a.random,
+            found=f"mean squared difference {a.noise_floor:.2g}" + ("; the victim draws noise" if a.random else ""),
         ),
     )
 

@@ -53,6 +53,7 @@ from sparsetrail.theory import (
 from sparsetrail.trails import kind_of
 
 LEVEL = 0.95
+REPEATS = 4  # calls on the same images that must agree
 Floats = tuple[float, ...]
 Say = Callable[[str, int, int], None]  # part, done, total
 
@@ -178,8 +179,8 @@ class TheoryAudit:
 
     `support` counts non-zero gradient entries of the probability per image with the softmax in float64, `support32` as
     float32 has it, `support_large` those beyond a millionth of the largest, of `entries`. `eps1` are first-switch
-    radii, or `no_switch` says why there are none. `noise_floor` is the mean squared difference of two calls on the
-    same images: 0 for a function.
+    radii, or `no_switch` says why there are none. `noise_floor` is the mean squared difference of calls on the same
+    images: 0 for a function. `random` victims say themselves that they draw noise.
     """
 
     victim: str
@@ -194,6 +195,7 @@ class TheoryAudit:
     entries: int
     clipped: float
     noise_floor: float
+    random: bool
     support: tuple[int, ...]
     support32: tuple[int, ...]
     support_large: tuple[int, ...]
@@ -496,6 +498,7 @@ def audit(
         entries=parts[0]["entries"],
         clipped=sum(whole("clipped")) / n,
         noise_floor=sum(whole("noise")) / n,
+        random=victim.random,
         support=whole("support"),
         support32=whole("support32"),
         support_large=whole("support_large"),
@@ -548,7 +551,8 @@ def _measure(
     flat = g.flatten(1)
     with torch.no_grad():
         z = f(u)
-        noise = (score(u, y) - score(u, y)).square()
+        once = score(u, y)
+        noise = torch.stack([(score(u, y) - once).square() for _ in range(REPEATS)]).mean(0)
     narrow = u.detach().requires_grad_()
     with torch.enable_grad():
         p = f(narrow).softmax(1).gather(1, y[:, None])
