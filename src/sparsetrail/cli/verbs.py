@@ -21,6 +21,7 @@ from sparsetrail.attacks import ATTACKS, settings
 from sparsetrail.auditing import refuse
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, as_fraction
+from sparsetrail.defend import DEFENCES
 from sparsetrail.models import Trained, import_weights, load_model
 from sparsetrail.recipes import audits, measure, paper
 from sparsetrail.recipes import quick as quick_recipe
@@ -194,6 +195,10 @@ def train(
     crop: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
     validation: float = 0.1,
+    defence: Annotated[str | None, Parameter(help=f"one of {', '.join(DEFENCES)}; none by default")] = None,
+    sets: Annotated[
+        list[str] | None, Parameter(name="--set", negative="", help="a setting of the defence, e.g. eps=2/255")
+    ] = None,
     seed: int = 3407,
     root: Path | None = None,
     device: Device = "auto",
@@ -205,9 +210,15 @@ def train(
 
     Defaults are the paper's: Adam 1e-3, batch 16, 100 epochs, flip, seed 3407, IF neurons, arctan(2), phase code with
     T=10. The reset is detached in SEW-ResNets and in the graph of Spiking-ResNets, unless --detach-reset says
-    otherwise. The best epoch is chosen on --validation of the training set.
+    otherwise. The best epoch is chosen on --validation of the training set. --defence trains with one of the defences
+    on this network; `defend` takes the networks and schedules of their sources instead.
     """
     where = _device(device, threads)
+    if defence is not None and defence not in DEFENCES:
+        raise ValueError(f"--defence: expected one of {', '.join(DEFENCES)}, got {defence!r}")
+    known = settings(DEFENCES[defence]) if defence else {}
+    given = _settings(defence or "no defence", known, sets or [])
+    seams = DEFENCES[defence](**given) if defence else None
     train_set = data.load(data_name, "train", root=root)
     if images is not None and images < len(train_set.labels):
         train_set = data.take(train_set, images, seed=0)
@@ -223,7 +234,12 @@ def train(
         optimizer=optimizer, lr=lr, weight_decay=weight_decay, schedule=schedule, batch=batch, epochs=epochs, flip=flip,
         crop=crop, clip=clip, precision=precision, validation=validation, seed=seed,
     )  # fmt: skip
-    folder = _folder(out or Path("runs") / f"{train_set.name}-{arch}-{net.pool}", fresh)
+    code = build_encoder(encoder, **knobs)
+    if seams is not None and seams.check is not None:
+        seams.check(net, code, spec)  # refused before anything is written
+    folder = _folder(
+        out or Path("runs") / f"{train_set.name}-{arch}-{net.pool}{f'-{defence}' if defence else ''}", fresh
+    )
     with Screen() as screen:
 
         def say(event: dict[str, Any]) -> None:
@@ -237,9 +253,7 @@ def train(
             elif event["event"] == "resumed":
                 screen.say(f"continuing at epoch {event['epoch'] + 1}, step {event['step']}")
 
-        model = train_model(
-            net, build_encoder(encoder, **knobs), train_set, spec, folder, device=where, say=say, stop=screen.stop
-        )
+        model = train_model(net, code, train_set, spec, folder, seams=seams, device=where, say=say, stop=screen.stop)
     facts = {"model": str(model.path), "sha256": model.sha256, "validation": model.card["validation"]}
     if as_json:
         _emit(facts)
