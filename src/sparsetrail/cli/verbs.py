@@ -223,7 +223,7 @@ def train(
         optimizer=optimizer, lr=lr, weight_decay=weight_decay, schedule=schedule, batch=batch, epochs=epochs, flip=flip,
         crop=crop, clip=clip, precision=precision, validation=validation, seed=seed,
     )  # fmt: skip
-    folder = _folder(out or Path("runs") / f"{train_set.name}-{arch}-{net.pool}", fresh)
+    folder = _folder(out or Path("runs") / f"{train_set.name}-{arch}-{net.pool}".replace(":", "-"), fresh)
     with Screen() as screen:
 
         def say(event: dict[str, Any]) -> None:
