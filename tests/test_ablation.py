@@ -210,7 +210,9 @@ def test_the_sentence_counts_by_hand():
     assert "50.0 % of all gradient entries are exactly zero" in said  # 200 of 400
     assert "77.5 % of them are created where they stand" in said  # 155 of 200
     assert "pool 51.6 %, skip 48.4 %" in said and "96.8 % of those by geometry alone" in said  # 80, 75; 150 of 155
-    assert "0 % of all are no zeros in float64" in said and "0 % of the entries at conv1" in said
+    assert "none of the zeros are float underflow" in said and "0 % of the entries at conv1" in said
     assert pack(t)["rows"][1]["created"] == 0.8
+    lost = replace(t, rows=(replace(t.rows[0], zero=0.5, created=0.5, zero64=0.0), *t.rows[1:]))
+    assert "20.0 % of the zeros are float underflow" in explain(lost)  # 50 of 250
     none = replace(t, rows=rows(("conv1", "conv", 0.0, 0.0, 0.0)))
     assert explain(none) == "m, eval mode, n=2: no gradient entry is exactly zero."

@@ -63,7 +63,13 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
             "titleFontSize": 13,
             "labelFontSize": 12,
         },
-        "legend": {"labelColor": c["ink"], "titleColor": c["ink"], "labelFontSize": 13, "titleFontWeight": "normal"},
+        "legend": {
+            "labelColor": c["ink"],
+            "titleColor": c["ink"],
+            "labelFontSize": 13,
+            "labelLimit": 340,
+            "titleFontWeight": "normal",
+        },
         "title": {
             "color": c["ink"],
             "subtitleColor": c["soft"],
@@ -460,9 +466,7 @@ def ablation_spec(found: Ablation) -> Spec:
         .encode(
             x=alt.X("zero:Q", title="zero entries, % of all", stack="zero"),
             y=alt.Y("replaced:N", scale=alt.Scale(domain=names), axis=alt.Axis(title=None, labelLimit=420)),
-            color=alt.Color(
-                "kind:N", sort=kinds, legend=alt.Legend(title=None, orient="top", columns=3, labelLimit=300)
-            ),
+            color=alt.Color("kind:N", sort=kinds, legend=alt.Legend(title=None, orient="top", columns=3)),
             order=alt.Order("order:Q"),
             tooltip=[
                 alt.Tooltip("replaced:N"),
