@@ -182,7 +182,9 @@ def _job(design: Design, dataset: str, data: Dataset, spec: TrainSpec) -> Job:
 def _struck(bench: Bench, model: Trained, name: str, threat: Threat, data: Dataset) -> list[Run]:
     runs = []
     for attack, route, knobs in ATTACKS:
-        pace = {"step": PACE * threat.eps} if attack == "pgd" else {}  # the paper's 0.01 at 8/255, scaled to the radius
+        pace: dict[str, Any] = (
+            {"step": PACE * threat.eps} if attack == "pgd" else {}
+        )  # the paper's 0.01 at 8/255, scaled to the radius
         runs.append(strike(bench, model, name, attack, threat, data, route=route, **knobs, **pace))
     return runs
 
