@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sparsetrail import data
 from sparsetrail.core import Trail, TrailRow
+from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate, averaged, rebuilt, spread, trace, variants
 from sparsetrail.report import figure, load, pack, write
@@ -95,6 +96,21 @@ def test_only_what_is_there_is_replaced():
     graph = words(build(replace(spec, neuron=NeuronSpec(detach_reset=False))))
     assert "neuron: reset detached" in graph and "neuron: reset in the graph" not in graph
     assert words(nn.Sequential(nn.Linear(2, 2))) == []
+    assert every[-1] == "both: pools, strided 1x1, straight-through, reset in the graph"
+    assert graph[-1] == "both: pools, strided 1x1, straight-through"
+    twin = words(build(replace(spec, neuron=NeuronSpec(kind="relu"))))
+    assert len(twin) == 3 and all(w.startswith("architecture") for w in twin)
+
+
+def test_variants_of_learnt_neurons_run_too(tiny):
+    spec = NetSpec(channels=1, width=0.125, steps=2, neuron=NeuronSpec(kind="diet", reset=None))
+    net = build(spec).eval()
+    x = torch.rand(2, 1, 28, 28)
+    card = {"encoder": {"name": "phase"}}
+    model = Trained(net=net, encode=phase(steps=2), card=card, sha256="0", path=tiny[0].out)
+    u = phase(steps=2)(x)
+    for way in variants(net):
+        assert torch.equal(way.victim(model, "diet", "cpu").logits(u), net(u))
 
 
 def test_zeros_go_with_what_makes_them(report):
@@ -114,6 +130,8 @@ def test_zeros_go_with_what_makes_them(report):
             assert rows["max pool by average pool"].kinds[pool] < base.kinds[pool]
         rectangle = rows["surrogate rectangle(1)"]
         assert rectangle.zero > base.zero and rectangle.route != base.route  # tails that are zero make zeros
+        assert all(r.participation is None or 0 < r.participation <= 1 - r.zero for r in a.rows)
+        assert base.participation is not None and rows["float64"].participation is None
         assert f"{name}, n=6" in a.sentence and "are the work of" in a.sentence
     assert report.summary[:2] == tuple(a.sentence for a in found.values())
 
@@ -137,7 +155,7 @@ def test_the_same_command_computes_nothing_again_and_draws_the_same(tiny, report
     files = write(report, tmp_path)
     assert load(tmp_path) == report
     lines = files["ablation"].read_text().splitlines()
-    assert lines[0] == "victim,data,n,part,replaced,route,kind,zero" and len(lines) > 40
+    assert lines[0] == "victim,data,n,part,replaced,route,kind,zero,participation" and len(lines) > 40
     assert "What is left of the zeros" in files["html"].read_text() and "What is left" in files["md"].read_text()
     assert "straight-through" not in files["csv"].read_text()  # trails of the networks as they are only
     drawn = figure(report, tmp_path / "ablation.svg", which="ablation").read_text()
@@ -192,7 +210,9 @@ def test_the_sentence_counts_by_hand():
     assert "50.0 % of all gradient entries are exactly zero" in said  # 200 of 400
     assert "77.5 % of them are created where they stand" in said  # 155 of 200
     assert "pool 51.6 %, skip 48.4 %" in said and "96.8 % of those by geometry alone" in said  # 80, 75; 150 of 155
-    assert "0 % of all are no zeros in float64" in said and "0 % of the entries at conv1" in said
+    assert "none of the zeros are float underflow" in said and "0 % of the entries at conv1" in said
     assert pack(t)["rows"][1]["created"] == 0.8
+    lost = replace(t, rows=(replace(t.rows[0], zero=0.5, created=0.5, zero64=0.0), *t.rows[1:]))
+    assert "20.0 % of the zeros are float underflow" in explain(lost)  # 50 of 250
     none = replace(t, rows=rows(("conv1", "conv", 0.0, 0.0, 0.0)))
     assert explain(none) == "m, eval mode, n=2: no gradient entry is exactly zero."

@@ -12,6 +12,7 @@ from sparsetrail.attacks import attack, pgd
 from sparsetrail.checks import CHECKS, Case
 from sparsetrail.core import Linf, Route
 from sparsetrail.snn.encode import direct, phase
+from sparsetrail.trails import trail
 
 X = torch.randint(0, 256, (6, 1, 6, 6), generator=torch.Generator().manual_seed(0)) / 255
 
@@ -104,3 +105,23 @@ def test_a_spikingjelly_network_is_audited_by_several_surrogates(theirs):
         with pytest.raises(ValueError, match="theirs"):
             v.by(route)
     reset_all(theirs)
+
+
+def test_the_trail_of_a_spikingjelly_network_tells_where_its_zeros_come_from(spikingjelly):
+    net = nn.Sequential(
+        spikingjelly.layer.Conv2d(1, 4, 3, padding=1, bias=False),
+        spikingjelly.layer.BatchNorm2d(4),
+        spikingjelly.neuron.IFNode(surrogate_function=spikingjelly.surrogate.ATan(), detach_reset=True),
+        spikingjelly.layer.MaxPool2d(2, 2),
+        spikingjelly.layer.Flatten(),
+        spikingjelly.layer.Linear(4 * 16, 10),
+    )
+    spikingjelly.functional.set_step_mode(net, "m")
+    v = adapted(net.eval(), direct(steps=4), classes=10)
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = trail(v, x, torch.tensor([0, 1]), detail="full", per_step=True).rows
+    assert [r.kind for r in rows] == ["conv", "norm", "neuron", "pool", "flatten", "linear"]
+    assert all(r.created is not None and r.zero64 == r.zero and len(r.per_step) == 4 for r in rows)
+    pool, sn = rows[3], rows[2]
+    assert (pool.zero, pool.created, pool.inherited) == (0.75, 0.75, 0.0) and 0 < sn.passed <= sn.zero <= 0.75
+    assert {p.dtype for p in net.parameters()} == {torch.float32}

@@ -536,6 +536,16 @@ def test_an_audit_of_nothing_is_still_a_page():
 # --- charts -----------------------------------------------------------------------------------------------------
 
 
+def test_every_chart_says_what_it_rests_on():
+    report = empty(audits=(masked(), supported()), provenance={"seed": 3, "torch": "2", "sparsetrail": "0.1"})
+    drawn = page._charts(report)
+    assert {name.split("-")[1] for name in drawn} == {"0", "1"}
+    for name, spec in drawn.items():
+        data, threat, rest = spec["title"]["text"]
+        assert f"n={N}" in data and rest == "seed 3; sparsetrail 0.1; torch 2"
+        assert threat == str(PIXEL if name.startswith("audit-0") else CODE)
+
+
 def test_the_fall_chart_holds_the_figures_and_no_interval_for_the_claim():
     marks = [v for v in values_in(audit_charts.fall_spec(masked())) if "name" in v]
     by_name = {v["name"]: v for v in marks}

@@ -574,6 +574,30 @@ def test_the_time_step_chart_is_there_only_with_time_steps():
     assert charts.steps_spec(tables.trail_groups((trail(per_step=True),))[0]) is not None
 
 
+def test_every_chart_says_what_it_rests_on(tmp_path):
+    report = whole(
+        provenance={"torch": "2.13.0", "sparsetrail": "0.1.0", "seed": 7},
+        models=(card("max", training="adam, seed 3407"),),
+    )
+    page.write(report, tmp_path)
+    drawn = page._charts(report)
+    assert set(drawn) == {"accuracy", "trail-0", "steps-0"}
+    for name, spec in drawn.items():
+        text = " | ".join(spec["title"]["text"])
+        assert "n=" in text and "training seed 3407" in text and "sparsetrail 0.1.0; torch 2.13.0" in text, name
+        assert ("no threat" in text and "seed 7" in text) == (name != "accuracy")
+    told = drawn["accuracy"]["title"]["text"][1]
+    assert "pixel space, L-infinity 8/255, crafted in eval mode" in told and "crafted in train mode" in told
+
+
+def test_results_of_before_are_still_read():
+    """Trails written before it was known where zeros come from."""
+    for file in (Path(__file__).parents[1] / "records").glob("*/fig?.json"):
+        report = load(file)
+        assert report.trails and all(row.created is None for t in report.trails for row in t.rows)
+        assert page.markdown(report)
+
+
 def test_figures_are_exported_as_vectors(tmp_path):
     report = whole()
     svg = room.figure(report, tmp_path / "new" / "trail.svg").read_text()

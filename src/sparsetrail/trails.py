@@ -56,7 +56,7 @@ def trail(
         raise ValueError(f"{victim.name}: the trail needs the network behind the victim; give Victim(module=...)")
     net, was = victim.module, {m: m.training for m in victim.module.modules()}
     buffers = {k: v.clone() for k, v in net.named_buffers()}
-    leaves = {k: m for k, m in net.named_modules() if k and not list(m.children()) and not isinstance(m, nn.Identity)}
+    leaves = _leaves(net)
     watch = _Watch(leaves, victim.steps, origin=detail != "plain", record=detail == "full", per_example=per_example)
     again = _Watch(leaves, victim.steps)
     weights = _weights(leaves) if detail == "full" else {}
@@ -79,7 +79,7 @@ def trail(
                 z, found = back(u.detach().requires_grad_(), ys, *weights.values())
             watch.add(dict(zip(weights, found, strict=True)))
             if detail == "full":
-                again.replayed, watch.recorded = watch.recorded, deque()
+                again.replayed, watch.recorded = watch.recorded, {}
                 with _doubled(net), again.batch(len(ys)):
                     back(u.double().requires_grad_(), ys)
             right += int(correct(z, ys).sum())
@@ -118,6 +118,18 @@ def _cuts(n: int, batch: int, steps: int) -> list[tuple[int, int]]:
         j = min(i + batch, n)
         cuts += [(i, j - 1), (j - 1, j)] if 1 < steps == j - i else [(i, j)]
     return cuts
+
+
+def _leaves(net: nn.Module) -> dict[str, nn.Module]:
+    """The operations by name: modules without modules, and neurons that hold nothing but a surrogate."""
+    found: dict[str, nn.Module] = {}
+    for name, m in net.named_modules():
+        inner = list(m.children())
+        whole = kind_of(m) == "neuron" and not any(True for child in inner for _ in child.parameters())
+        below = any(name.startswith(f"{above}.") for above in found)
+        if name and not below and (not inner or whole) and not isinstance(m, nn.Identity):
+            found[name] = m
+    return found
 
 
 def _weights(leaves: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -200,8 +212,8 @@ class _Watch:
         self.leaves, self.steps = leaves, steps
         self.origin, self.record, self.per_example = origin, record, per_example
         self.tallies: dict[str, _Tally] = {}
-        self.recorded: deque[Tensor] = deque()  # results of all operations of a batch, in the order of their calls
-        self.replayed: deque[Tensor] | None = None
+        self.recorded: dict[str, deque[Tensor]] = {}  # results of every operation in a batch, in the order of its calls
+        self.replayed: dict[str, deque[Tensor]] = {}
         self.arrived: deque[list[Tensor]] = deque()  # of the call now open: where its output has a gradient
         self.n = 0
 
@@ -263,9 +275,10 @@ class _Watch:
             if not isinstance(output, Tensor):
                 return None
             if self.record:
-                self.recorded.append(output.detach().clone())
-            if self.replayed is not None:
-                output = _Replay.apply(output, self.replayed.popleft())
+                self.recorded.setdefault(name, deque()).append(output.detach().clone())
+            known = self.replayed.get(name)
+            if known and known[0].shape == output.shape:  # code for float64 may call other operations
+                output = _Replay.apply(output, known.popleft())
             elif output is x and not getattr(module, "inplace", False):
                 output = output.view_as(output)  # a hook on it would run after the one on the input
             if self.origin and output.requires_grad:

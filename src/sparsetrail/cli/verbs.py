@@ -237,9 +237,8 @@ def train(
     code = build_encoder(encoder, **knobs)
     if seams is not None and seams.check is not None:
         seams.check(net, code, spec)  # refused before anything is written
-    folder = _folder(
-        out or Path("runs") / f"{train_set.name}-{arch}-{net.pool}{f'-{defence}' if defence else ''}", fresh
-    )
+    name = f"{train_set.name}-{arch}-{net.pool}{f'-{defence}' if defence else ''}".replace(":", "-")
+    folder = _folder(out or Path("runs") / name, fresh)
     with Screen() as screen:
 
         def say(event: dict[str, Any]) -> None:

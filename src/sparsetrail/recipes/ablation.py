@@ -128,19 +128,20 @@ def variants(net: nn.Module) -> Iterator[Variant]:
         yield Variant(words="architecture: strided 1x1 convolution by average and 1x1", change=spread)
     if pools and skips:
         yield Variant(words="architecture: pools and strided 1x1", change=lambda m: averaged(spread(m)))
-    specs = {m.spec for m in net.modules() if isinstance(m, Neuron)}
+    specs = {m.spec for m in net.modules() if isinstance(m, Neuron) and m.spec.kind != "relu"}
     if not specs:
         return
     for route in ("straight_through:1", "rectangle:1", "triangle:1"):
         yield Variant(words=f"neuron: surrogate {route.replace(':', '(')})", neuron=route)
+    whole, words = "straight_through:1", "straight-through"
     if any(s.detach_reset for s in specs):
+        whole, words = f"{whole}+reset", f"{words}, reset in the graph"
         yield Variant(words="neuron: reset in the graph", neuron="own+reset")
+        yield Variant(words=f"neuron: {words}", neuron=whole)
     else:
         yield Variant(words="neuron: reset detached", neuron="own+detach")
-    whole = "straight_through:1+reset"
-    yield Variant(words="neuron: straight-through, reset in the graph", neuron=whole)
     if pools or skips:
-        yield Variant(words="both: all of these", change=lambda m: averaged(spread(m)), neuron=whole)
+        yield Variant(words=f"both: pools, strided 1x1, {words}", change=lambda m: averaged(spread(m)), neuron=whole)
 
 
 # ---- another backward behind the same forward ----------------------------------------------------------------------

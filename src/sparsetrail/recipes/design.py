@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from sparsetrail.attacks.pgd import PACE
 from sparsetrail.core import Linf, Report, Route, Run, Threat
 from sparsetrail.data import Dataset, load, take
-from sparsetrail.recipes.measure import Bench, card, clean, fit_all, follow, provenance, strike
+from sparsetrail.models import Trained
+from sparsetrail.recipes.measure import Bench, Job, card, clean, fit_all, follow, provenance, strike
 from sparsetrail.report.tables import tradeoff, tradeoff_sentences
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
@@ -26,7 +28,7 @@ Factor = Literal["pool", "surrogate", "steps", "stem"]
 FACTORS: tuple[Factor, ...] = get_args(Factor)
 EPS = (1 / 255, 2 / 255)
 ATTACKS: tuple[tuple[str, tuple[Route, ...], dict[str, Any]], ...] = (
-    ("pgd", (), {}),
+    ("pgd", (), {"steps": 7}),
     ("codebook", (), {"steps": 20}),
     ("codebook", (), {"steps": 20, "loss": "margin"}),
     ("codebook", (Route(neuron="assg"),), {"steps": 20, "loss": "margin"}),
@@ -148,13 +150,11 @@ def sweep(
     scored, attacked, traced = (_part(test_set, n) for n in (size.scored, size.attacked, size.traced))
     every = list(designs(size, int(train_set.images.shape[1]), len(train_set.classes), factors))
     cards, runs, trails = [], [], []
-    for seed in range(seeds):
-        for design in every:
-            spec = TrainSpec(epochs=size.epochs, seed=TrainSpec().seed + seed)
+    specs = [TrainSpec(epochs=size.epochs, seed=TrainSpec().seed + seed) for seed in range(seeds)]
+    for spec in specs:
+        models = fit_all(bench, [_job(design, train_set.name, seen, spec) for design in every])
+        for design, model in zip(every, models, strict=True):
             name = design.name if seeds == 1 else f"{design.name}, seed {spec.seed}"
-            folder = f"{train_set.name}-{re.sub(r'[^A-Za-z0-9.=]+', '-', design.name).strip('-')}-{spec.seed}"
-            job = (folder, design.net, phase(steps=design.net.steps), seen, spec)
-            (model,) = fit_all(bench, [job])
             rate = clean(bench, model, name, scored)
             facts = {"design": design.name, "factor": design.factor, "clean": {"k": rate.k, "n": rate.n}}
             cards.append(card(model, name, rate, scored) | facts)
@@ -174,8 +174,19 @@ def sweep(
     return replace(report, summary=tradeoff_sentences(tradeoff(report)))
 
 
-def _struck(bench: Bench, model: Any, name: str, threat: Threat, data: Dataset) -> list[Run]:
-    return [strike(bench, model, name, attack, threat, data, route=route, **knobs) for attack, route, knobs in ATTACKS]
+def _job(design: Design, dataset: str, data: Dataset, spec: TrainSpec) -> Job:
+    words = re.sub(r"[^A-Za-z0-9.=]+", "-", design.name).strip("-")
+    return f"{dataset}-{words}-{spec.seed}", design.net, phase(steps=design.net.steps), data, spec
+
+
+def _struck(bench: Bench, model: Trained, name: str, threat: Threat, data: Dataset) -> list[Run]:
+    runs = []
+    for attack, route, knobs in ATTACKS:
+        pace: dict[str, Any] = (
+            {"step": PACE * threat.eps} if attack == "pgd" else {}
+        )  # the paper's 0.01 at 8/255, scaled to the radius
+        runs.append(strike(bench, model, name, attack, threat, data, route=route, **knobs, **pace))
+    return runs
 
 
 def _part(data: Dataset, n: int | None) -> Dataset:

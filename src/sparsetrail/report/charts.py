@@ -5,6 +5,7 @@ Colours differ in lightness as well as in hue, and shapes repeat them, so that p
 
 import json
 import math
+import re
 import textwrap
 import typing
 from collections.abc import Callable, Sequence
@@ -62,7 +63,13 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
             "titleFontSize": 13,
             "labelFontSize": 12,
         },
-        "legend": {"labelColor": c["ink"], "titleColor": c["ink"], "labelFontSize": 13, "titleFontWeight": "normal"},
+        "legend": {
+            "labelColor": c["ink"],
+            "titleColor": c["ink"],
+            "labelFontSize": 13,
+            "labelLimit": 340,
+            "titleFontWeight": "normal",
+        },
         "title": {
             "color": c["ink"],
             "subtitleColor": c["soft"],
@@ -369,8 +376,13 @@ def tradeoff_spec(points: Sequence[Point]) -> Spec:
         ]
         base = alt.Chart(alt.Data(values=values))
         x_scale, y_scale = (alt.Scale(domain=span, nice=False) for span in spans)
-        x = alt.X("clean_accuracy:Q", title="clean accuracy, %", scale=x_scale)
-        y = alt.Y("robust_accuracy:Q", title="worst case, correct, %", scale=y_scale)
+        sizes = [
+            ", ".join(dict.fromkeys(f"n={r.n}" for r in rates))
+            for rates in zip(*((p.clean, p.robust) for p in here), strict=True)
+        ]
+        x = alt.X("clean_accuracy:Q", title=f"clean accuracy, %, {sizes[0]}", scale=x_scale)
+        worst = f"worst case of {here[0].attacks} attacks, correct, %, {sizes[1]}"
+        y = alt.Y("robust_accuracy:Q", title=worst, scale=y_scale)
         hints = [
             alt.Tooltip("network:N"),
             alt.Tooltip("clean_text:N", title="clean"),
@@ -454,9 +466,7 @@ def ablation_spec(found: Ablation) -> Spec:
         .encode(
             x=alt.X("zero:Q", title="zero entries, % of all", stack="zero"),
             y=alt.Y("replaced:N", scale=alt.Scale(domain=names), axis=alt.Axis(title=None, labelLimit=420)),
-            color=alt.Color(
-                "kind:N", sort=kinds, legend=alt.Legend(title=None, orient="top", columns=3, labelLimit=300)
-            ),
+            color=alt.Color("kind:N", sort=kinds, legend=alt.Legend(title=None, orient="top", columns=3)),
             order=alt.Order("order:Q"),
             tooltip=[
                 alt.Tooltip("replaced:N"),
@@ -553,6 +563,8 @@ def stamp(report: Report, of: Sequence[Run | Trail | Audit]) -> list[str]:
     seeds = dict.fromkeys(
         [f"seed {one.seed}" for one in of if isinstance(one, Run)] or [f"seed {known.get('seed', 0)}"]
     )
+    trained = sorted({s for card in report.models for s in re.findall(r"seed (\d+)", str(card.get("training", "")))})
+    seeds |= {f"training seed {', '.join(trained)}": None} if trained else {}
     versions = [f"{name} {known[name]}" for name in ("sparsetrail", "torch") if name in known]
     return ["; ".join(sizes), "; ".join(threats), "; ".join([*seeds, *versions])]
 

@@ -205,7 +205,7 @@ def explain(trail: Trail) -> str:
         text += f", {len(unknown)} of {len(trail.rows)} operations not traced"
     if all(r.zero64 is not None for r in trail.rows):
         lost = sum(max(0.0, r.underflow or 0.0) * r.entries for r in trail.rows)
-        text += f"; {portion(lost / zeros)} of all are no zeros in float64"
+        text += f"; {portion(lost / zeros) if lost else 'none'} of the zeros are float underflow"
     return f"{text}; {portion(trail.rows[0].zero)} of the entries at {trail.rows[0].op}, the first operation, are zero."
 
 

@@ -370,7 +370,8 @@ class AblationRow:
 
     `part` is what the replacement belongs to: architecture, neuron, both, numbers or statistics; empty for the network
     as it is. `kinds` are shares of the entries of each kind, `of_all` the same zeros as shares of all entries; `left`
-    is how many zeros there are for each one of the network as it is.
+    is how many zeros there are for each one of the network as it is. `participation` is the mean over all entries, None
+    where it was not measured.
     """
 
     part: str
@@ -381,6 +382,7 @@ class AblationRow:
     kinds: tuple[float, ...]
     of_all: tuple[float, ...]
     left: float
+    participation: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,15 +411,16 @@ class Ablation:
                 share(row.zero),
                 DASH if math.isnan(row.left) else f"{100 * row.left:.1f} %",
                 share(row.at_input),
+                share(row.participation),
                 *map(share, row.kinds),
             )
             for row in self.rows
         ]
         return Grid(
             caption="Exactly zero gradient entries left, without retraining",
-            head=("replaced", "all entries", "of the zeros", "first operation", *self.kinds),
+            head=("replaced", "all entries", "of the zeros", "first operation", "participation", *self.kinds),
             rows=tuple(lines),
-            groups=(("", 4), ("entries at", len(self.kinds))),
+            groups=(("", 5), ("entries at", len(self.kinds))),
         )
 
     @property
@@ -481,6 +484,8 @@ def _ablated(
             zeros[kinds[op]] += zero(row) * row.entries
             entries[kinds[op]] += row.entries
     part, _, words = replaced.partition(": ")
+    known = [(row.participation, row.entries) for row in trail.rows if row.participation is not None]
+    weight = sum(entries for _, entries in known)
     before, after, every = sum(r.zero * r.entries for r in base.rows), sum(zeros.values()), sum(entries.values())
     return AblationRow(
         part=part,
@@ -491,6 +496,7 @@ def _ablated(
         kinds=tuple(zeros[k] / entries[k] for k in zeros),
         of_all=tuple(zeros[k] / every for k in zeros),
         left=after / before if before else math.nan,
+        participation=sum(p * entries for p, entries in known) / weight if weight and part != "numbers" else None,
     )
 
 
@@ -502,12 +508,22 @@ def _kind(row: TrailRow) -> str:
 def ablation_csv(found: Sequence[Ablation]) -> str:
     """One row a replacement and kind of operation ('all' and 'first operation' too): the zero share 0..1 left."""
     rows = [
-        (a.victim, a.data, a.n, row.part, row.replaced, row.route, kind, zero)
+        (
+            a.victim,
+            a.data,
+            a.n,
+            row.part,
+            row.replaced,
+            row.route,
+            kind,
+            zero,
+            row.participation if kind == "all" else None,
+        )
         for a in found
         for row in a.rows
         for kind, zero in (("all", row.zero), ("first operation", row.at_input), *zip(a.kinds, row.kinds, strict=True))
     ]
-    return as_csv(("victim", "data", "n", "part", "replaced", "route", "kind", "zero"), rows)
+    return as_csv(("victim", "data", "n", "part", "replaced", "route", "kind", "zero", "participation"), rows)
 
 
 def origins_csv(trails: Sequence[Trail]) -> str:
