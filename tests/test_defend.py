@@ -568,7 +568,7 @@ def test_conversion_keeps_weights_is_taken_again_and_starts_training(images, tmp
     tuned = train(spiking, direct(steps=4), images, replace(spec, lr=1e-4), tmp_path / "tuned", seams=hire_snn(),
                   start=found)  # fmt: skip
     assert tuned.card["start"]["sha256"] == found.sha256
-    gone = [float((a - b).abs().max()) for a, b in zip(tuned.net.parameters(), found.net.parameters(), strict=True)]
+    gone = [(a - b).abs().max().item() for a, b in zip(tuned.net.parameters(), found.net.parameters(), strict=True)]
     assert 0 < max(gone) < 0.05  # it began there: a few small steps away
     with pytest.raises(ValueError, match="start: expected a model of the network asked for"):
         train(NET, CODE, images, spec, tmp_path / "x", start=found)

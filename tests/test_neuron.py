@@ -296,7 +296,7 @@ def test_module():
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"kind": "izhikevich"}, "expected if, lif or plif, got 'izhikevich'"),
+        ({"kind": "izhikevich"}, "expected if, lif, plif, diet or relu, got 'izhikevich'"),
         ({"threshold": 0.0}, "threshold: expected a positive number, got 0.0"),
         ({"threshold": math.inf}, "threshold: expected a positive number"),
         ({"threshold": math.nan}, "threshold: expected a positive number"),

@@ -22,6 +22,7 @@ CLOSED = {
     "fast_sigmoid": lambda x, k: (1 + k * abs(x)) ** -2,
     "exponential": lambda x, a: a / 2 * math.exp(-a * abs(x)),
     "unit_exponential": lambda x, g: math.exp(-g * abs(x)),
+    "damped_triangle": lambda x, g: 0.3 * max(0.0, g - abs(x)) / g**2,
     "damped_exponential": lambda x, g: 0.3 * math.exp(-g * abs(x)),
     "straight_through": lambda x, w: 1 / w,
 }
@@ -55,14 +56,14 @@ def test_values_of_the_papers_surrogate():
 @pytest.mark.parametrize(("name", "width"), [c for c in CASES if c[0] != "straight_through"])  # a constant has none
 def test_integral(name, width):
     s = Surrogate(name, width)
-    edge = {"triangle": width, "rectangle": width / 2}.get(name)
+    edge = {"triangle": width, "damped_triangle": width, "rectangle": width / 2}.get(name)
     if edge is None:
         half, error = quad(lambda x: at(s, x), 0, math.inf)
     else:
         half, error = quad(lambda x: at(s, x), 0, edge)
         assert at(s, edge * (1 + 1e-12)) == 0
     peak = {"fast_sigmoid": 1.0, "unit_exponential": 1.0, "damped_exponential": 0.3}.get(name)
-    want = 1.0 if peak is None else 2 * peak / width
+    want = 0.3 if name == "damped_triangle" else 1.0 if peak is None else 2 * peak / width
     assert 2 * half == pytest.approx(want, abs=1e-6) and error < 1e-6
 
 
