@@ -182,9 +182,8 @@ def _job(design: Design, dataset: str, data: Dataset, spec: TrainSpec) -> Job:
 def _struck(bench: Bench, model: Trained, name: str, threat: Threat, data: Dataset) -> list[Run]:
     runs = []
     for attack, route, knobs in ATTACKS:
-        pace: dict[str, Any] = (
-            {"step": PACE * threat.eps} if attack == "pgd" else {}
-        )  # the paper's 0.01 at 8/255, scaled to the radius
+        # the paper's step of 0.01 at 8/255, scaled to the radius
+        pace: dict[str, Any] = {"step": PACE * threat.eps} if attack == "pgd" else {}
         runs.append(strike(bench, model, name, attack, threat, data, route=route, **knobs, **pace))
     return runs
 

@@ -634,7 +634,7 @@ def tradeoff_sentences(points: Sequence[Point]) -> tuple[str, ...]:
         pairs.append(("density and clean accuracy", [(d, p.clean.value) for d, p in known]))
         found = [(name, r) for name, pair in pairs if (r := rank_correlation(pair)) is not None]
         if found:
-            chance = 1.96 / math.sqrt(len(here) - 1)
+            chance = min(1.0, 1.96 / math.sqrt(len(here) - 1))
             text += "rank correlation of " + ", of ".join(f"{name} {r:+.2f}" for name, r in found)
             text += f" (within {chance:.2f} of 0 is chance); "
         lines.append(f"{text}not dominated: {', '.join(p.victim for p in undominated(here))}.")
