@@ -464,9 +464,10 @@ def test_a_defended_run_resumes_to_the_bit(images, tmp_path, name):
     [
         (lambda: pgd_at(eps=8), "grey levels are divided by 255"),
         (lambda: pgd_at(step=2), "grey levels"),
-        (lambda: pgd_at(steps=0), "steps: expected a positive"),
+        (lambda: pgd_at(steps=0), "steps: expected a whole number"),
         (lambda: pgd_at(start="middle"), "expected one of none, uniform"),
         (lambda: trades(eps=8), "grey levels"),
+        (lambda: snn_rat(strength=50.0), "still converges"),
         (lambda: trades(beta=-1), "beta"),
         (lambda: trades(temperature=0), "temperature"),
         (lambda: snn_rat(attack="pgd7"), "fgsm, rfgsm, pgd, mix"),
@@ -497,6 +498,9 @@ def test_bad_settings_are_refused(make, match):
         (hire_snn(), replace(NET, steps=4), direct(steps=4), SPEC, "diet neurons"),
         (hire_snn(), HIRE, phase(steps=4), SPEC, "expected direct"),
         (pgd_at(), NET, poisson(steps=3, backward="none"), SPEC, "backward rule"),
+        (sr(), NET, poisson(steps=3), SPEC, "draws nothing"),
+        (mppd(), NET, poisson(steps=3), SPEC, "draws nothing"),
+        (trades(), NET, poisson(steps=3), SPEC, "draws nothing"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(images, tmp_path, seams, net, code, spec, match):

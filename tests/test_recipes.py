@@ -208,6 +208,10 @@ def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_over_draws(fake
         ("fgsm", 0.031), ("pgd", 0.031)
     }  # fmt: skip
     assert {e for *_, e in hire} == {1} and {e for *_, e in coded} == {10}
+    with pytest.raises(ValueError, match="box -1..1"):  # its code is signed
+        measure.strike(fake_cifar, rated, "rated", "pgd", Linf(8 / 255, space="encoded"), few)
+    with pytest.raises(ValueError, match="box -1..1"):
+        measure.strike_as_published(fake_cifar, rated, "rated", few)
     started = load_model(fake_cifar.out / "models" / "cifar10-hire_vgg11").card
     converted = load_model(fake_cifar.out / "models" / "cifar10-hire_vgg11" / "converted")
     assert started["start"]["sha256"] == converted.sha256
@@ -270,8 +274,19 @@ def test_systems_are_as_their_sources_have_them():
     bench = measure.Bench(out=data.cache_root(None) / "never")
     with pytest.raises(ValueError, match="expected one of vanilla_vgg11"):
         systems.train_system(bench, "rat", cifar)
-    with pytest.raises(ValueError, match="has no twin"):
-        systems.train_system(bench, "rat_vgg11", cifar, twin_epochs=3)
+    few = replace(cifar, images=torch.zeros(200, 3, 32, 32, dtype=torch.uint8), labels=torch.zeros(200).long())
+    for name, how, match in (
+        ("rat_vgg11", {"twin_epochs": 3}, "has no twin"),
+        ("rat_vgg11", {"epochs": 0}, "epochs: got 0"),
+        ("rat_vgg11", {"batch": 0}, "batch: got 0"),
+        ("hire_vgg11", {"twin_epochs": -1}, "epochs: got -1"),
+        ("hire_vgg11", {"calibrate": 0}, "calibrate: expected at least 1"),
+        ("hire_vgg11", {"batch": 190}, "batch: expected at most the 180 training images"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            systems.train_system(bench, name, few, **how)
+    changed = systems.plan("rat_vgg11", few, weight_decay=5e-4, seed=3, knobs={"regulariser": "none"})
+    assert (changed.spec.weight_decay, changed.spec.seed) == (5e-4, 3)
     assert not bench.out.exists()
 
 

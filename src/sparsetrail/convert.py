@@ -36,7 +36,8 @@ def convert(
     steps: int = 100,
     images: int = 512,
     seed: int = 0,
-    batch: int = 64,
+    batch: int | None = None,
+    device: str | torch.device = "cpu",
     say: Callable[[int, int], None] = lambda done, of: None,
 ) -> Trained:
     """A model file in `out`: the weights of `twin` in the network `spec`, its thresholds calibrated and scaled.
@@ -72,7 +73,7 @@ def convert(
         held = load_model(file)
         known = {k: v for k, v in held.card.get("converted", {}).items() if k in how}
         if known != how or any(held.card.get(k) != card[k] for k in card):
-            raise ValueError(f"{out}: holds another model; give another folder, or move the old one aside")
+            raise ValueError(f"{out}: holds another model; give another --out, or --fresh to move the old one aside")
         return held
     net = build(spec)
     missing, unexpected = net.load_state_dict(twin.net.state_dict(), strict=False)
@@ -81,7 +82,8 @@ def convert(
         raise ValueError(
             f"twin: expected the weights of {spec.arch}, missing {strange[:5]}, unexpected {unexpected[:5]}"
         )
-    found = calibrate(net.eval(), encode.over(steps), pixels(some.images), percentile=percentile, batch=batch, say=say)
+    net, x = net.eval().to(device), pixels(some.images).to(device)
+    found = calibrate(net, encode.over(steps), x, percentile=percentile, batch=batch, say=say)
     with torch.no_grad():
         for m in neurons(net):
             assert m.threshold is not None
@@ -102,14 +104,16 @@ def calibrate(
     x: Float[Tensor, "n c h w"],
     *,
     percentile: float = 99.7,
-    batch: int = 64,
+    batch: int | None = None,
     say: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[float]:
     """Set the threshold of every layer, first to last, to that percentile of its input currents without leak.
 
     Each layer sees the spikes of those before it with the thresholds they have by then, over the steps of `encode`.
-    The percentile is exact: the smallest current that so many of all (steps, images, neurons) do not exceed.
+    The percentile is exact: the smallest current that so many of all (steps, images, neurons) do not exceed, whatever
+    the `batch`; None holds about FRAMES image steps at a time.
     """
+    batch = max(1, FRAMES // encode.steps) if batch is None else batch
     layers = _in_order(net, encode, x[:1])
     leaks = [m.leak.item() for m in layers if m.leak is not None]
     found: list[float] = []
@@ -126,7 +130,8 @@ def calibrate(
                 if not found[-1] > 0:
                     raise ValueError(
                         f"neuron layer {i + 1}: expected positive currents, found a percentile {percentile:g} of "
-                        f"{found[-1]:.3g}; the twin has not learnt, or the percentile is too low"
+                        f"{found[-1]:.3g}; calibrate over more steps, so that spikes get there, train the twin "
+                        "longer, or raise the percentile"
                     )
                 assert m.threshold is not None
                 m.threshold.fill_(found[-1])
@@ -137,6 +142,9 @@ def calibrate(
                 assert m.leak is not None
                 m.leak.fill_(leak)
     return found
+
+
+FRAMES = 2048  # of 64 channels of 32x32 floats: half a gigabyte
 
 
 class _Enough(Exception):
@@ -178,15 +186,18 @@ class _Top:
     """The largest of a stream of numbers, as many as its percentile needs."""
 
     def __init__(self, percentile: float) -> None:
-        self.above, self.kept, self.total = 1 - percentile / 100, torch.empty(0), 0
+        self.above, self.total = 1 - percentile / 100, 0
+        self.kept: Tensor | None = None
 
     def see(self, x: Tensor, *, of: float) -> None:
         """Take in a part of the stream, which is `of` times as long in the end."""
         x = x.flatten()
         self.total += len(x)
         need = math.ceil(self.above * max(self.total, len(x) * of)) + 1
-        both = torch.cat([self.kept, x.topk(min(need, len(x))).values])
+        most = x.topk(min(need, len(x))).values
+        both = most if self.kept is None else torch.cat([self.kept, most])
         self.kept = both.topk(min(need, len(both))).values
 
     def value(self) -> float:
+        assert self.kept is not None
         return float(self.kept[math.floor(self.above * self.total + 1e-9)])

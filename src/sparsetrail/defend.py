@@ -9,8 +9,9 @@
     tg_reg    small sums of the input gradient of every step, TG-Reg (2026)
 
 What a source leaves open is a named setting with a default. Points are crafted in eval mode on a frozen twin of the
-network, so BatchNorm statistics stay as they are, and the last point is trained on. A setting that switches a part off
-leaves its seam out, which makes the loop bit-equal to plain training. Radii are L-infinity in pixels 0..1.
+network, so BatchNorm statistics stay as they are, and the last point is trained on. Switched off (pgd_at, snn_rat: eps
+and strength 0; trades: beta 0; sr, tg_reg: weight and eps 0; mppd: eps and rho 0; hire_snn: one period) a defence has
+no seam, and the loop is plain training to the bit. Radii are L-infinity in pixels 0..1.
 """
 
 import contextlib
@@ -127,6 +128,12 @@ def _positive(**values: float) -> None:
             raise ValueError(f"{name}: expected a positive number, got {value:g}")
 
 
+def _count(**values: int) -> None:
+    for name, value in values.items():
+        if value != int(value) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+
+
 def _strength(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < math.inf:
@@ -146,6 +153,22 @@ def _differentiable(_net: NetSpec, encode: Encoder, _spec: TrainSpec) -> None:
         )
 
 
+def _paired(net: NetSpec, encode: Encoder, spec: TrainSpec) -> None:
+    """Two forwards are compared: what they draw must not come between them."""
+    _differentiable(net, encode, spec)
+    if encode.random:
+        raise ValueError(
+            f"encoder: expected one that draws nothing, since two forwards are compared, found {encode.name}; try "
+            "direct or phase, or pgd_at as the defence"
+        )
+
+
+def _scored(net: nn.Module, encode: Encoder, x: Tensor) -> Tensor:
+    """Scores in the precision of a loss, also where the forward runs in less."""
+    z = scores(net, encode, x)
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+
+
 # ---- defences ------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +178,7 @@ def pgd_at(*, eps: float = 2 / 255, steps: int = 2, step: float = 1 / 255, start
     Defaults are the weak kind that SNN papers compare with (2/255, two steps of 1/255); strong is 8/255 with 5 steps
     of 4/255 from a uniform start. One step of the radius is FGSM training.
     """
-    _radius("eps", eps), _radius("step", step), _positive(steps=steps, step=step)
+    _radius("eps", eps), _radius("step", step), _count(steps=steps), _positive(step=step)
     _one_of("start", start, STARTS)
     knobs = {"eps": eps, "steps": steps, "step": step, "start": start}
     inputs = _attacked(eps=eps, steps=steps, step=step, start=start)
@@ -171,7 +194,7 @@ def trades(
     the divergence multiplied by its square; one SNN code base has beta 5, 4 steps of 3/255, temperature 2.
     """
     _radius("eps", eps), _radius("step", step), _strength(beta=beta)
-    _positive(steps=steps, step=step, temperature=temperature)
+    _count(steps=steps), _positive(step=step, temperature=temperature)
     victim = _adversary()
 
     def divergence(z: Tensor, p: Tensor) -> Tensor:
@@ -191,11 +214,11 @@ def trades(
             victim(net, encode), x, lambda s: divergence(s, still), begin, eps=eps, steps=steps, step=step
         )  # fmt: skip
         p = (z / temperature).log_softmax(1)
-        return beta * divergence(scores(net, encode, moved), p) / len(x)
+        return beta * divergence(_scored(net, encode, moved), p) / len(x)
 
     knobs = {"eps": eps, "beta": beta, "steps": steps, "step": step, "temperature": temperature}
     on = beta > 0
-    return Seams(penalty=penalty if on else None, check=_differentiable, name="trades", knobs=knobs)
+    return Seams(penalty=penalty if on else None, check=_paired, name="trades", knobs=knobs)
 
 
 def snn_rat(
@@ -223,6 +246,10 @@ def snn_rat(
     _one_of("attack", attack, ("fgsm", "rfgsm", "pgd", "mix"))
     _one_of("gradient", gradient, ("bptt", "bptr", "both"))
     _one_of("regulariser", regulariser, ("orthogonal", "lipschitz", "none"))
+    if regulariser == "orthogonal" and strength >= 1:
+        raise ValueError(
+            f"strength: expected below 1, where the retraction still converges, got {strength:g}; try 0.004"
+        )
     if not 0 < rows <= 1:
         raise ValueError(f"rows: expected a share 0..1 of the rows, got {rows:g}")
     victim = _adversary()
@@ -325,23 +352,23 @@ def hire_snn(
     taken again with the `updated` weights, as the source's figure shows, one more pass for every period but the last,
     or is the one of the update (`reused`), which is free. Noise starts at zero for every batch. Potentials go on from
     period to period, out of the graph, if they `carry`. All settings but 0.031 are open in the source. For DIET neurons
-    and the direct code.
+    and the direct code. Unlike the source, the gradient taken again sees no dropout, a dropout mask lasts one period,
+    and a potential at the threshold fires.
     """
     _radius("eps", eps)
     _one_of("gradient", gradient, ("updated", "reused"))
-    if periods < 1:
-        raise ValueError(f"periods: expected at least 1, got {periods}")
+    _count(periods=periods)
     size = eps / periods if step is None else step
     _radius("step", size)
     on, held = periods > 1 and eps > 0, dict[str, Any]()
 
     def inputs(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         if held.get("clean") is not x:  # a new batch
-            held.update(clean=x, point=x)
+            held.update(clean=x, point=x, noise=torch.zeros_like(x))
         else:
             g = held["seen"].grad if gradient == "reused" else _gradient(net, encode, held["point"], y, held["before"])
-            noise = (held["point"] - x + size * g.sign()).clamp(-eps, eps)
-            held["point"] = (x + noise).clamp(0, 1)
+            held["noise"] = (held["noise"] + size * g.sign()).clamp(-eps, eps)
+            held["point"] = (x + held["noise"]).clamp(0, 1)
         if gradient == "updated":
             before = carried.get()
             held["before"] = None if before is None else dict(before)
@@ -353,7 +380,10 @@ def hire_snn(
 
     def check(net: NetSpec, encode: Encoder, spec: TrainSpec) -> None:
         if net.neuron.kind != "diet":
-            raise ValueError(f"neuron: expected diet neurons, whose potentials can go on, found {net.neuron.kind}")
+            raise ValueError(
+                f"neuron: expected diet neurons, whose potentials can go on, found {net.neuron.kind}; "
+                "give neuron diet, or take the system hire_vgg11"
+            )
         if encode.name != "direct":
             raise ValueError(f"encoder: expected direct, the same image at every step, found {encode.name}")
         if net.steps % periods:
@@ -395,19 +425,19 @@ def sr(*, weight: float = 0.004, h: float = 0.01, eps: float = 0.0, steps: int =
     not known; `weight` is of the order 1e-3 there.
     """
     _radius("eps", eps), _radius("step", step), _radius("h", h), _strength(weight=weight)
-    _positive(h=h, steps=steps, step=step)
+    _count(steps=steps), _positive(h=h, step=step)
 
     def penalty(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, z: Tensor, g: torch.Generator) -> Tensor:
         other = _runner_up(z, y)
         here = _lead(z, y, other)
         (slope,) = torch.autograd.grad(here.sum(), x, retain_graph=True)
-        there = _lead(scores(net, encode, (x + h * slope.sign()).detach()), y, other)
+        there = _lead(_scored(net, encode, (x + h * slope.sign()).detach()), y, other)
         return weight * ((there - here) / h).square().mean()
 
     return Seams(
         inputs=_attacked(eps=eps, steps=steps, step=step, start="none"),
         penalty=penalty if weight else None,
-        check=_differentiable,
+        check=_paired,
         name="sr",
         knobs={"weight": weight, "h": h, "eps": eps, "steps": steps, "step": step},
     )
@@ -456,7 +486,7 @@ def mppd(*, eps: float = 4 / 255, rho: float = 1.0, leak: float = 0.99, norm: st
         )  # fmt: skip
         listen(net)
         try:
-            other = scores(net, encode, moved)
+            other = _scored(net, encode, moved)
         finally:
             watch.close()
         clean, now = (c.unflatten(0, (encode.steps, -1)) for c in currents)
@@ -471,7 +501,7 @@ def mppd(*, eps: float = 4 / 255, rho: float = 1.0, leak: float = 0.99, norm: st
     return Seams(
         inputs=inputs if on else None,
         penalty=penalty if on else None,
-        check=_differentiable,
+        check=_paired,
         name="mppd",
         knobs={"eps": eps, "rho": rho, "leak": leak, "norm": norm},
     )
@@ -483,7 +513,8 @@ def tg_reg(*, weight: float = 100.0, eps: float = 0.0, steps: int = 2, step: flo
     p is the probability of a label drawn from the network's own prediction. A second derivative, so plain operations
     run. With `eps` images are adversarial. Known to us by its formula alone, so no level of it is claimed.
     """
-    _radius("eps", eps), _radius("step", step), _strength(weight=weight), _positive(steps=steps, step=step)
+    _radius("eps", eps), _radius("step", step), _strength(weight=weight)
+    _count(steps=steps), _positive(step=step)
 
     def penalty(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
         label = torch.multinomial(z.detach().softmax(1).cpu(), 1, generator=generator).to(z.device)

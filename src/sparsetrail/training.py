@@ -372,8 +372,8 @@ def _one_update(
         z = scores(net, encode, x)
         z = z.float() if half else z
         loss = F.cross_entropy(z, y)
-    if seams.penalty is not None:
-        loss = loss + seams.penalty(net, encode, x, y, z, generator)
+        if seams.penalty is not None:
+            loss = loss + seams.penalty(net, encode, x, y, z, generator)
     value = float(loss.detach())
     if not math.isfinite(value):
         return value

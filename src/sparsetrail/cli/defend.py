@@ -17,7 +17,9 @@ from sparsetrail.recipes.systems import SYSTEMS, facts, plan, train_system
 def defend(
     name: Annotated[str, Parameter(help=f"one of {', '.join(SYSTEMS)}")],
     *,
-    data_name: Annotated[str, Parameter(name="--data", help="cifar10, cifar100, fashion-mnist-slice or a path")],
+    data_name: Annotated[
+        str, Parameter(name="--data", help="cifar10, cifar100, fashion-mnist, fashion-mnist-slice or a path")
+    ],
     width: float = 1.0,
     steps: Annotated[int | None, Parameter(name=["--steps", "--T"], help="time steps; default the source's")] = None,
     images: int | None = None,
@@ -25,6 +27,8 @@ def defend(
     twin_epochs: Annotated[int | None, Parameter(help="of the ReLU twin that hire and discretised start from")] = None,
     calibrate: Annotated[int | None, Parameter(help="time steps in which its thresholds are read")] = None,
     batch: int | None = None,
+    weight_decay: float | None = None,
+    seed: int | None = None,
     sets: Annotated[
         list[str] | None, Parameter(name="--set", negative="", help="a setting of the defence, e.g. strength=0.002")
     ] = None,
@@ -50,13 +54,14 @@ def defend(
         train_set = data.take(train_set, images, seed=0)
     how = {
         "width": width, "steps": steps, "epochs": epochs, "twin_epochs": twin_epochs, "calibrate": calibrate,
-        "batch": batch, "knobs": knobs,
+        "batch": batch, "weight_decay": weight_decay, "seed": seed, "knobs": knobs,
     }  # fmt: skip
     plan(name, train_set, **how)  # refused before anything is written
     with Screen(quiet=as_json) as screen:
-        bench = measure.Bench(out=_folder(out, fresh), device=where, tick=screen.tick, stop=screen.stop)
+        _folder(out / "models" / f"{train_set.name}-{name}", fresh)
+        bench = measure.Bench(out=out, device=where, tick=screen.tick, stop=screen.stop)
         model = train_system(bench, name, train_set, **how)
-    told = facts(name)
+    told = facts(name) | {"defence settings": measure.told(model.card.get("defence", {}).get("knobs", {})) or "none"}
     if as_json:
         _emit({"model": str(model.path), "sha256": model.sha256, "validation": model.card["validation"]} | told)
         return
@@ -65,5 +70,5 @@ def defend(
         f"model    {model.path.parent}"
         + (f"   validation accuracy {score['k'] / score['n']:.1%} of {score['n']}" if score else "")
     )
-    for key in ("open in its source", "still apart from its published figure"):
+    for key in ("defence settings", "open in its source", "still apart from its published figure"):
         print(f"{key}: {told[key]}")

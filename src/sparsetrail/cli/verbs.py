@@ -176,7 +176,7 @@ def train(
     width: float = 1.0,
     steps: Annotated[int, Parameter(name=["--steps", "--T"])] = 10,
     encoder: Literal["phase", "direct", "poisson", "latency", "bit_plane"] = "phase",
-    neuron: Literal["if", "lif", "plif"] = "if",
+    neuron: Literal["if", "lif", "plif", "diet"] = "if",
     threshold: float = 1.0,
     soft_reset: bool = False,
     detach_reset: bool | None = None,
@@ -226,7 +226,8 @@ def train(
     net = NetSpec(
         arch=arch, classes=len(train_set.classes), channels=train_set.images.shape[1], width=width, stem=stem,
         pool=pool, connect=connect, steps=steps,
-        neuron=NeuronSpec(kind=neuron, threshold=threshold, reset=None if soft_reset else 0.0, detach_reset=detach,
+        neuron=NeuronSpec(kind=neuron, threshold=threshold, reset=None if soft_reset or neuron == "diet" else 0.0,
+                          detach_reset=detach or neuron == "diet",
                           tau=tau, surrogate=Surrogate(surrogate, surrogate_width)),
     )  # fmt: skip
     knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}

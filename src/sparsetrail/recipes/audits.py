@@ -17,7 +17,17 @@ from sparsetrail.auditing import Budget, audit, fingerprint, refuse, verify
 from sparsetrail.core import Audit, Rate, Report, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels, take
 from sparsetrail.models import Trained, load_model
-from sparsetrail.recipes.measure import Bench, Precision, as_victim, card, clean, follow, identity, provenance
+from sparsetrail.recipes.measure import (
+    Bench,
+    Precision,
+    as_victim,
+    card,
+    clean,
+    fits_code,
+    follow,
+    identity,
+    provenance,
+)
 from sparsetrail.report import pack, unpack
 from sparsetrail.snn.weights import load_weights, save_weights
 
@@ -142,6 +152,9 @@ def run(
     only for one threat: a figure is claimed under one.
     """
     refuse(threats, claim=claim, batch=bench.batch, eot=eot, minutes=minutes, budget=budget)
+    for threat in threats:
+        if what.model is not None:
+            fits_code(what.model, threat)
     started = time.monotonic()
     victim = what.make()
     x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)

@@ -25,7 +25,7 @@ from torch import Tensor
 from sparsetrail import __version__
 from sparsetrail._files import write_atomic
 from sparsetrail.attacks import ATTACKS, attack, authors, settings
-from sparsetrail.core import Mode, Rate, Route, Run, Threat, Trail, Victim, as_fraction
+from sparsetrail.core import Linf, Mode, Rate, Route, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
 from sparsetrail.report import pack, unpack
@@ -165,6 +165,7 @@ def strike(
     **knobs: Any,
 ) -> Run:
     """One attack on one model as a cell; pixel-space points are kept beside it."""
+    fits_code(model, threat)
     knobs = settings(ATTACKS[attack_name]) | knobs
     calls = math.prod(v for k, v in knobs.items() if k in ("steps", "restarts", "draws"))
     passes = len(data.labels) * calls
@@ -208,8 +209,18 @@ def strike(
     return run
 
 
+def fits_code(model: Trained, threat: Threat) -> None:
+    """Refuse a threat in encoded space whose box is not that of the model's code."""
+    if threat.space == "encoded" and model.card["encoder"]["knobs"].get("signed") and threat.box != (-1.0, 1.0):
+        raise ValueError(
+            f"space: expected the box -1..1 of the model's signed code, found {threat.box[0]:g}..{threat.box[1]:g}; "
+            "attack it in pixel space, where it was published, or in Python give box=(-1, 1)"
+        )
+
+
 def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, **knobs: Any) -> tuple[Run, Run]:
     """The paper's own evaluation (encoded space, crafted in train mode) as a pair of cells."""
+    fits_code(model, Linf(6 / 255, space="encoded"))
     route = describe(model.net)
     known = {k: v for k, v in settings(authors).items() if k in ("eps", "step", "steps", "batch", "seed")} | knobs
     spec = _spec(bench, model, route, "train", data, known["seed"]) | {"attack": "authors", "knobs": known}
@@ -334,7 +345,7 @@ def _history(card: dict[str, Any]) -> dict[str, Any]:
     defence = card.get("defence")
     began = {"began from": f"a converted network, sha256 {card['start']['sha256'][:12]}"} if "start" in card else {}
     return began | {
-        **({} if defence is None else {"defence": defence["name"], "defence settings": _knobs(defence["knobs"])}),
+        **({} if defence is None else {"defence": defence["name"], "defence settings": told(defence["knobs"])}),
         "trained on": f"{source['name']} {source['split']}, {source['n']} images, content {source['sha256'][:12]}",
         "epochs": spec["epochs"],
         "training": f"{spec['optimizer']} lr {spec['lr']:g}, batch {spec['batch']}, {spec['epochs']} epochs, "
@@ -343,7 +354,8 @@ def _history(card: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _knobs(knobs: dict[str, Any]) -> str:
+def told(knobs: dict[str, Any]) -> str:
+    """Settings in words."""
     return ", ".join(f"{k} {as_fraction(v) if isinstance(v, float) else v}" for k, v in knobs.items())
 
 

@@ -295,7 +295,7 @@ def _shown(figure: str, found: Sequence[Claim], chosen: Sequence[Row]) -> tuple[
 
 
 def _job(row: Row, size: Scale, train_set: Dataset) -> Job:
-    spec = net_spec(row, size, len(train_set.classes))
+    spec = replace(net_spec(row, size, len(train_set.classes)), channels=train_set.images.shape[1])
     return row.folder, spec, phase(), _part(train_set, size.images), TrainSpec(epochs=size.epochs)
 
 
@@ -356,13 +356,17 @@ def _notes(figure: str, found: Sequence[Claim], chosen: Sequence[Row], size: Sca
     left = dict.fromkeys(c.row for c in found if c.figure == figure and figure.startswith("table"))
     run = {row.arch for row in chosen}
     left = [c for c in left if not any(row_of(f) in run for f in found if f.row == c)]
-    notes = [
-        "The paper's text perturbs the image by 8/255; its code perturbs the encoded spikes by 6/255, crafting in "
-        "train mode on the test batches. Each is a threat of its own here; the published figure belongs to the code's.",
-        "Trained without the code's weight decay of 1e-3, the best epoch chosen on held-out training images instead of "
-        "the test set.",
-    ]
-    if size.images is not None:
+    own = not all(row.system for row in chosen)
+    notes: list[str] = []
+    if own:
+        notes += [
+            "The paper's text perturbs the image by 8/255; its code perturbs the encoded spikes by 6/255, crafting in "
+            "train mode on the test batches. Each is a threat of its own here; the published figure belongs to the "
+            "code's.",
+            "The paper's networks are trained without its code's weight decay of 1e-3, the best epoch chosen on "
+            "held-out training images instead of the test set.",
+        ]
+    if own and size.images is not None:
         notes.append(
             f"Scale: {size.images:,} training images, {size.epochs} epochs, width x{size.width:g}; the paper uses all "
             "50,000 images and 100 epochs, so levels are not comparable, only directions are."
@@ -371,7 +375,7 @@ def _notes(figure: str, found: Sequence[Claim], chosen: Sequence[Row], size: Sca
     if systems:
         notes.append(
             "The compared systems were published under pixel threats (8/255; HIRE-SNN 0.031) in eval mode, and trained "
-            "at radii of their own (see each card): these are columns of their own, beside none of the encoded ones."
+            "at radii of their own (see each card): theirs are columns of their own, beside none of the encoded ones."
         )
         notes += [f"{row.name}: open in its source: {facts(row.arch)['open in its source']}." for row in systems]
     if systems and how.images is not None:
@@ -382,8 +386,14 @@ def _notes(figure: str, found: Sequence[Claim], chosen: Sequence[Row], size: Sca
         ]
         notes.append(
             f"Scale of the compared systems: {how.images:,} training images, {how.epochs} epochs, batch {how.batch}, "
-            f"width x{how.width:g}, {how.steps} time steps ({how.poisson_steps} of Poisson code), n = {how.audited}; "
-            "their sources train 200 epochs on 50,000 images."
+            f"width x{how.width:g}, {how.steps} time steps ({how.poisson_steps} of Poisson code), n = {how.audited}. "
+            + "".join(
+                f"{SYSTEMS[row.arch].title}: its twin of ReLUs {how.twin_epochs} epochs, thresholds read over "
+                f"{how.calibrate} steps. "
+                for row in systems
+                if SYSTEMS[row.arch].twin
+            )
+            + "Their sources train 50 to 200 epochs, twins 300, on 50,000 images."
             + (f" Other settings than the source's: {'; '.join(changed)}." if changed else "")
         )
     if left:

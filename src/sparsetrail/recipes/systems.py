@@ -95,7 +95,7 @@ class System:
 
 _RAT = (
     "single or mixed attack, the gradient behind the published columns, cutout and the retraction's strength for "
-    "VGG-11; taken: one FGSM step of 2/255 through time, no cutout, 0.004"
+    "VGG-11; by default: one FGSM step of 2/255 through time, no cutout, 0.004"
 )
 _RAT_APART = (
     "200 epochs on all images; the source keeps the epoch that is best on the test set; independent runs reach the "
@@ -126,8 +126,8 @@ SYSTEMS: dict[str, System] = {
             train=replace(TUNE, lr=1e-3, batch=128, epochs=300), percentile=99.7, scale=0.3, steps=100
         ),
         open="steps of the noise and their number, whether noise and potentials outlast a period, epochs of the "
-        "spiking stage; taken: two periods, 0.031 in equal steps, noise from zero for every batch, potentials go on, "
-        "200 epochs",
+        "spiking stage; by default: two periods, 0.031 in equal steps, noise from zero for every batch, potentials go "
+        "on, 200 epochs",
         apart="the training code was never released, so the settings above are guesses",
     ),
     "discretised_vgg11": System(
@@ -137,10 +137,10 @@ SYSTEMS: dict[str, System] = {
         twin=Twin(
             train=replace(SGD, lr=1e-2, epochs=300), percentile=100.0, scale=0.7, steps=2500
         ),
-        open="the number of steps of the published VGG-11; taken: 120, as a later plot has it",
+        open="the number of steps of the published VGG-11; by default: 120, as a later plot has it",
         apart="its VGG-11 has one convolution more, its neurons fire from the potential of the step before (a delay a "
-        "layer), its learning rates fall in stairs; published attacks draw one spike train a gradient, ours average "
-        "ten",
+        "layer), its learning rates fall in stairs, its Adam is AMSGrad; published attacks draw one spike train a "
+        "gradient, tables here average ten",
     ),
     "pgd_at_vgg11": System(
         arch="vgg11", title="PGD-AT VGG-11", called="pgd_at", defence="pgd_at", knobs=_WEAK,
@@ -148,17 +148,17 @@ SYSTEMS: dict[str, System] = {
     ),
     "trades_vgg11": System(
         arch="vgg11", title="TRADES VGG-11", called="trades", defence="trades",
-        open="made for other networks; taken: beta 6, ten steps of 2/255 in 8/255",
+        open="made for other networks; by default: beta 6, ten steps of 2/255 in 8/255",
         apart="no figure is in the paper's tables",
     ),
     "sr_vgg11": System(
         arch="vgg11", title="SR VGG-11", called="sr", defence="sr", train=replace(SGD, batch=32),
-        open="the weight of the regulariser; taken: 0.004",
+        open="the weight of the regulariser; by default: 0.004",
         apart="its own tables were not at hand; later papers print 31.7 % under FGSM and 8.6 % under PGD-7 at 8/255",
     ),
     "sr_at_vgg11": System(
         arch="vgg11", title="SR with AT VGG-11", called="sr", defence="sr", knobs=_WEAK, train=replace(SGD, batch=32),
-        open="the weight of the regulariser and the attack in training; taken: 0.004, two steps of 1/255 in 2/255",
+        open="the weight of the regulariser and the attack in training; by default: 0.004, two steps of 1/255 in 2/255",
         apart="later papers that train it again differ by 15 points",
     ),
     "mppd_vgg11": System(
@@ -168,10 +168,21 @@ SYSTEMS: dict[str, System] = {
     ),
     "tg_reg_vgg11": System(
         arch="vgg11", title="TG-Reg VGG-11", called="tg_reg", defence="tg_reg", knobs=_WEAK, steps=4,
-        open="normalisation of the penalty; taken: the mean over images of weight 100",
+        open="normalisation of the penalty; by default: the mean over images of weight 100",
         apart="known by its formula alone, no code to compare with",
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is trained, and how; `twin` is the training of the ReLU twin and the steps of the calibration."""
+
+    net: NetSpec
+    encode: Encoder
+    seams: Seams
+    spec: TrainSpec
+    twin: tuple[TrainSpec, int] | None
 
 
 def plan(
@@ -184,63 +195,61 @@ def plan(
     twin_epochs: int | None = None,
     calibrate: int | None = None,
     batch: int | None = None,
+    weight_decay: float | None = None,
+    seed: int | None = None,
     knobs: Mapping[str, Any] | None = None,
-) -> tuple[NetSpec, Encoder, Seams, TrainSpec]:
+) -> Plan:
     """What `train_system` would train, and how; ValueError for what does not exist or does not fit."""
     if name not in SYSTEMS:
         raise ValueError(f"system: expected one of {', '.join(SYSTEMS)}, got {name!r}")
     system = SYSTEMS[name]
     if system.twin is None and (twin_epochs is not None or calibrate is not None):
         raise ValueError(f"{name}: has no twin of ReLUs; leave its epochs and the steps of its calibration out")
+    if calibrate is not None and calibrate < 1:
+        raise ValueError(f"calibrate: expected at least 1 step, got {calibrate}")
     net = system.net(data, width=width, steps=steps)
     encode, seams = system.encoder(net.steps), system.seams(knobs)
-    spec = _sized(system.train, epochs, batch)
-    if seams.check is not None:
-        seams.check(net, encode, spec)
-    return net, encode, seams, spec
-
-
-def train_system(
-    bench: Bench,
-    name: str,
-    data: Dataset,
-    *,
-    width: float = 1.0,
-    steps: int | None = None,
-    epochs: int | None = None,
-    twin_epochs: int | None = None,
-    calibrate: int | None = None,
-    batch: int | None = None,
-    knobs: Mapping[str, Any] | None = None,
-) -> Trained:
-    """Train a system into `out/models/DATA-NAME`, its twin and conversion first where it has one; or go on, or take it.
-
-    Whatever is None is as the source has it: time `steps`, `epochs` (and of the twin), steps of the calibration, batch.
-    ValueError, before anything is written, for a system that does not exist and settings that do not fit it.
-    """
-    net, encode, seams, spec = plan(
-        name, data, width=width, steps=steps, epochs=epochs, twin_epochs=twin_epochs, calibrate=calibrate, batch=batch,
-        knobs=knobs,
-    )  # fmt: skip
-    system = SYSTEMS[name]
-    folder, start = f"{data.name}-{name}", None
+    spec, twin = _changed(system.train, epochs, batch, weight_decay, seed), None
     if system.twin is not None:
         how = system.twin
+        twin = _changed(how.train, twin_epochs, batch, None, seed), how.steps if calibrate is None else calibrate
+    for s in (spec, *([twin[0]] if twin else [])):
+        if s.batch > (held_in := len(data.labels) - int(s.validation * len(data.labels))):
+            raise ValueError(f"batch: expected at most the {held_in} training images, got {s.batch}")
+    if seams.check is not None:
+        seams.check(net, encode, spec)
+    return Plan(net=net, encode=encode, seams=seams, spec=spec, twin=twin)
+
+
+def train_system(bench: Bench, name: str, data: Dataset, **how: Any) -> Trained:
+    """Train a system into `out/models/DATA-NAME`, its twin and conversion first where it has one; or go on, or take it.
+
+    `how` are the settings of `plan`; whatever is left out is as the source has it: width 1, time `steps`, `epochs` (and
+    of the twin), steps in which thresholds are read (`calibrate`), `batch`, `weight_decay`, `seed`, and `knobs` of the
+    defence. ValueError, before anything is written, for what does not exist or does not fit.
+    """
+    p, system, folder, start = plan(name, data, **how), SYSTEMS[name], f"{data.name}-{name}", None
+    if system.twin is not None and p.twin is not None:
+        spec, steps = p.twin
         relu = replace(
-            net, neuron=NeuronSpec(kind="relu"), steps=1, readout="mean",
-            normalise="half" if system.signed_poisson else net.normalise,
+            p.net, neuron=NeuronSpec(kind="relu"), steps=1, readout="mean",
+            normalise="half" if system.signed_poisson else p.net.normalise,
         )  # fmt: skip
-        twin = fit(bench, f"{folder}/twin", relu, direct(steps=1), data, _sized(how.train, twin_epochs, batch))
+        twin = fit(bench, f"{folder}/twin", relu, direct(steps=1), data, spec)
         start = convert(
-            twin, net, encode, data, bench.out / "models" / folder / "converted",
-            percentile=how.percentile, scale=how.scale, steps=calibrate or how.steps, images=how.images,
-            seed=spec.seed, say=lambda done, of: bench.tick(f"calibrate {folder}", done, of, ""),
+            twin, p.net, p.encode, data, bench.out / "models" / folder / "converted",
+            percentile=system.twin.percentile, scale=system.twin.scale, steps=steps, images=system.twin.images,
+            seed=p.spec.seed, device=bench.device,
+            say=lambda done, of: bench.tick(f"calibrate {folder}", done, of, ""),
         )  # fmt: skip
-    return fit(bench, folder, net, encode, data, spec, seams=seams, start=start)
+    return fit(bench, folder, p.net, p.encode, data, p.spec, seams=p.seams, start=start)
 
 
-def _sized(spec: TrainSpec, epochs: int | None, batch: int | None) -> TrainSpec:
-    return replace(spec, epochs=epochs or spec.epochs, batch=batch or spec.batch)
+def _changed(
+    spec: TrainSpec, epochs: int | None, batch: int | None, weight_decay: float | None, seed: int | None
+) -> TrainSpec:
+    given: dict[str, Any] = {"epochs": epochs, "batch": batch, "weight_decay": weight_decay, "seed": seed}
+    return replace(spec, **{k: v for k, v in given.items() if v is not None})
 
 
 def facts(name: str) -> dict[str, str]:

@@ -23,7 +23,6 @@ PLANS: dict[int, tuple[int, ...]] = {  # channels of the convolutions
     5: (64, POOL, 128, 128, POOL),
     11: (64, POOL, 128, 256, POOL, 512, 512, 512, POOL, 512, 512),
 }
-FEATURES = 8192  # into the classifier, at width 1
 
 
 class Layer(nn.Module):
