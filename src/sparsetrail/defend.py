@@ -3,7 +3,7 @@
     pgd_at    adversarial training. Madry et al. 2018, arXiv:1706.06083
     trades    clean loss and a divergence from it. Zhang et al. 2019, arXiv:1901.08573
     snn_rat   adversarial training and an orthogonal retraction of the weights. Ding et al. 2022 (NeurIPS), SNN-RAT
-    hire_snn      noise crafted from one period of the time steps to the next. Kundu et al. 2021, arXiv:2110.11417
+    hire_snn  noise crafted from one period of the time steps to the next. Kundu et al. 2021, arXiv:2110.11417
     sr        sparse-gradient regularisation. Liu et al. 2024, arXiv:2405.20355
     mppd      the same membrane for clean and perturbed input. Ding et al. 2024 (ICML), MS-MPPD
     tg_reg    small sums of the input gradient of every step, TG-Reg (2026)
