@@ -16,7 +16,7 @@ no seam, and the loop is plain training to the bit. Radii are L-infinity in pixe
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,18 +53,30 @@ def craft(
 
     The network of `victim` is in eval mode meanwhile and has its own mode again afterwards.
     """
-    net = victim.module
-    assert net is not None
-    was, u = net.training, start.detach()
-    net.eval()
-    try:
+    u = start.detach()
+    assert victim.module is not None
+    with _evaluating(victim.module):
         for _ in range(steps):
             u = u.requires_grad_()
             (g,) = torch.autograd.grad(loss(victim.scores(u)), u)
             u = _project(u.detach() + step * g.sign(), x, eps)
+    return u
+
+
+@contextlib.contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """The network in eval mode inside this block, in its own mode again behind it."""
+    was = net.training
+    net.eval()
+    try:
+        yield
     finally:
         net.train(was)
-    return u
+
+
+def _wrong(y: Int[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
+    """The loss that is climbed: cross-entropy, every image by itself."""
+    return lambda z: F.cross_entropy(z, y, reduction="sum")
 
 
 def _project(u: Tensor, x: Tensor, eps: float) -> Tensor:
@@ -104,7 +116,7 @@ def _attacked(*, eps: float, steps: int, step: float, start: str) -> Callable[..
     def inputs(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         begin = _begin(x, start, eps, generator)
         return craft(
-            victim(net, encode), x, lambda z: F.cross_entropy(z, y, reduction="sum"), begin,
+            victim(net, encode), x, _wrong(y), begin,
             eps=eps, steps=steps, step=step,
         )  # fmt: skip
 
@@ -202,13 +214,9 @@ def trades(
         return found * temperature**2
 
     def penalty(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
-        x, was = x.detach(), net.training
-        net.eval()
-        try:
-            with torch.no_grad():
-                still = (victim(net, encode).scores(x) / temperature).log_softmax(1)
-        finally:
-            net.train(was)
+        x = x.detach()
+        with _evaluating(net), torch.no_grad():
+            still = (victim(net, encode).scores(x) / temperature).log_softmax(1)
         begin = _begin(x, "normal", eps, generator)
         moved = craft(
             victim(net, encode), x, lambda s: divergence(s, still), begin, eps=eps, steps=steps, step=step
@@ -263,7 +271,7 @@ def snn_rat(
         begin = _begin(x, "corner" if kind == "rfgsm" else "none", eps, generator)
         steps, step = (2, eps / 2) if kind == "pgd" else (1, eps / 2 if kind == "rfgsm" else eps)
         return craft(
-            v, x, lambda z: F.cross_entropy(z, y, reduction="sum"), begin, eps=eps, steps=steps, step=step
+            v, x, _wrong(y), begin, eps=eps, steps=steps, step=step
         )  # fmt: skip
 
     def after_step(net: nn.Module, generator: torch.Generator) -> None:
@@ -406,14 +414,9 @@ def hire_snn(
 
 def _gradient(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, potentials: dict | None) -> Tensor:
     """Input gradient of the loss with the weights as they are, from the potentials before; weights get none."""
-    was = net.training
-    net.eval()
-    try:
-        x = x.detach().requires_grad_()
-        with carrying(None if potentials is None else dict(potentials)):
-            return torch.autograd.grad(F.cross_entropy(scores(net, encode, x), y, reduction="sum"), x)[0]
-    finally:
-        net.train(was)
+    x = x.detach().requires_grad_()
+    with _evaluating(net), carrying(None if potentials is None else dict(potentials)):
+        return torch.autograd.grad(_wrong(y)(scores(net, encode, x)), x)[0]
 
 
 def sr(*, weight: float = 0.004, h: float = 0.01, eps: float = 0.0, steps: int = 2, step: float = 1 / 255) -> Seams:
@@ -482,7 +485,7 @@ def mppd(*, eps: float = 4 / 255, rho: float = 1.0, leak: float = 0.99, norm: st
         x = x.detach()
         begin = _begin(x, "normal", eps, generator)
         moved = craft(
-            victim(net, encode), x, lambda s: F.cross_entropy(s, y, reduction="sum"), begin, eps=eps, steps=1, step=eps
+            victim(net, encode), x, _wrong(y), begin, eps=eps, steps=1, step=eps
         )  # fmt: skip
         listen(net)
         try:

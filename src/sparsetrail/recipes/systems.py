@@ -98,8 +98,8 @@ _RAT = (
     "VGG-11; by default: one FGSM step of 2/255 through time, no cutout, 0.004"
 )
 _RAT_APART = (
-    "200 epochs on all images; the source keeps the epoch that is best on the test set; independent runs reach the "
-    "published level within one to three points"
+    "200 epochs on all images; the source keeps the epoch that is best on the test set; independent runs of VGG-11 "
+    "print 45.0 and 23.0 % (FGSM, PGD-7) for CIFAR-10, as published, but 18.9 and 8.9 % for CIFAR-100"
 )
 _WEAK = {"eps": 2 / 255, "steps": 2, "step": 1 / 255}
 

@@ -102,8 +102,18 @@ class FoldedNet(nn.Module):
         raise NotImplementedError
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights."""
-        raise NotImplementedError
+        """Kaiming normal (fan out) for convolutions, PyTorch's uniform default for linear layers, zero biases.
+
+        HIRE-SNN's own start does not matter: it is written over by a conversion.
+        """
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            elif isinstance(m, nn.Linear):
+                bound = m.in_features**-0.5
+                nn.init.uniform_(m.weight, -bound, bound, generator=generator)
+            if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None:
+                nn.init.zeros_(m.bias)
 
     def per_step(self, u: Float[Tensor, "t n c h w"]) -> Float[Tensor, "t n k"]:
         """Scores of every step."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsetrail.core import Memory, Route, Victim
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import Workspace, freeze, has_bf16, watched
+from sparsetrail.snn.engine import Conv2d, Workspace, freeze, has_bf16, watched
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons, ruled
@@ -105,6 +105,9 @@ def build(spec: NetSpec, *, seed: int = 3407) -> FoldedNet:
             )
         else:
             net = SpikingWRN(**common)
+    for m in net.modules():
+        if isinstance(m, Conv2d):
+            m.exact = spec.exact
     net.initialise(torch.Generator().manual_seed(seed))
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

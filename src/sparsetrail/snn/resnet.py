@@ -140,19 +140,12 @@ class SpikingResNet(FoldedNet):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(cin, classes)
-        for m in self.modules():
-            if isinstance(m, Conv2d):
-                m.exact = exact
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Kaiming normal (fan out) for convolutions, 1/0 for BatchNorm, PyTorch's uniform default for fc."""
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-            elif isinstance(m, nn.Linear):
-                bound = m.in_features**-0.5
-                nn.init.uniform_(m.weight, -bound, bound, generator=generator)
-                nn.init.uniform_(m.bias, -bound, bound, generator=generator)
+        """As every network here, and PyTorch's uniform default for the bias of fc."""
+        super().initialise(generator)
+        bound = self.fc.in_features**-0.5
+        nn.init.uniform_(self.fc.bias, -bound, bound, generator=generator)
 
     def first(self) -> tuple[nn.Module, nn.Module, Neuron, nn.Module | None]:
         return self.conv1, self.bn1, self.sn1, self.pool

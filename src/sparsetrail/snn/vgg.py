@@ -7,7 +7,6 @@ neuron that no pool follows. Both have a classifier of two layers of 4096; neith
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,23 +85,6 @@ class SpikingVGG(FoldedNet):
         self.fc1, self.sn1, self.drop1 = nn.Linear(cin * self.side**2, wide, bias=norm == "batch"), fire(), drop()
         self.fc2, self.sn2, self.drop2 = nn.Linear(wide, wide, bias=norm == "batch"), fire(), drop()
         self.fc = nn.Linear(wide, classes, bias=norm == "batch")
-        for m in self.modules():
-            if isinstance(m, Conv2d):
-                m.exact = exact
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """Kaiming normal (fan out) for convolutions, PyTorch's uniform default for linear layers with zero biases.
-
-        HIRE-SNN's own start does not matter: it is written over by a conversion.
-        """
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-            elif isinstance(m, nn.Linear):
-                bound = m.in_features**-0.5
-                nn.init.uniform_(m.weight, -bound, bound, generator=generator)
-            if isinstance(m, nn.Linear | nn.Conv2d) and m.bias is not None:
-                nn.init.zeros_(m.bias)
 
     def first(self) -> tuple[nn.Module, nn.Module, Neuron, nn.Module | None]:
         layer = self.features[0]

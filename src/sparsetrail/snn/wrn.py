@@ -77,18 +77,6 @@ class SpikingWRN(FoldedNet):
         self.bn, self.sn = nn.BatchNorm2d(cin), neurons()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(cin, classes)
-        for m in self.modules():
-            if isinstance(m, Conv2d):
-                m.exact = exact
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """Kaiming normal (fan out) for convolutions, PyTorch's uniform default for fc with zero biases."""
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-        bound = self.fc.in_features**-0.5
-        nn.init.uniform_(self.fc.weight, -bound, bound, generator=generator)
-        nn.init.zeros_(self.fc.bias)
 
     def first(self) -> tuple[nn.Module, nn.Module, Neuron, nn.Module | None]:
         block = self.blocks[0]
