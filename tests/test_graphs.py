@@ -1,17 +1,20 @@
 """What replaying recorded steps must not change: tried with a stand-in recorder here, with CUDA graphs on a GPU."""
 
 import copy
+import math
 
 import pytest
 import torch
 from lively import lively
 from torch.nn import functional as F
 
+from sparsetrail.data.sets import make_dataset
 from sparsetrail.snn import graphs
 from sparsetrail.snn.encode import phase
-from sparsetrail.snn.graphs import Scores, Update
+from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.net import NetSpec, victim
 from sparsetrail.snn.neuron import compile_neurons
+from sparsetrail.training import Optimizer, Seams, TrainingFailed, TrainSpec, _recorded, train, update
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -112,24 +115,73 @@ def test_the_first_call_may_be_without_gradient():
     assert torch.autograd.grad(f(leaf).sum(), leaf)[0].abs().sum() > 0
 
 
-def test_a_recorded_update_gives_the_gradients_of_the_plain_one():
-    x = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255
-    y, encode = torch.arange(6), phase(steps=3)
-    net = lively(NetSpec(width=0.125, steps=3), encode(x)).train().double()
-    twin = copy.deepcopy(net)
-    run = Update(net, lambda p: net.scores(p, encode), record=stand_in, warm=lambda fn: fn())
-    before = {k: v.clone() for k, v in net.named_buffers()}
-    run._prepare(x[:3].double(), y[:3])
-    assert all(torch.equal(v, before[k]) for k, v in net.named_buffers())  # warming up has left no trace
-    for rows in (slice(0, 3), slice(3, 6)):
-        loss, norm = run(x[rows].double(), y[rows])
-        twin.zero_grad()
-        want = F.cross_entropy(twin.scores(x[rows].double(), encode).float(), y[rows])
-        want.backward()
-        assert torch.equal(loss, want) and norm > 0
-        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
-            assert torch.allclose(p.grad, q.grad, atol=1e-12)
-    assert run(x.double(), y) is None  # another batch size
+def steps_of(net, encode, spec, x, y, batch, record=None, device="cpu"):
+    """The same steps plainly and recorded: losses and weights of both."""
+    twin, out = copy.deepcopy(net), []
+    for one, recorded in ((net, True), (twin, False)):
+        optimizer = Optimizer(one, spec)
+        run = _recorded(one, encode, optimizer, spec, Seams()) if recorded else None
+        if run is not None and record is not None:
+            run.record, run.warm = record, lambda fn: fn()
+        losses = []
+        for i in range(0, len(x), batch):
+            optimizer.set_rate(i, len(x))
+            args = x[i : i + batch], y[i : i + batch], torch.Generator()
+            value = update(one, encode, optimizer, spec, Seams(), *args, run)
+            assert (value is None) == recorded
+            losses += [] if value is None else [value]
+        out.append((losses if run is None else [loss for loss, _ in run.told()], optimizer))
+    (ours, kept), (theirs, plain) = out
+    assert len(ours) == len(theirs) == len(x) // batch
+    assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-6)
+    for (name, a), (_, b) in zip(net.state_dict().items(), twin.state_dict().items(), strict=True):
+        assert torch.allclose(a.double(), b.double(), atol=1e-7), name
+    for a, b in zip(kept.state().values(), plain.state().values(), strict=True):
+        assert torch.allclose(a.double(), b.double(), atol=1e-9)
+    return kept
+
+
+SPECS = [
+    TrainSpec(lr=1e-3),
+    TrainSpec(lr=1e-2, clip=0.1, weight_decay=0.01, schedule="cosine"),
+    TrainSpec(optimizer="sgd", lr=0.05, schedule="cosine", weight_decay=1e-3),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS[:2], ids=["adam", "clipped"])
+def test_recorded_steps_are_the_plain_ones(spec):
+    x = (torch.randint(0, 256, (12, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255).double()
+    y, encode = torch.arange(12) % 10, phase(steps=3)
+    net = lively(NetSpec(width=0.125, steps=3), encode(x.float())).train().double()
+    steps_of(net, encode, spec, x, y, 3, record=stand_in)
+
+
+def test_a_recorded_step_that_is_not_finite_moves_no_weight_and_none_after_it_does():
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    y, encode, spec = torch.arange(4), phase(steps=3), TrainSpec(lr=1e-2)
+    net = lively(NetSpec(width=0.125, steps=3), encode(x.float())).train().double()
+    optimizer = Optimizer(net, spec)
+    run = _recorded(net, encode, optimizer, spec, Seams())
+    run.record, run.warm = stand_in, lambda fn: fn()
+    before = copy.deepcopy(net.state_dict())
+    run._prepare(x[:2], y[:2])
+    run.bad.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # warming up has left no trace
+    run.replay()
+    moved = {k: v.clone() for k, v in net.named_parameters()}
+    assert not torch.equal(moved["conv1.weight"], before["conv1.weight"])
+    with torch.no_grad():
+        net.fc.bias[0] = math.nan
+    moved["fc.bias"] = net.fc.bias.detach().clone()
+    assert run(x[:2], y[:2])
+    with torch.no_grad():
+        net.fc.bias[0] = 0.0
+    moved["fc.bias"][0] = 0.0
+    assert run(x[2:], y[2:]) and not run(x, y)  # another batch size is not recorded
+    told = run.told()
+    assert math.isnan(told[0][0]) and math.isfinite(told[1][0]) and run.told() == []
+    for k, v in net.named_parameters():
+        assert torch.equal(v, moved[k]), k
 
 
 @pytest.mark.gpu
@@ -152,18 +204,29 @@ def test_cuda_graphs_of_a_victim():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_cuda_graphs_of_training():
-    x = (torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255).double().cuda()
-    y, encode = torch.arange(8).cuda() % 10, phase(steps=4)
+@pytest.mark.parametrize("spec", SPECS, ids=["adam", "clipped", "sgd"])
+def test_cuda_graphs_of_training(spec):
+    x = (torch.randint(0, 256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255).double().cuda()
+    y, encode = torch.arange(24).cuda() % 10, phase(steps=4)
     net = lively(NetSpec(width=0.25, steps=4), encode(x.float().cpu())).double().cuda().train()
-    twin, run = copy.deepcopy(net), Update(net, lambda p: net.scores(p, encode))
-    for _ in range(3):
-        loss, _ = run(x, y)
-        twin.zero_grad()
-        want = F.cross_entropy(twin.scores(x, encode).float(), y)
-        want.backward()
-        assert torch.allclose(loss, want)
-        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
-            assert torch.allclose(p.grad, q.grad, atol=1e-9)
-    for a, b in zip(net.buffers(), twin.buffers(), strict=True):
-        assert torch.allclose(a.double(), b.double())
+    steps_of(compile_neurons(net), encode, spec, x, y, 8)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_training_on_a_gpu_fails_where_it_must(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (640, 3, 32, 32), generator=g, dtype=torch.uint8).numpy()
+    data = make_dataset("noise", "train", images, torch.arange(640).numpy() % 10, tuple("0123456789"))
+    spec = TrainSpec(batch=16, epochs=2, lr=1e-3, validation=0.1)
+    seen = []
+    made = train(
+        NetSpec(width=0.25, steps=4), phase(steps=4), data, spec, tmp_path / "a", device="cuda", say=seen.append
+    )
+    steps = [e["step"] for e in seen if e["event"] == "step"]
+    assert steps == list(range(1, 73)) and made.net.fc.weight.isfinite().all()
+    with pytest.raises(TrainingFailed, match="epoch 0"):
+        train(
+            NetSpec(width=0.25, steps=4), phase(steps=4), data, TrainSpec(batch=16, epochs=2, lr=1e30, validation=0.1),
+            tmp_path / "b", device="cuda",
+        )  # fmt: skip

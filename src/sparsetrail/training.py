@@ -28,7 +28,7 @@ from sparsetrail.models import Trained, load_model, net_spec_from
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.engine import halve, has_bf16, share_memory
 from sparsetrail.snn.folded import Draws
-from sparsetrail.snn.graphs import Update
+from sparsetrail.snn.graphs import Update, products
 from sparsetrail.snn.kernels import available
 from sparsetrail.snn.net import NetSpec, build, running_for
 from sparsetrail.snn.neuron import Neuron, can_compile, carrying, compile_neurons
@@ -41,7 +41,8 @@ class TrainSpec:
 
     The paper's code adds weight_decay=1e-3 and picks the best epoch on the test set; we validate on `validation`, a
     held-out share of the training set (0 keeps the last epoch). `clip` bounds the gradient norm (0: off), `crop` is
-    the zero padding of random crops (0: off), `schedule` acts on the learning rate per step.
+    the zero padding of random crops (0: off), `schedule` acts on the learning rate per step. `precision` is that of the
+    products: tf32, as PyTorch runs convolutions on a GPU by default, is for GPUs only.
     """
 
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -55,7 +56,7 @@ class TrainSpec:
     flip: bool = True
     crop: int = 0
     clip: float = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     validation: float = 0.1
     seed: int = 3407
 
@@ -63,7 +64,7 @@ class TrainSpec:
         for name, ok in (
             ("optimizer", self.optimizer in ("adam", "sgd")),
             ("schedule", self.schedule in ("none", "cosine")),
-            ("precision", self.precision in ("fp32", "bf16")),
+            ("precision", self.precision in ("fp32", "tf32", "bf16")),
             ("lr", 0 < self.lr < math.inf),
             ("batch", self.batch >= 1),
             ("epochs", self.epochs >= 1),
@@ -147,7 +148,9 @@ def train(
     GPU run the neurons as generated kernels; None does so where Triton is found and the run is long enough to repay the
     compilation. A folder that holds another experiment is refused. Raises TrainingStopped and TrainingFailed.
     """
-    seams = seams or Seams()
+    seams, device = seams or Seams(), torch.device(device)
+    if spec.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision: tf32 is for products on a GPU, found {device}; take fp32 or bf16")
     identity = _identity(net_spec, encode, data, spec, seams, start)
     _check_fit(net_spec, encode, data)
     if seams.check is not None:
@@ -156,8 +159,8 @@ def train(
         raise ValueError(f"start: expected a model of the network asked for, found another in {start.path}")
     out.mkdir(parents=True, exist_ok=True)
     _check_folder(out, identity)
-    with _alone(out):
-        device = torch.device(device)
+    gpu = device.type == "cuda"
+    with _alone(out), products(spec.precision == "tf32") if gpu else contextlib.nullcontext():
         held_in, held_out = split_validation(data, spec.validation, spec.seed) if spec.validation else (data, None)
         if len(held_in.labels) < spec.batch:
             raise ValueError(f"batch: expected at most the {len(held_in.labels)} training images, got {spec.batch}")
@@ -178,7 +181,7 @@ def train(
         share_memory(net)
         if spec.precision == "bf16" and device.type == "cpu" and has_bf16():
             halve(net)
-        recorded = _recorded(net, encode, spec, seams) if device.type == "cuda" else None
+        recorded = _recorded(net, encode, optimizer, spec, seams) if gpu else None
         if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
             return load_model(out)
         log = _Log(out / "events.jsonl", say)
@@ -189,6 +192,10 @@ def train(
             done.seconds = before + time.monotonic() - started
             _save_state(out, identity, net, optimizer, done)
 
+        def pixels_of(epoch: int, i: int, rows: Tensor) -> tuple[Tensor, torch.Generator]:
+            generator = _keyed(spec.seed, epoch, i)
+            return _augment(images[rows], spec, generator), generator
+
         try:
             for epoch in range(done.epoch, spec.epochs):
                 order = torch.randperm(len(labels), generator=_keyed(spec.seed, epoch)).to(device)
@@ -196,15 +203,22 @@ def train(
                 for i in range(done.step, steps_per_epoch):
                     now = epoch * steps_per_epoch + i
                     rows = order[i * spec.batch : (i + 1) * spec.batch]
-                    generator = _keyed(spec.seed, epoch, i)
-                    x, y = _augment(images[rows], spec, generator), labels[rows]
+                    x, generator = pixels_of(epoch, i, rows)
                     optimizer.set_rate(now, total)
                     now_encode = _drawn(encode, spec.seed, epoch, i)
-                    loss = update(net, now_encode, optimizer, spec, seams, x, y, generator, recorded)
-                    if not math.isfinite(loss):
-                        raise _failure(out, log, net, encode, x, epoch, i, optimizer.rate, loss)
-                    done.step, done.loss = i + 1, loss
-                    log("step", epoch=epoch, step=now + 1, of=total, loss=loss, keep=(now + 1) % 20 == 0)
+                    value = update(net, now_encode, optimizer, spec, seams, x, labels[rows], generator, recorded)
+                    if value is None and recorded is not None:  # under way: a GPU is not waited for at every step
+                        if not recorded.full and i + 1 < steps_per_epoch:
+                            continue
+                        losses = [_not_finite(*told) for told in recorded.told()]
+                    else:
+                        losses = [math.nan if value is None else value]
+                    for j, loss in enumerate(losses, i + 1 - len(losses)):
+                        if not math.isfinite(loss):
+                            x, _ = pixels_of(epoch, j, order[j * spec.batch : (j + 1) * spec.batch])
+                            raise _failure(out, log, net, encode, x, epoch, j, optimizer.rate, loss)
+                        done.step, done.loss, step = j + 1, loss, epoch * steps_per_epoch + j + 1
+                        log("step", epoch=epoch, step=step, of=total, loss=loss, keep=step % 20 == 0)
                     if stop is not None and stop():
                         save_state()
                         log("stopped", epoch=epoch, step=now + 1, of=total)
@@ -245,32 +259,37 @@ class Optimizer:
     """The optimiser of a TrainSpec on views of the parameters in their order in memory.
 
     PyTorch's fused Adam copies channels-last parameters, gradients and moments there and back at every step, a quarter
-    of a training step on a CPU; an update is element by element, so the order of the elements is free.
+    of a training step on a CPU; an update is element by element, so the order of the elements is free. On a GPU all its
+    state lies there, so that a step can be recorded.
     """
 
     def __init__(self, net: nn.Module, spec: TrainSpec) -> None:
         self.spec, self.parameters = spec, list(net.parameters())
         self.views = [_in_memory_order(p.detach()) for p in self.parameters]
+        self.rate, gpu = spec.lr, all(p.is_cuda for p in self.parameters)
+        knobs: dict[str, Any] = {"weight_decay": spec.weight_decay}
+        knobs["lr"] = torch.tensor(spec.lr, device=self.views[0].device) if gpu else spec.lr
         if spec.optimizer == "adam":
-            knobs = {"betas": spec.betas, "weight_decay": spec.weight_decay, "fused": True}
-            self.inner: torch.optim.Optimizer = torch.optim.Adam(self.views, spec.lr, **knobs)
+            knobs |= {"betas": spec.betas, "fused": True, "capturable": gpu}
+            self.inner: torch.optim.Optimizer = torch.optim.Adam(self.views, **knobs)
         else:
-            self.inner = torch.optim.SGD(self.views, spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
-
-    @property
-    def rate(self) -> float:
-        """The learning rate now."""
-        return self.inner.param_groups[0]["lr"]
+            self.inner = torch.optim.SGD(self.views, momentum=spec.momentum, fused=gpu or None, **knobs)
+        if gpu and spec.optimizer == "sgd" and spec.momentum:  # what the first step would make of no buffer
+            for v in self.views:
+                self.inner.state[v]["momentum_buffer"] = torch.zeros_like(v)
 
     def set_rate(self, step: int, total: int) -> None:
         """The learning rate of step `step` of `total`."""
-        spec = self.spec
-        rate = spec.lr if spec.schedule == "none" else spec.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+        spec, before = self.spec, self.rate
+        self.rate = spec.lr if spec.schedule == "none" else spec.lr * 0.5 * (1 + math.cos(math.pi * step / total))
         for group in self.inner.param_groups:
-            group["lr"] = rate
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = self.rate
+            elif self.rate != before:
+                group["lr"].fill_(self.rate)
 
-    def step(self) -> None:
-        """Update the parameters by their gradients."""
+    def step(self, unless: Tensor | None = None) -> None:
+        """Update the parameters by their gradients, unless a flag on the device is one."""
         for p, view in zip(self.parameters, self.views, strict=True):
             now = _in_memory_order(p.detach())
             if now.shape != view.shape:
@@ -283,6 +302,7 @@ class Optimizer:
             if grad is not None and _turns(p, grad):
                 grad = grad.contiguous(memory_format=torch.channels_last)
             view.grad = None if grad is None else _in_memory_order(grad, like=p)
+        self.inner.found_inf = unless  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells fused optimisers
         self.inner.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -327,10 +347,10 @@ def update(
     y: Int[Tensor, " n"],
     generator: torch.Generator,
     recorded: Update | None = None,
-) -> float:
-    """One update on one batch, or one a period; returns the (last) loss.
+) -> float | None:
+    """One update on one batch, or one a period; returns the (last) loss, or what else was not finite.
 
-    `recorded` gives loss and gradients from a CUDA graph.
+    `recorded` does it by a CUDA graph; None then says that the step is under way and `recorded` will tell.
     """
     for m in net.modules():
         if isinstance(m, Draws):
@@ -341,7 +361,7 @@ def update(
     with running_for(net, part.steps), carrying({} if seams.carry else None):
         for _ in range(seams.periods):
             value = _one_update(net, part, optimizer, spec, seams, x, y, generator, None)
-            if not math.isfinite(value):
+            if value is None or not math.isfinite(value):
                 break
     return value
 
@@ -356,14 +376,13 @@ def _one_update(
     y: Int[Tensor, " n"],
     generator: torch.Generator,
     recorded: Update | None,
-) -> float:
+) -> float | None:
     if seams.inputs is not None:
         x = seams.inputs(net, encode, x, y, generator)
     net.train()
-    found = None if recorded is None else recorded(x, y)
-    if found is not None:
-        value, norm = torch.stack(found).tolist()
-        return _finish(net, optimizer, spec, seams, generator, value, norm)
+    if recorded is not None and recorded(x, y):
+        _settle(net, seams, generator)
+        return None
     net.zero_grad(set_to_none=True)
     if seams.penalty is not None:
         x = x.detach().requires_grad_()
@@ -393,20 +412,30 @@ def _finish(
 ) -> float:
     """Move the weights along their gradients unless loss or norm are not finite; the loss, or what was not finite."""
     if not math.isfinite(value) or not math.isfinite(norm):
-        return value if not math.isfinite(value) else norm  # a NaN weight silences its neurons: only the norm tells
+        return _not_finite(value, norm)
     if spec.clip:
-        nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, torch.tensor(norm))
+        nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, torch.tensor(norm, dtype=optimizer.views[0].dtype))
     optimizer.step()
+    _settle(net, seams, generator)
+    return value
+
+
+def _not_finite(loss: float, norm: float) -> float:
+    """The loss, or the gradient norm if only that is not finite: a NaN weight silences its neurons, the norm tells."""
+    return norm if math.isfinite(loss) and not math.isfinite(norm) else loss
+
+
+def _settle(net: nn.Module, seams: Seams, generator: torch.Generator) -> None:
+    """What is due to the weights after a step."""
     for m in net.modules():
         if isinstance(m, Neuron):
             m.confine()
     if seams.after_step is not None:
         seams.after_step(net, generator)
-    return value
 
 
-def _recorded(net: nn.Module, encode: Encoder, spec: TrainSpec, seams: Seams) -> Update | None:
-    """The training step as a CUDA graph, where nothing in it changes from step to step but the batch."""
+def _recorded(net: nn.Module, encode: Encoder, optimizer: Optimizer, spec: TrainSpec, seams: Seams) -> Update | None:
+    """The training step as a CUDA graph, where nothing in it changes from step to step but batch and rate."""
     drawn = encode.random or any(isinstance(m, Draws) for m in net.modules())
     if drawn or seams.penalty is not None or seams.periods > 1:
         return None
@@ -414,9 +443,17 @@ def _recorded(net: nn.Module, encode: Encoder, spec: TrainSpec, seams: Seams) ->
     def way(x: Tensor) -> Tensor:
         half = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if spec.precision == "bf16" else None
         with half or contextlib.nullcontext():
-            return scores(net, encode, x)
+            z = scores(net, encode, x)
+        return z if half is None else z.float()
 
-    return Update(net, way)
+    def move(gradients: tuple[Tensor, ...], norm: Tensor, bad: Tensor) -> None:
+        for p, g in zip((p for p in net.parameters() if p.requires_grad), gradients, strict=True):
+            p.grad = g
+        if spec.clip:
+            nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, norm)
+        optimizer.step(unless=bad)
+
+    return Update(net, way, move)
 
 
 def scores(net: nn.Module, encode: Encoder, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
@@ -433,7 +470,7 @@ def accuracy(
     net.eval()
     right = 0
     try:
-        with torch.no_grad():
+        with torch.no_grad(), products(tf32=False) if torch.cuda.is_available() else contextlib.nullcontext():
             for i in range(0, len(data.labels), batch):
                 z = scores(net, encode, pixels(data.images[i : i + batch].to(device)))
                 right += int((z.argmax(1) == data.labels[i : i + batch].to(device)).sum())

@@ -61,6 +61,7 @@ def _device(name: str, threads: int | None) -> str:
         if threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions; fp32 is said and meant
     if name == "auto" and torch.cuda.is_available():
         return "cuda"
     if name == "auto":
@@ -193,7 +194,7 @@ def train(
     clip: float = 0.0,
     flip: bool = True,
     crop: int = 0,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
     validation: float = 0.1,
     defence: Annotated[str | None, Parameter(help=f"one of {', '.join(DEFENCES)}; none by default")] = None,
     sets: Annotated[

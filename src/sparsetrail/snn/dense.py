@@ -61,7 +61,7 @@ def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
         return F.linear(cells.flatten(1), matrix.flatten(1), conv.bias)[:, :, None, None]
     taps = _taps((h, w), (kh, kw), (conv.stride[0], conv.stride[1]), (ph, pw), x.device)
     weight = conv.weight.flatten(2)
-    weight = torch.cat([weight, weight.new_zeros(*weight.shape[:2], 1)], 2)[:, :, taps]  # [d c (p q h w)]
+    weight = torch.cat([weight, weight.new_zeros(*weight.shape[:2], 1)], 2).index_select(2, taps)  # [d c (p q h w)]
     matrix = weight.unflatten(2, (ho * wo, -1)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # [(d p q) (c h w)]
     bias = None if conv.bias is None else conv.bias.repeat_interleave(ho * wo)
     return F.linear(x.flatten(1), matrix, bias).reshape(len(x), -1, ho, wo)

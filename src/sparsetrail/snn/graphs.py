@@ -1,11 +1,13 @@
 """CUDA graphs: at small batches a GPU waits for hundreds of launches a step; a recorded step is launched as one.
 
-`Scores` records the forward and the input gradient of a network, one pair a batch size; `Update` the forward and all
-gradients of a training step. A recording works on memory of its own: inputs are copied in, results copied out. Where
-recording fails the plain call serves, with one line that says so.
+`Scores` records the forward and the input gradient of a network, one pair a batch size; `Update` a training step, the
+optimiser's included. A recording works on memory of its own: inputs are copied in, results copied out. Where recording
+fails the plain call serves, with one line that says so.
 """
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch.nn import functional as F
 from sparsetrail.snn.kernels import say_once
 
 SIZES = 8  # recordings a network keeps at most; each holds the memory of its intermediate maps
+AHEAD = 20  # training steps that may be under way before somebody looks at their losses
+_one_at_a_time = threading.Lock()  # recording asks for the whole device, and a compiler for one thread
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 
@@ -41,6 +45,23 @@ def warm(fn: Callable[[], Any]) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
+@contextlib.contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """Inside this block a GPU takes float32 products in TF32 (10 bits of mantissa), or in float32 itself.
+
+    PyTorch's own default is TF32 for convolutions, which is neither: what is called fp32 here is fp32.
+    """
+    where: tuple[Any, Any] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    was = [w.allow_tf32 for w in where]
+    for w in where:
+        w.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        for w, before in zip(where, was, strict=True):
+            w.allow_tf32 = before
+
+
 class _Recording:
     """The scores of one batch size and their gradient with respect to the input, recorded."""
 
@@ -51,7 +72,7 @@ class _Recording:
             z = f(self.point)
             torch.autograd.grad(z, self.point, torch.zeros_like(z))
 
-        with torch.enable_grad():  # the first call may be one that only wants scores
+        with _one_at_a_time, torch.enable_grad():  # the first call may be one that only wants scores
             warm(both)
             self.forward, self.z = record(lambda: f(self.point))
             self.push = torch.zeros_like(self.z)
@@ -133,53 +154,75 @@ def _first(error: RuntimeError) -> str:
 
 
 class Update:
-    """Loss and gradients of one training batch, recorded: `loss, norm = update(x, y)` and every `p.grad` is set.
+    """A whole training step on one batch, recorded: scores, gradients and `move`, which acts on the weights by them.
 
-    The batch is always of the size of the first. Where the recording fails `None` is returned and the batch is not
-    touched: weights, statistics and gradients are as before.
+    `update(x, y)` launches it without waiting; `told()` waits and gives loss and gradient norm of every step since.
+    Once one of them is not finite, `bad` is one and `move` must leave the weights alone, now and in later steps. The
+    batch is always of the size of the first. Where recording fails the call is false, and nothing was touched.
     """
 
     def __init__(
         self,
         net: nn.Module,
         scores: Callable[[Tensor], Tensor],
+        move: Callable[[tuple[Tensor, ...], Tensor, Tensor], None],
         *,
         record: Record | None = None,
         warm: Callable = warm,
     ) -> None:
-        self.net, self.scores, self.record, self.warm = net, scores, record, warm
+        self.net, self.scores, self.move, self.record, self.warm = net, scores, move, record, warm
         self.replay: Replay | None = None
         self.failed = False
+        self.launched = 0
 
-    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, x: Tensor, y: Tensor) -> bool:
         if self.replay is None and not self.failed:
             self._prepare(x, y)
         if self.replay is None or x.shape != self.x.shape:
-            return None
+            return False
         self.x.copy_(x)
         self.y.copy_(y)
         self.replay()
-        for p, g in zip(self.parameters, self.gradients, strict=True):
-            p.grad = g
-        return self.loss, self.norm
+        self.seen[self.launched].copy_(self.found)
+        self.launched += 1
+        return True
+
+    @property
+    def full(self) -> bool:
+        """Must `told` be asked before the next step?"""
+        return self.launched == AHEAD
+
+    def told(self) -> list[tuple[float, float]]:
+        """Loss and gradient norm of the steps launched since the last time, once they are done."""
+        values = self.seen[: self.launched].tolist() if self.launched else []
+        self.launched = 0
+        return [(loss, norm) for loss, norm in values]
 
     def _prepare(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x.clone(), y.clone()
+        self.seen = torch.zeros(AHEAD, 2, device=x.device, dtype=torch.float64)
+        self.bad = torch.ones((), device=x.device)  # while it is one, warming up moves no weight
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         before = {k: v.clone() for k, v in self.net.named_buffers()}
 
-        def step() -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-            loss = F.cross_entropy(self.scores(self.x).float(), self.y)
+        def step() -> Tensor:
+            loss = F.cross_entropy(self.scores(self.x), self.y)
             gradients = torch.autograd.grad(loss, self.parameters)
-            return loss.detach(), nn.utils.get_total_norm(gradients), gradients
+            norm = nn.utils.get_total_norm(gradients)
+            found = torch.stack([loss.detach().double(), norm.double()])
+            self.bad.copy_(torch.maximum(self.bad, (~found.isfinite().all()).to(self.bad)))
+            self.move(gradients, norm, self.bad)
+            return found
 
         try:
-            self.warm(step)
-            record = self.record or on_gpu(torch.cuda.graph_pool_handle())
-            self.replay, (self.loss, self.norm, self.gradients) = record(step)
+            with _one_at_a_time:
+                self.warm(step)
+                record = self.record or on_gpu(torch.cuda.graph_pool_handle())
+                self.replay, self.found = record(step)
         except RuntimeError as error:
             say_once(f"a training step could not be recorded as a CUDA graph, it is launched plainly ({_first(error)})")
             self.replay, self.failed = None, True
+        self.bad.zero_()
         with torch.no_grad():  # statistics moved while warming up
             for k, v in self.net.named_buffers():
                 v.copy_(before[k])

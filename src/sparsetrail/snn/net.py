@@ -12,7 +12,7 @@ from sparsetrail.core import Memory, Route, Victim
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.engine import Conv2d, Workspace, freeze, has_bf16, watched
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
-from sparsetrail.snn.graphs import Scores
+from sparsetrail.snn.graphs import Scores, products
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons, ruled
 from sparsetrail.snn.pools import POOLS, share_of
 from sparsetrail.snn.resnet import DEPTHS, Connect, SpikingResNet, Stem
@@ -168,7 +168,8 @@ def victim(
                 if compile and now is not net:
                     compile_neurons(now)
                 amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if half and x.is_cuda else None
-                with amp or contextlib.nullcontext(), ruled(None if rule is None else rule.rule(memory)):
+                exact = products(tf32=False) if x.is_cuda else contextlib.nullcontext()
+                with exact, amp or contextlib.nullcontext(), ruled(None if rule is None else rule.rule(memory)):
                     return now(x) if task == "logits" else now.scores(x, code)  # type: ignore[operator]
 
             if not x.is_cuda or seen or rule is not None or stretched:
