@@ -30,9 +30,10 @@ from sparsetrail.data import DataError, load, pixels, take  # noqa: E402
 from sparsetrail.models import load_model, net_spec_from  # noqa: E402
 from sparsetrail.snn.encode import Encoder, build_encoder, phase  # noqa: E402
 from sparsetrail.snn.engine import halve, has_bf16, share_memory  # noqa: E402
+from sparsetrail.snn.graphs import products  # noqa: E402
 from sparsetrail.snn.net import NetSpec, build, victim  # noqa: E402
 from sparsetrail.snn.neuron import NeuronSpec, can_compile, compile_neurons  # noqa: E402
-from sparsetrail.training import Optimizer, Seams, TrainSpec, update  # noqa: E402
+from sparsetrail.training import Optimizer, Seams, TrainSpec, recorder, update  # noqa: E402
 
 RIVAL = "SpikingJelly 2.0.0"
 SPIKINGJELLY = all(importlib.util.find_spec(m) is not None for m in ("spikingjelly", "loguru", "h5py"))
@@ -271,7 +272,17 @@ def our_training(c: Case, precision: str) -> Job:
     if precision == "bf16" and device.type == "cpu":
         halve(net)
     g, seams = torch.Generator(), Seams()
-    return lambda: update(net, c.encode, optimizer, spec, seams, c.x, c.y, g)
+    if device.type == "cpu":
+        return lambda: update(net, c.encode, optimizer, spec, seams, c.x, c.y, g)
+    run = recorder(net, c.encode, optimizer, spec, seams)
+
+    def job() -> None:
+        with products(precision == "tf32"):
+            update(net, c.encode, optimizer, spec, seams, c.x, c.y, g, run)
+        if run is not None and run.full:
+            run.told()
+
+    return job
 
 
 def our_attack(c: Case, precision: str, space: str = "encoded") -> Job:

@@ -14,7 +14,7 @@ from sparsetrail.snn.encode import phase
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.net import NetSpec, victim
 from sparsetrail.snn.neuron import compile_neurons
-from sparsetrail.training import Optimizer, Seams, TrainingFailed, TrainSpec, _recorded, train, update
+from sparsetrail.training import Optimizer, Seams, TrainingFailed, TrainSpec, recorder, train, update
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -120,7 +120,7 @@ def steps_of(net, encode, spec, x, y, batch, record=None, device="cpu"):
     twin, out = copy.deepcopy(net), []
     for one, recorded in ((net, True), (twin, False)):
         optimizer = Optimizer(one, spec)
-        run = _recorded(one, encode, optimizer, spec, Seams()) if recorded else None
+        run = recorder(one, encode, optimizer, spec, Seams()) if recorded else None
         if run is not None and record is not None:
             run.record, run.warm = record, lambda fn: fn()
         losses = []
@@ -161,7 +161,7 @@ def test_a_recorded_step_that_is_not_finite_moves_no_weight_and_none_after_it_do
     y, encode, spec = torch.arange(4), phase(steps=3), TrainSpec(lr=1e-2)
     net = lively(NetSpec(width=0.125, steps=3), encode(x.float())).train().double()
     optimizer = Optimizer(net, spec)
-    run = _recorded(net, encode, optimizer, spec, Seams())
+    run = recorder(net, encode, optimizer, spec, Seams())
     run.record, run.warm = stand_in, lambda fn: fn()
     before = copy.deepcopy(net.state_dict())
     run._prepare(x[:2], y[:2])

@@ -181,7 +181,7 @@ def train(
         share_memory(net)
         if spec.precision == "bf16" and device.type == "cpu" and has_bf16():
             halve(net)
-        recorded = _recorded(net, encode, optimizer, spec, seams) if gpu else None
+        recorded = recorder(net, encode, optimizer, spec, seams) if gpu else None
         if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
             return load_model(out)
         log = _Log(out / "events.jsonl", say)
@@ -434,7 +434,7 @@ def _settle(net: nn.Module, seams: Seams, generator: torch.Generator) -> None:
         seams.after_step(net, generator)
 
 
-def _recorded(net: nn.Module, encode: Encoder, optimizer: Optimizer, spec: TrainSpec, seams: Seams) -> Update | None:
+def recorder(net: nn.Module, encode: Encoder, optimizer: Optimizer, spec: TrainSpec, seams: Seams) -> Update | None:
     """The training step as a CUDA graph, where nothing in it changes from step to step but batch and rate."""
     drawn = encode.random or any(isinstance(m, Draws) for m in net.modules())
     if drawn or seams.penalty is not None or seams.periods > 1:
