@@ -274,6 +274,7 @@ class Optimizer:
             self.inner: torch.optim.Optimizer = torch.optim.Adam(self.views, **knobs)
         else:
             self.inner = torch.optim.SGD(self.views, momentum=spec.momentum, fused=gpu or None, **knobs)
+        self.inner._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # it runs plainly too, to warm up
         if gpu and spec.optimizer == "sgd" and spec.momentum:  # what the first step would make of no buffer
             for v in self.views:
                 self.inner.state[v]["momentum_buffer"] = torch.zeros_like(v)
