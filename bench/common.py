@@ -32,7 +32,7 @@ from sparsetrail.snn.encode import Encoder, build_encoder, phase  # noqa: E402
 from sparsetrail.snn.engine import halve, has_bf16, share_memory  # noqa: E402
 from sparsetrail.snn.graphs import products  # noqa: E402
 from sparsetrail.snn.net import NetSpec, build, victim  # noqa: E402
-from sparsetrail.snn.neuron import NeuronSpec, can_compile, compile_neurons  # noqa: E402
+from sparsetrail.snn.neuron import NeuronSpec  # noqa: E402
 from sparsetrail.training import Optimizer, Seams, TrainSpec, recorder, update  # noqa: E402
 
 RIVAL = "SpikingJelly 2.0.0"
@@ -266,8 +266,6 @@ def our_training(c: Case, precision: str) -> Job:
     net = copy.deepcopy(c.net)
     spec = TrainSpec(lr=LR, batch=len(c.y), precision=precision)  # type: ignore[arg-type]
     optimizer = Optimizer(net, spec)
-    if can_compile(device):
-        compile_neurons(net)
     share_memory(net)
     if precision == "bf16" and device.type == "cpu":
         halve(net)
@@ -287,7 +285,7 @@ def our_training(c: Case, precision: str) -> Job:
 
 def our_attack(c: Case, precision: str, space: str = "encoded") -> Job:
     """One gradient of the loss with respect to the attacked tensor, as our attacks ask for it."""
-    target = victim(c.net, c.encode, compile=can_compile(c.x.device), precision=precision)  # type: ignore[arg-type]
+    target = victim(c.net, c.encode, precision=precision)  # type: ignore[arg-type]
     f, start = target.of(space), c.u if space == "encoded" else c.x  # type: ignore[arg-type]
 
     def job() -> Tensor:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import Case, begin, build, can_compile, case, flags, has_rival, precisions, row, save, victim
+from common import Case, begin, build, case, flags, has_rival, precisions, row, save, victim
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,7 +54,7 @@ def peak(device: torch.device) -> int:
 
 def our_step(c: Case, precision: str) -> Step:
     """The attack step of `net`, on any batch."""
-    target = victim(c.net, c.encode, compile=can_compile(c.x.device), precision=precision)  # type: ignore[arg-type]
+    target = victim(c.net, c.encode, precision=precision)  # type: ignore[arg-type]
 
     def step(u: Tensor, y: Tensor) -> object:
         point = u.clone().requires_grad_()

@@ -62,8 +62,6 @@ def reference_net(
     functional.set_step_mode(net, "m")
     net = net.to(device, weights["conv1.weight"].dtype)
     net.load_state_dict({k: v.contiguous() for k, v in weights.items()})
-    if torch.device(device).type == "cuda":
-        functional.set_backend(net, "triton", instance=neuron.IFNode)
     return MeanOverTime(net), lambda: functional.reset_net(net)
 
 

@@ -20,7 +20,6 @@ from common import (
     alternate,
     as_case,
     begin,
-    can_compile,
     clock,
     flags,
     has_rival,
@@ -77,7 +76,7 @@ def main() -> None:
     last: dict[str, Run] = {}
 
     def ours(precision: str) -> Job:
-        target = victim(net, encode, precision=precision, compile=can_compile(device))  # type: ignore[arg-type]
+        target = victim(net, encode, precision=precision)  # type: ignore[arg-type]
 
         def job() -> None:
             last[precision] = attack(pgd, target, THREAT, x, y)

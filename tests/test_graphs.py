@@ -13,7 +13,6 @@ from sparsetrail.snn import graphs
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.net import NetSpec, victim
-from sparsetrail.snn.neuron import compile_neurons
 from sparsetrail.training import Optimizer, Seams, TrainingFailed, TrainSpec, recorder, train, update
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -190,7 +189,7 @@ def test_cuda_graphs_of_a_victim():
     x = (torch.randint(0, 256, (7, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255).double().cuda()
     y, encode = torch.arange(7).cuda(), phase(steps=4)
     net = lively(NetSpec(width=0.25, steps=4), encode(x.float().cpu())).double().cuda()
-    v = victim(compile_neurons(net), encode)
+    v = victim(net, encode)
     u = encode(x)
     for n in (7, 7, 7, 5, 6, 1, 1, 1):
         for f, point in ((v.logits, u[:, :n]), (v.scores, x[:n])):
@@ -209,7 +208,7 @@ def test_cuda_graphs_of_training(spec):
     x = (torch.randint(0, 256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255).double().cuda()
     y, encode = torch.arange(24).cuda() % 10, phase(steps=4)
     net = lively(NetSpec(width=0.25, steps=4), encode(x.float().cpu())).double().cuda().train()
-    steps_of(compile_neurons(net), encode, spec, x, y, 8)
+    steps_of(net, encode, spec, x, y, 8)
 
 
 @pytest.mark.gpu

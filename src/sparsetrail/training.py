@@ -31,7 +31,7 @@ from sparsetrail.snn.folded import Draws
 from sparsetrail.snn.graphs import Update, products
 from sparsetrail.snn.kernels import available
 from sparsetrail.snn.net import NetSpec, build, running_for
-from sparsetrail.snn.neuron import Neuron, can_compile, carrying, compile_neurons
+from sparsetrail.snn.neuron import Neuron, carrying
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
 
 
@@ -119,9 +119,6 @@ class _Progress:
 
 Say = Callable[[dict[str, Any]], None]
 
-# Image steps (images x time steps x passes) from which neurons compiled for a GPU repay the compilation.
-WORTH_COMPILING = 200_000
-
 
 def train(
     net_spec: NetSpec,
@@ -134,7 +131,6 @@ def train(
     start: Trained | None = None,
     device: str | torch.device = "cpu",
     checkpoint_seconds: float = 60.0,
-    compile: bool | None = None,
     say: Say | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Trained:
@@ -144,9 +140,8 @@ def train(
 
     `out` gets `model.safetensors` (best validation accuracy), `last.safetensors`, `state.safetensors` and its
     predecessor, `events.jsonl`. Every `checkpoint_seconds` and at every epoch's end the state is written. `say`
-    receives the events as they happen, `stop` is asked after every step. `compile` lets a
-    GPU run the neurons as generated kernels; None does so where Triton is found and the run is long enough to repay the
-    compilation. A folder that holds another experiment is refused. Raises TrainingStopped and TrainingFailed.
+    receives the events as they happen, `stop` is asked after every step, on a GPU at
+    least after every 20. A folder that holds another experiment is refused. Raises TrainingStopped and TrainingFailed.
     """
     seams, device = seams or Seams(), torch.device(device)
     if spec.precision == "tf32" and device.type != "cuda":
@@ -174,10 +169,6 @@ def train(
         resumed = _restore(out, identity, net, optimizer, done)
         steps_per_epoch = len(labels) // spec.batch
         total = steps_per_epoch * spec.epochs
-        if compile is None:
-            compile = total * spec.batch * net_spec.steps >= WORTH_COMPILING and can_compile(device)
-        if compile:
-            compile_neurons(net)
         share_memory(net)
         if spec.precision == "bf16" and device.type == "cpu" and has_bf16():
             halve(net)

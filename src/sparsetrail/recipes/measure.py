@@ -7,7 +7,6 @@ threat, route, seed), so a changed setting is a new cell and never a mix.
 import contextlib
 import hashlib
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -30,11 +29,10 @@ from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
 from sparsetrail.report import pack, unpack
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.net import NetSpec, build, describe, victim
-from sparsetrail.snn.neuron import can_compile, compile_neurons
+from sparsetrail.snn.net import NetSpec, describe, victim
 from sparsetrail.snn.weights import load_weights, save_weights
 from sparsetrail.trails import Detail, trail
-from sparsetrail.training import WORTH_COMPILING, Seams, TrainingStopped, TrainSpec, accuracy, train
+from sparsetrail.training import Seams, TrainingStopped, TrainSpec, accuracy, train
 
 AT_ONCE = 4  # models trained side by side on one GPU
 
@@ -107,9 +105,6 @@ def fit_all(bench: Bench, jobs: Sequence[Job], *, side_by_side: bool | None = No
             halt.set()
             raise
 
-    if gpu:
-        for spec in {job[1] for job in jobs}:
-            prepare_neurons(spec, bench.device)  # a compiler is not asked from several threads at once
     with ThreadPoolExecutor(min(len(jobs), AT_ONCE)) as pool:
         futures = [pool.submit(one, job) for job in jobs]
     errors = [e for f in futures if (e := f.exception()) is not None]
@@ -118,30 +113,18 @@ def fit_all(bench: Bench, jobs: Sequence[Job], *, side_by_side: bool | None = No
     return [f.result() for f in futures]
 
 
-def prepare_neurons(spec: NetSpec, device: str) -> None:
-    """Compile the neurons of a network for a GPU by one step on a small input."""
-    if can_compile(device):
-        net = compile_neurons(build(replace(spec, width=0.125))).to(device)
-        net(torch.zeros(spec.steps, 2, spec.channels, 32, 32, device=device)).sum().backward()
-
-
 def as_victim(
     model: Trained,
     name: str,
     *,
     backward: str | None = None,
     device: str = "cpu",
-    passes: int = 0,
     precision: Precision = "fp32",
 ) -> Victim:
-    """The adversary's view of a trained model; `backward` swaps the encoder's backward rule.
-
-    `passes` is how many images will go through it, about: from a certain work on a GPU compiles its neurons.
-    """
+    """The adversary's view of a trained model; `backward` swaps the encoder's backward rule."""
     encode = model.encode if backward is None else model.encode.route(backward)
     encode = _afresh(encode)
-    worth = passes * encode.steps >= WORTH_COMPILING and can_compile(device)
-    return victim(model.net.to(device), encode, name=name, compile=worth, precision=precision)
+    return victim(model.net.to(device), encode, name=name, precision=precision)
 
 
 def _afresh(encode: Encoder) -> Encoder:
@@ -167,9 +150,7 @@ def strike(
     """One attack on one model as a cell; pixel-space points are kept beside it."""
     fits_code(model, threat)
     knobs = settings(ATTACKS[attack_name]) | knobs
-    calls = math.prod(v for k, v in knobs.items() if k in ("steps", "restarts", "draws"))
-    passes = len(data.labels) * calls
-    v = as_victim(model, name, backward=backward, device=bench.device, passes=passes, precision=precision)
+    v = as_victim(model, name, backward=backward, device=bench.device, precision=precision)
     spec = _spec(bench, model, v.path(threat.space), v.mode, data, bench.seed) | {
         "attack": attack_name,
         "knobs": knobs,

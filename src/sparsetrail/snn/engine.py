@@ -613,6 +613,56 @@ def _through_norm(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor 
     return dy, d_gamma, d_beta
 
 
+class _FireNormed(torch.autograd.Function):
+    """On a GPU: currents -> BatchNorm in eval mode with constant weights -> neuron over all steps (-> plus a map)."""
+
+    @staticmethod
+    def forward(ctx, y, plus, norm: nn.BatchNorm2d, spec: NeuronSpec, steps: int, run: Any):
+        _, c, p, q = y.shape
+        s, rows = torch.empty_like(y), len(y) // steps * p * q
+        h = torch.empty_like(y) if any(ctx.needs_input_grad) else None
+        mean, var = _running(norm)
+        at = map(pointer, (y, mean, var, norm.weight, norm.bias))
+        run.fire_normed(*at, norm.eps, pointer(plus), pointer(s), pointer(h), rows, c)
+        ctx.norm, ctx.spec, ctx.steps, ctx.run = norm, spec, steps, run
+        ctx.save_for_backward(h)
+        return s
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (h,), norm, steps = ctx.saved_tensors, ctx.norm, ctx.steps
+        plus, (_, c, p, q) = grad if ctx.needs_input_grad[1] else None, h.shape
+        if not ctx.needs_input_grad[0]:
+            return None, plus, None, None, None, None
+        if torch._C._are_functorch_transforms_active() or kernels.batched(grad) or torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected a first derivative; for others set SPARSETRAIL_KERNELS=0 or use kernels.plain()"
+            )
+        grad, out = _last(grad), torch.empty_like(h)
+        at = map(pointer, (grad, h, norm.running_var, norm.weight))
+        ctx.run.back_normed(*at, norm.eps, pointer(out), len(h) // steps * p * q, c)
+        return out, plus, None, None, None, None
+
+
+def _fire_normed(y: Tensor, norm: nn.Module, neuron: Neuron, steps: int, plus: Tensor | None) -> Tensor | None:
+    """The pass on a GPU where it serves: in networks with constant weights, as `freeze` makes them."""
+    if not y.is_cuda or type(norm) is not nn.BatchNorm2d or norm.training or norm.running_mean is None or not y.numel():
+        return None
+    spec, rule = neuron.differentiated()
+    constant: list[Any] = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    if not all(type(t) is Tensor and not t.requires_grad for t in constant) or watched(norm, neuron):
+        return None
+    if rule is not None or neuron.run is not fused:
+        return None
+    if not type(neuron).__module__.startswith("sparsetrail.") or torch._C._are_functorch_transforms_active():
+        return None
+    y, plus = _last(y), None if plus is None else _last(plus)
+    run = kernel(
+        spec, y.permute(0, 2, 3, 1).unflatten(0, (steps, -1)), None, *constant, *([] if plus is None else [plus])
+    )
+    return None if run is None else _FireNormed.apply(y, plus, norm, spec, steps, run)
+
+
 def fire(
     y: Float[Tensor, "m c h w"],
     norm: nn.Module,
@@ -633,6 +683,9 @@ def fire(
     if not _can_fire(y, norm, neuron, plus):
         if order != tuple(range(steps)):
             y = torch.cat([y.unflatten(0, (max(order) + 1, -1))[f] for f in order])
+        s = _fire_normed(y, norm, neuron, steps, plus)
+        if s is not None:
+            return s if pool is None else pool(s)
         s = neuron(norm(y))
         s = s if plus is None else plus + s
         return s if pool is None else pool(s)

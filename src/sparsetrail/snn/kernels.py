@@ -52,20 +52,25 @@ def compilers() -> list[list[str]]:
     return [c for c in (asked, ["gcc"], ["clang"], ["cc"]) if c and shutil.which(c[0])]
 
 
+def switched_on() -> bool:
+    """Are kernels wanted here and now?"""
+    return not _off.get()
+
+
 def available(dtype: torch.dtype = torch.float32) -> bool:
     """Do kernels serve this type here and now?"""
-    return not _off.get() and dtype in REAL and library(dtype) is not None
+    return switched_on() and dtype in REAL and library(dtype) is not None
 
 
-def usable(*tensors: Tensor) -> bool:
-    """May a kernel be given the addresses of these? Plain dense tensors on the CPU, nobody tracing or transforming."""
+def usable(*tensors: Tensor, device: str = "cpu") -> bool:
+    """May a kernel be given the addresses of these? Plain dense tensors of one type, nobody tracing or transforming."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
     if forward_ad._current_level >= 0:
         return False
     return all(
         type(t) in (Tensor, torch.nn.Parameter)
-        and t.device.type == "cpu"
+        and t.device.type == device
         and t.dtype == tensors[0].dtype
         and t.layout == torch.strided
         and not t.is_neg()
@@ -420,9 +425,14 @@ _NEURON_SIGNATURES = {
 }
 
 
+def defined(parts: dict[str, Any]) -> str:
+    """The steps of a neuron, `neuron.steps_in_c`, as C macros."""
+    return "".join(f"#define {k} {_code(v)}\n" for k, v in parts.items())
+
+
 def neuron(parts: dict[str, Any], dtype: torch.dtype) -> Any:
     """The kernels `fire` and `back` of a neuron given by its steps, `neuron.steps_in_c`; None without a compiler."""
-    names = "".join(f"#define {k} {_code(v)}\n" for k, v in parts.items())
+    names = defined(parts)
     found = _build(f"#define REAL {REAL[dtype]}\n{names}{_NEURON}", contract=False)
     return None if found is None else _typed(found, _NEURON_SIGNATURES)
 

@@ -13,7 +13,7 @@ from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.engine import Conv2d, Workspace, freeze, has_bf16, watched
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
 from sparsetrail.snn.graphs import Scores, products
-from sparsetrail.snn.neuron import Neuron, NeuronSpec, compile_neurons, ruled
+from sparsetrail.snn.neuron import Neuron, NeuronSpec, ruled
 from sparsetrail.snn.pools import POOLS, share_of
 from sparsetrail.snn.resnet import DEPTHS, Connect, SpikingResNet, Stem
 from sparsetrail.snn.routes import NeuronRoute, neuron_route
@@ -118,14 +118,12 @@ def victim(
     *,
     name: str = "victim",
     classes: int | None = None,
-    compile: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Victim:
     """A network and its encoder as a `Victim` in eval mode; a net in train mode is refused at every call.
 
     Scores are those of `net` as it is at the call, without gradients of its weights. On a GPU its steps are replayed as
-    CUDA graphs, which give first derivatives only; `compile` lets a GPU run the neurons as generated kernels, worth
-    their seconds of compilation in long attacks.
+    CUDA graphs, which give first derivatives only.
 
     `precision="bf16"` crafts faster and judges in fp32 all the same: on a CPU only the products of the input gradient
     are bf16, the scores stay those of fp32 to the bit; on a GPU convolutions and the last layer run in bf16. ValueError
@@ -165,8 +163,6 @@ def victim(
                 now = net if seen and not stretched else freeze(net, space, half=half)
                 if stretched:
                     _stretch(now, stretched)
-                if compile and now is not net:
-                    compile_neurons(now)
                 amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if half and x.is_cuda else None
                 exact = products(tf32=False) if x.is_cuda else contextlib.nullcontext()
                 with exact, amp or contextlib.nullcontext(), ruled(None if rule is None else rule.rule(memory)):

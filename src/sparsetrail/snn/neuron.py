@@ -12,16 +12,14 @@ Per step, with v the potential left by the last step (v_reset at the start, 0 fo
 
 with r the reset potential (0 for a soft reset). `reference` is that, step by step, with autograd; `fused` is one
 forward and one backward over all steps that keeps a single tensor, the charged potential h. On a CPU with a C compiler
-both are kernels generated from the same `charge`, `discharge` and surrogate; on a GPU `compiled` does that. A `Rule`
+both are kernels generated from the same `charge`, `discharge` and surrogate, and on a GPU with NVRTC (`cuda`). A `Rule`
 puts another backward behind the same spikes (`routes`).
 """
 
 import contextlib
 import contextvars
 import functools
-import importlib.util
 import math
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -32,7 +30,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn import kernels
+from sparsetrail.snn import cuda, kernels
 from sparsetrail.snn.kernels import Value
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate, heaviside
 
@@ -156,7 +154,8 @@ class _Fused(torch.autograd.Function):
         grad_s, out, size = grad_s.contiguous(), torch.empty_like(charged), charged.numel() // len(charged)
         frame, last = kernels.frames(tuple(range(len(charged))))
         x = None if x is None else x.contiguous()
-        of_leak = None if leak is None else torch.zeros(torch.get_num_threads(), dtype=torch.float64, device="cpu")
+        rooms = cuda.GRID if charged.is_cuda else torch.get_num_threads()
+        of_leak = None if leak is None else torch.zeros(rooms, dtype=torch.float64, device=charged.device)
         at = (grad_s, charged, frame, last, None, None, None, None, leak, x, None, out, None, of_leak)
         at = map(kernels.pointer, at)
         k.back(*at, len(charged), size, 1, torch.get_num_threads())
@@ -171,27 +170,33 @@ class _Fused(torch.autograd.Function):
 
 
 def kernel(spec: NeuronSpec, x: Tensor, leak: Tensor | None = None, *more: Tensor, given: bool = False) -> Any:
-    """The kernels of a neuron if they serve these tensors: plain ones on the CPU, float32 or float64; else None.
+    """The kernels of a neuron if they serve these tensors: plain float32 or float64 on one device; else None.
 
     With `given`, the slopes are handed to `back` instead of computed from the surrogate.
     """
     if (spec.kind == "plif") != (leak is not None) or (leak is not None and leak.numel() != 1):
         return None
-    tensors = (x, *more) if leak is None else (x, leak, *more)
+    tensors, device = (x, *more) if leak is None else (x, leak, *more), x.device
+    if device.type == "cuda":
+        if not kernels.switched_on() or x.dtype not in kernels.REAL or not kernels.usable(*tensors, device="cuda"):
+            return None
+        return _compile(spec, x.dtype, SURROGATES[spec.surrogate.name], given, len(x), device.index)
     if not kernels.available(x.dtype) or not kernels.usable(*tensors):
         return None
     return _compile(spec, x.dtype, SURROGATES[spec.surrogate.name], given)
 
 
 @functools.cache
-def _compile(spec: NeuronSpec, dtype: torch.dtype, _surrogate: Callable, given: bool) -> Any:
-    """The surrogate is part of the key: a name can be given another function."""
+def _compile(
+    spec: NeuronSpec, dtype: torch.dtype, _surrogate: Callable, given: bool, steps: int = 0, gpu: int | None = None
+) -> Any:
+    """The surrogate is part of the key: a name can be given another function. On a GPU, for so many steps."""
     try:
-        steps = steps_in_c(spec, given=given)
+        parts = steps_in_c(spec, given=given)
     except Exception as error:  # whatever a step does that symbols cannot follow
         kernels.say_once(f"{spec.kind}, {spec.surrogate.name}: the plain path serves, slower and the same ({error})")
         return None
-    return kernels.neuron(steps, dtype)
+    return kernels.neuron(parts, dtype) if gpu is None else cuda.neuron(parts, dtype, steps, gpu)
 
 
 def steps_in_c(spec: NeuronSpec, *, given: bool = False) -> dict[str, Any]:
@@ -411,63 +416,6 @@ class _Ruled(torch.autograd.Function):
         at = (grad, h, frame, last, None, None, None, None, leak, None, whole, out, None, None)
         k.back(*map(kernels.pointer, at), len(h), h.numel() // len(h), 1, torch.get_num_threads())
         return out, None, None, None, None
-
-
-class _Compiled(_Fused):
-    """As _Fused on a GPU: forward and plain backward each one kernel that torch.compile makes over [t m]."""
-
-    @staticmethod
-    def forward(x: Tensor, leak: Tensor | None, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
-        spikes, charged = _gpu_kernel("forward", spec, len(x), x.dtype)(x.reshape(len(x), -1))
-        return spikes.view(x.shape), charged.view(x.shape)
-
-    @staticmethod
-    def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
-        charged, leak, x = ctx.saved_tensors
-        if grad_s is None or grad_h is not None or torch.is_grad_enabled():
-            return (*through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
-        steps = len(charged)
-        kernel = _gpu_kernel("backward", ctx.spec, steps, charged.dtype)
-        return kernel(grad_s.reshape(steps, -1), charged.reshape(steps, -1)).view(charged.shape), None, None
-
-
-@functools.cache
-def _gpu_kernel(which: str, spec: NeuronSpec, steps: int, dtype: torch.dtype) -> Callable[..., Any]:
-    """The per-step definition over all steps as one compiled function of [t m]: one compilation for every m."""
-
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return _sequence(x, None, spec)
-
-    def backward(grad: Tensor, charged: Tensor) -> Tensor:
-        return through_time(grad, None, charged, None, None, spec)[0]
-
-    fn = forward if which == "forward" else backward
-    own = fn.__code__.replace(co_name=f"{which}_{len(_NAMES)}")  # its own entry in the compiler's per-code cache
-    _NAMES.append(own.co_name)
-    return torch.compile(types.FunctionType(own, fn.__globals__, own.co_name, None, fn.__closure__), dynamic=True)
-
-
-_NAMES: list[str] = []
-
-
-def compiled(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = None) -> Float[Tensor, "t ..."]:
-    """`fused` with generated kernels, the same numbers; PLIF, functorch and forward-mode inputs take `fused` itself."""
-    if leak is not None or torch._C._are_functorch_transforms_active() or unpack_dual(x).tangent is not None:
-        return fused(x, spec, leak)
-    return _Compiled.apply(x.to(state_dtype(x)), leak, spec)[0].to(x.dtype)
-
-
-def can_compile(device: torch.device | str) -> bool:
-    """Does a GPU with Triton serve, for which neurons can be compiled?"""
-    return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-def compile_neurons(net: nn.Module) -> nn.Module:
-    """Let the fused neurons of `net` run as generated GPU kernels; the first call of each kind compiles for seconds."""
-    for m in net.modules():
-        if isinstance(m, Neuron) and m.run is fused:
-            m.run = compiled
-    return net
 
 
 carried: contextvars.ContextVar[dict[nn.Module, Tensor] | None] = contextvars.ContextVar("carried", default=None)

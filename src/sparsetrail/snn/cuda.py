@@ -1,0 +1,243 @@
+"""GPU kernels of neurons, from the same per-step functions as the CPU's: CUDA C compiled in the process by NVRTC.
+
+NVRTC comes with PyTorch's CUDA builds; a kind of neuron compiles in a fraction of a second. Where it is not found, the
+plain path serves and one line says so.
+"""
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsetrail.snn.kernels import REAL, defined, say_once
+
+BLOCK, GRID = 128, 2048  # threads of a block, and blocks at most: a thread takes several neurons where there are more
+
+PRELUDE = r"""
+#define KERNEL extern "C" __global__
+#define DEVICE __device__ inline
+#define SHARED __shared__
+#define SYNC __syncthreads()
+#define THREAD threadIdx.x
+#define THREADS blockDim.x
+#define PLACE blockIdx.x
+#define PLACES gridDim.x
+"""
+
+SOURCE = r"""
+typedef REAL real;
+typedef long long whole;
+#define SQUARE(x) ((x) * (x))
+#define ABS(x) ((x) < 0 ? -(x) : (x))
+#define ATLEAST(x, low) ((x) > (low) ? (x) : (x) != (x) ? (x) : (low))
+#define FLAG(c) ((c) ? (real)1 : (real)0)
+#define SINGLE (sizeof(real) == 4)
+#define EXP(x) (SINGLE ? (real)expf((float)(x)) : (real)exp((double)(x)))
+#define MULADD(a, b, c) (SINGLE ? (real)fmaf((float)(a), (float)(b), (float)(c)) : (real)fma(a, b, c))
+#define EACH(i) for (whole i = PLACE * (whole)THREADS + THREAD; i < size; i += PLACES * (whole)THREADS)
+
+/* BatchNorm in eval mode as one factor and one summand a channel; a missing gamma is one, a missing beta zero. */
+DEVICE real factor(const real *var, const real *gamma, double eps, int c) {
+    const real inv = 1 / sqrt(var[c] + (real)eps);
+    return gamma ? inv * gamma[c] : inv;
+}
+DEVICE real summand(const real *mean, const real *beta, real scale, int c) {
+    return (real)((beta ? (double)beta[c] : 0) - (double)mean[c] * (double)scale);
+}
+
+/* in [STEPS size], through BatchNorm if var is given (channel i mod C) -> spikes s (plus `plus`) and, unless h is NULL,
+   charged potentials h. rate: a learnt leak, or NULL. */
+KERNEL void fire(const real *in, const real *mean, const real *var, const real *gamma, const real *beta, double eps,
+                 const real *plus, const real *rate, real *s, real *h, whole size, int C) {
+    const real leak = rate ? *rate : 0;
+    (void)leak;
+    EACH(i) {
+        const int c = (int)(i % C);
+        const real scale = var ? factor(var, gamma, eps, c) : 1, shift = var ? summand(mean, beta, scale, c) : 0;
+        real v = (real)REST, given[STEPS];
+        for (int t = 0; t < STEPS; t++) given[t] = in[t * size + i];
+        for (int t = 0; t < STEPS; t++) {
+            const whole at = t * size;
+            const real x = var ? MULADD(given[t], scale, shift) : given[t];
+            const real h_ = CHARGE;
+            const real s_ = SPIKE;
+            v = DISCHARGE;
+            s[at + i] = plus ? s_ + plus[at + i] : s_;
+            if (h) h[at + i] = h_;
+        }
+    }
+}
+
+DEVICE real before(real h_) {
+    const real s_ = SPIKE;
+    return DISCHARGE;
+}
+
+/* Back through time: gradient of the spikes -> gradient of the input, and through BatchNorm if var is given.
+   rates [PLACES] takes the gradient of a learnt leak; `input` is the neuron's input then. `slopes` is ds/dh where SLOPE
+   reads it. */
+KERNEL void back(const real *grad, const real *h, const real *var, const real *gamma, double eps, const real *rate,
+                 const real *input, const real *slopes, real *out, double *rates, whole size, int C) {
+    const real leak = rate ? *rate : 0;
+    (void)leak;
+    double of_rate = 0;
+    EACH(i) {
+        const real scale = var ? factor(var, gamma, eps, (int)(i % C)) : 1;
+        real state = 0, pushed[STEPS], charged[STEPS];
+        for (int t = 0; t < STEPS; t++) pushed[t] = grad[t * size + i], charged[t] = h[t * size + i];
+        for (int t = STEPS - 1; t >= 0; t--) {
+            const whole at = t * size;
+            const real h_ = charged[t], slope = SLOPE;
+            const real g = pushed[t] * slope + state * (KEPT);
+            state = g * (KEEP);
+            out[at + i] = var ? g * (GAIN) * scale : g * (GAIN);
+            if (LEARNT && rates) {
+                const real v = t ? before(charged[t ? t - 1 : 0]) : (real)REST, x = input ? input[at + i] : 0;
+                of_rate += (double)(g * (LEVER));
+            }
+        }
+    }
+    if (LEARNT && rates) {
+        SHARED double sums[BLOCK];
+        sums[THREAD] = of_rate;
+        SYNC;
+        for (int n = BLOCK / 2; n; n /= 2) {
+            if (THREAD < n) sums[THREAD] += sums[THREAD + n];
+            SYNC;
+        }
+        if (!THREAD) rates[PLACE] = sums[0];
+    }
+}
+"""
+
+
+class CudaError(Exception):
+    """NVRTC or the driver is not there, or refused."""
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    major = (torch.version.cuda or "").partition(".")[0]
+    own = Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"  # knows where PyTorch's own NVRTC lies
+    names = (
+        [str(own), f"libnvrtc.so.{major}", "libnvrtc.so"] if sys.platform != "win32" else [f"nvrtc64_{major}0_0.dll"]
+    )
+    for name in names:
+        try:
+            found = ctypes.CDLL(name)
+            _ = found.nvrtcCreateProgram
+            return found
+        except (OSError, AttributeError):
+            continue
+    raise CudaError("NVRTC was not found")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        raise CudaError("the CUDA driver was not found") from error
+
+
+def compile_source(source: str, capability: str) -> bytes:
+    """Machine code of CUDA C for a compute capability such as 90. CudaError with the compiler's first line."""
+    lib, program = _nvrtc(), ctypes.c_void_p()
+    options = [f"--gpu-architecture=sm_{capability}", "--std=c++17", "--fmad=false"]  # sums as the CPU's kernels round
+    if lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"neuron.cu", 0, None, None):
+        raise CudaError("NVRTC took no program")
+    try:
+        failed = lib.nvrtcCompileProgram(
+            program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        )
+        size = ctypes.c_size_t()
+        if failed:
+            lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            lib.nvrtcGetProgramLog(program, log)
+            raise CudaError((log.value.decode().splitlines() or [f"NVRTC error {failed}"])[0])
+        lib.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+class NeuronKernels:
+    """`fire` and `back` with the arguments of the CPU's kernels, launched on the current stream.
+
+    Every step must have a frame of its own, and `rates` has room for GRID sums.
+    """
+
+    def __init__(self, code: bytes, device: int) -> None:
+        self.device, self.code = device, code
+        self.module, self.functions = ctypes.c_void_p(), {}
+        torch.cuda.synchronize(device)  # the device's context is there from here on
+        with torch.cuda.device(device):
+            _check(_driver().cuModuleLoadData(ctypes.byref(self.module), self.code))
+            for name in (b"fire", b"back"):
+                found = ctypes.c_void_p()
+                _check(_driver().cuModuleGetFunction(ctypes.byref(found), self.module, name))
+                self.functions[name] = found
+
+    def fire(self, y, _frame, _a, _b, plus, rate, s, h, _steps, rows, channels, _threads) -> None:
+        self._launch(b"fire", (y, None, None, None, None, 0.0, plus, rate, s, h), rows * channels, channels)
+
+    def back(
+        self, grad, h, _frame, _last, _scale, _y, _mean, _inv, rate, x, slopes, out, _sums, rates, _steps, rows,
+        channels, _threads,
+    ) -> None:  # fmt: skip
+        self._launch(b"back", (grad, h, None, None, 0.0, rate, x, slopes, out, rates), rows * channels, channels)
+
+    def fire_normed(self, y, mean, var, gamma, beta, eps: float, plus, s, h, rows: int, channels: int) -> None:
+        """`fire` on BatchNorm's output, in eval mode."""
+        self._launch(b"fire", (y, mean, var, gamma, beta, eps, plus, None, s, h), rows * channels, channels)
+
+    def back_normed(self, grad, h, var, gamma, eps: float, out, rows: int, channels: int) -> None:
+        """`back`, through that BatchNorm too."""
+        self._launch(b"back", (grad, h, var, gamma, eps, None, None, None, out, None), rows * channels, channels)
+
+    def _launch(self, name: bytes, given: tuple[int | float | None, ...], size: int, channels: int) -> None:
+        values = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_void_p(v) for v in given]
+        values += [ctypes.c_longlong(size), ctypes.c_int(channels)]
+        arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        grid = min(GRID, max(1, -(-size // BLOCK)))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        _check(_driver().cuLaunchKernel(self.functions[name], grid, 1, 1, BLOCK, 1, 1, 0, stream, arguments, None))
+
+
+def _check(result: int) -> None:
+    if result:
+        raise RuntimeError(f"CUDA driver error {result}")
+
+
+@functools.cache
+def usable() -> bool:
+    """Are NVRTC and the driver there? Says so once where not."""
+    try:
+        _nvrtc(), _driver()
+    except CudaError as error:
+        say_once(f"{error}: neurons on a GPU take the plain path, slower and the same")
+        return False
+    return torch.version.hip is None
+
+
+def source(parts: dict[str, Any], dtype: torch.dtype, steps: int) -> str:
+    """CUDA C of a neuron given by its steps, `neuron.steps_in_c`, for sequences of one length."""
+    return f"#define REAL {REAL[dtype]}\n#define STEPS {steps}\n#define BLOCK {BLOCK}\n{defined(parts)}{SOURCE}"
+
+
+def neuron(parts: dict[str, Any], dtype: torch.dtype, steps: int, device: int) -> NeuronKernels | None:
+    """The kernels of a neuron for sequences of one length on one device; None, and one line, where it cannot be."""
+    if not usable():
+        return None
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        return NeuronKernels(compile_source(PRELUDE + source(parts, dtype, steps), f"{major}{minor}"), device)
+    except (CudaError, RuntimeError) as error:
+        say_once(f"{error}: neurons on a GPU take the plain path, slower and the same")
+        return None

@@ -1,0 +1,151 @@
+"""The GPU's neuron kernels: their source run by a C compiler as one thread, against the plain steps; NVRTC on a GPU."""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+from sparsetrail.snn import cuda, kernels
+from sparsetrail.snn.engine import freeze
+from sparsetrail.snn.kernels import pointer
+from sparsetrail.snn.neuron import NeuronSpec, fused, steps_in_c, through_time
+from sparsetrail.snn.surrogate import SURROGATES, Surrogate
+
+STAND_IN = """
+#include <math.h>
+#define KERNEL
+#define DEVICE static inline
+#define SHARED static
+#define SYNC (void)0
+#define THREAD 0
+#define THREADS 1
+#define PLACE 0
+#define PLACES 1
+"""
+SPECS = [
+    NeuronSpec(),
+    NeuronSpec(detach_reset=False),
+    NeuronSpec(reset=None, threshold=0.7),
+    NeuronSpec(reset=-0.3, detach_reset=False),
+    NeuronSpec(kind="lif", tau=2.5),
+    NeuronSpec(kind="lif", tau=1.7, decay_input=False, reset=None, detach_reset=False),
+    NeuronSpec(kind="plif", tau=2.0),
+    NeuronSpec(kind="plif", tau=1.5, decay_input=False, detach_reset=False),
+] + [NeuronSpec(surrogate=Surrogate(name, 1.3)) for name in SURROGATES]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    gcc = shutil.which("gcc") or shutil.which("cc")
+    if gcc is None:
+        pytest.skip("no C compiler on this machine to run the kernels' source")
+    folder = tmp_path_factory.mktemp("cuda")
+
+    def make(spec: NeuronSpec, steps: int, *, given: bool = False) -> ctypes.CDLL:
+        text = cuda.source(steps_in_c(spec, given=given), torch.float64, steps).replace(
+            "#define BLOCK 128", "#define BLOCK 1"
+        )
+        name = f"k{len(list(folder.glob('*.c')))}"
+        (folder / f"{name}.c").write_text(STAND_IN + text)
+        command = [gcc, "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-o", str(folder / f"{name}.so")]
+        subprocess.run([*command, str(folder / f"{name}.c"), "-lm"], check=True)
+        return ctypes.CDLL(str(folder / f"{name}.so"))
+
+    return make
+
+
+def call(lib, name, given, size, channels):
+    values = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_void_p(v) for v in given]
+    getattr(lib, name)(*values, ctypes.c_longlong(size), ctypes.c_int(channels))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}-{s.surrogate.name}-{s.reset}-{s.detach_reset}")
+def test_source_equals_the_plain_steps(built, spec):
+    g, steps, size = torch.Generator().manual_seed(0), 5, 60
+    x = torch.randn(steps, size, generator=g, dtype=torch.float64)
+    push = torch.randn(steps, size, generator=g, dtype=torch.float64)
+    leak = torch.tensor(0.4, dtype=torch.float64, requires_grad=True) if spec.kind == "plif" else None
+    with kernels.plain():
+        leaf = x.clone().requires_grad_()
+        want = fused(leaf, spec, leak)
+        grads = torch.autograd.grad(want, [leaf] if leak is None else [leaf, leak], push)
+    lib = built(spec, steps)
+    s, h, out = torch.full_like(x, 7), torch.full_like(x, 7), torch.full_like(x, 7)
+    rates = torch.zeros(1, dtype=torch.float64)
+    at = [pointer(t) for t in (x, None, None, None, None)]
+    call(lib, "fire", (*at, 0.0, None, pointer(leak), pointer(s), pointer(h)), size, 1)
+    assert torch.equal(s, want.detach()) and 0 < s.mean() < 1
+    at = pointer(push), pointer(h), None, None, 0.0, pointer(leak), pointer(x) if spec.decay_input else None, None
+    call(lib, "back", (*at, pointer(out), None if leak is None else pointer(rates)), size, 1)
+    assert torch.allclose(out, grads[0], rtol=1e-13, atol=1e-15)
+    if leak is not None:
+        assert torch.allclose(rates[0], grads[1], rtol=1e-12)
+
+
+def test_given_slopes(built):
+    g, spec = torch.Generator().manual_seed(0), NeuronSpec(detach_reset=False)
+    h, push, slopes = (torch.randn(4, 30, generator=g, dtype=torch.float64) for _ in range(3))
+    want, _ = through_time(push, None, h, None, None, spec, slopes)
+    out = torch.empty_like(h)
+    at = pointer(push), pointer(h), None, None, 0.0, None, None, pointer(slopes)
+    call(built(spec, 4, given=True), "back", (*at, pointer(out), None), 30, 1)
+    assert torch.allclose(out, want, rtol=1e-13, atol=1e-15)
+
+
+def test_source_with_batch_norm_and_another_map(built):
+    g, spec, steps, rows, c = torch.Generator().manual_seed(0), NeuronSpec(), 4, 6, 5
+    x, plus, push = (torch.randn(steps, rows, c, generator=g, dtype=torch.float64) for _ in range(3))
+    norm = nn.BatchNorm1d(c).double().eval()
+    for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        t.data = torch.rand(c, generator=g, dtype=torch.float64) + 0.3
+    leaf = x.clone().requires_grad_()
+    with kernels.plain():
+        want = fused(norm(leaf.flatten(0, 1)).view_as(x), spec) + plus
+        (grad,) = torch.autograd.grad(want, leaf, push)
+    lib, s, h, out = built(spec, steps), *(torch.empty_like(x) for _ in range(3))
+    at = [pointer(t) for t in (x, norm.running_mean, norm.running_var, norm.weight, norm.bias)]
+    call(lib, "fire", (*at, norm.eps, pointer(plus), None, pointer(s), pointer(h)), rows * c, c)
+    assert torch.allclose(s, want.detach(), rtol=0, atol=1e-12)
+    at = [pointer(t) for t in (push, h, norm.running_var, norm.weight)]
+    call(lib, "back", (*at, norm.eps, None, None, None, pointer(out), None), rows * c, c)
+    assert torch.allclose(out, grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("spec", SPECS[:9], ids=lambda s: f"{s.kind}-{s.surrogate.name}-{s.reset}-{s.detach_reset}")
+def test_on_a_gpu(spec, dtype):
+    g = torch.Generator().manual_seed(0)
+    x, push = (torch.randn(6, 300, 7, generator=g, dtype=torch.float64).to("cuda", dtype) for _ in range(2))
+    results = []
+    for plainly in (True, False):
+        leak = torch.tensor(0.4, dtype=dtype, device="cuda", requires_grad=True) if spec.kind == "plif" else None
+        leaf = x.clone().requires_grad_()
+        with kernels.plain() if plainly else torch.enable_grad():
+            s = fused(leaf, spec, leak)
+            results.append([s, *torch.autograd.grad(s, [leaf] if leak is None else [leaf, leak], push)])
+    close = 1e-12 if dtype == torch.float64 else 1e-5
+    assert cuda.usable() and torch.equal(results[0][0], results[1][0])
+    for a, b in zip(*(r[1:] for r in results), strict=True):
+        assert (a - b).abs().max() <= close * a.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_frozen_network_on_a_gpu():
+    from lively import lively
+
+    from sparsetrail.snn.encode import phase
+    from sparsetrail.snn.net import NetSpec
+
+    u = phase(steps=4)(torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255)
+    net = lively(NetSpec(width=0.25, steps=4), u).double().cuda()
+    leaf, other = (u.double().cuda().requires_grad_() for _ in range(2))
+    z, want = freeze(net)(leaf), net(other)
+    assert torch.allclose(z, want, atol=1e-9)
+    (a,), (b,) = torch.autograd.grad(z.sum(), leaf), torch.autograd.grad(want.sum(), other)
+    assert torch.allclose(a, b, atol=1e-9 * b.abs().max())
