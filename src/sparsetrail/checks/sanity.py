@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from sparsetrail.attacks import attack, noise, pgd
 from sparsetrail.checks.case import Case, Outcome, Skip, check, flags, graded
-from sparsetrail.core import Linf, Run, Victim, margin
+from sparsetrail.checks.chance import at_least
+from sparsetrail.core import Linf, Rate, Run, Victim, margin
 
 
 @check("S0", "finite scores")
@@ -20,7 +21,7 @@ def finite_scores(case: Case) -> Outcome:
     corner = case.within(case.u0 + case.corner * case.draw(case.u0, signs=True), case.u0)
     points = {"clean": case.u0, "corner": corner}
     if bool(case.z.isfinite().all()):
-        points["attacked"] = _points(case.usual)
+        points["attacked"] = _points(case.usual).to(case.u0)
     bad = {k: int((~case.scores(u).isfinite()).any(1).sum()) for k, u in points.items()}
     total = sum(bad.values())
     where = ", ".join(f"{v} of {case.n} {k}" for k, v in bad.items())
@@ -151,7 +152,8 @@ def batch_invariance(case: Case) -> Outcome:
     """Scores alone, permuted and beside strangers equal those in the batch, to 1e-4 or ten times what rounding does.
 
     What rounding does is measured: the input changed in its last bit. A spike within rounding of the threshold may
-    flip when a library sums in another order, which is no fault. (foolbox #243, TRADES #3.)
+    flip when a library sums in another order, as GPUs do from one batch size to the next, which is no fault: surely
+    more than one image in twenty (Wilson, 95 %) must change. (foolbox #243, TRADES #3.)
     """
     if case.victim.random:
         raise Skip("the victim draws noise: equal scores are not expected")
@@ -165,14 +167,15 @@ def batch_invariance(case: Case) -> Outcome:
         shuffled = case.f(u.index_select(axis, order)).float()
         padded = case.f(torch.cat([u, case.boxed(1 - u)], axis)).float()[:count]
         last_bit = case.f(u * (1 + 2**-23 * case.draw(u, 1, signs=True))).float()
-    gaps = {"alone": _gap(z[:few], alone), "permuted": _gap(z[order], shuffled), "padded": _gap(z, padded)}
+    gaps = {"alone": _gaps(z[:few], alone), "permuted": _gaps(z[order], shuffled), "padded": _gaps(z, padded)}
     slack = max(1e-4, 10 * _gap(z, last_bit))
-    worst = max(gaps, key=lambda k: gaps[k])
+    moved = {k: Rate(int((~(gap <= slack)).sum()), len(gap)) for k, gap in gaps.items()}
     return Outcome(
-        graded(False, not gaps[worst] <= slack),
-        gaps[worst],
-        f"{slack:.2g} of the largest score",
-        ", ".join(f"{k} {v:.2g}" for k, v in gaps.items()) + f": change of the scores of {count} images",
+        graded(False, any(at_least(r.k, r.n) > 0.05 for r in moved.values())),
+        max(float(gap.max()) for gap in gaps.values()),
+        f"lower end of the share of images that change by {slack:.2g} of the largest score 0.05",
+        ", ".join(f"{k} {float(gap.max()):.2g} ({moved[k].k} of {moved[k].n} images over)" for k, gap in gaps.items())
+        + ": change of scores",
         "use running statistics in eval mode, and nothing else that mixes the images of a batch",
     )
 
@@ -309,9 +312,15 @@ def _points(run: Run) -> Tensor:
 
 def _gap(a: Tensor, b: Tensor) -> float:
     """Largest difference, in units of the largest entry where that exceeds 1; two NaN are equal."""
+    return float(_gaps(a, b).max())
+
+
+def _gaps(a: Tensor, b: Tensor) -> Tensor:
+    """The same of every image [n]."""
     a, b = a.detach(), b.detach()  # an exported network may hand out scores that ask for a gradient
     size = a.nan_to_num().abs().max().clamp(min=1)
-    return float(((a - b).abs() / size).nan_to_num(math.inf).where(a.isfinite() | b.isfinite(), 0.0).max())
+    far = ((a - b).abs() / size).nan_to_num(math.inf).where(a.isfinite() | b.isfinite(), 0.0)
+    return far.flatten(1).amax(1)
 
 
 def _digest(module: nn.Module) -> dict[str, str]:
