@@ -570,11 +570,19 @@ def _say_run(run: Run) -> None:
 
 
 def reproduce(
-    figure: Literal["table1", "table2", "table3", "fig1", "fig3", "theorems"],
+    figure: Literal["table1", "table2", "table3", "fig1", "fig3", "threats", "theorems"],
     *,
     scale: Literal["smoke", "small", "paper"] = "small",
     rows: Annotated[list[str] | None, Parameter(help="networks or systems, e.g. sew_resnet18, rat_vgg11")] = None,
     datasets: Annotated[list[str] | None, Parameter(help="image sets; default by figure and scale")] = None,
+    n: Annotated[int | None, Parameter(help="test images attacked and audited; default by scale")] = None,
+    models: Annotated[
+        Path | None, Parameter(help="a folder of trained networks to take instead of training, e.g. sew_resnet18-max/")
+    ] = None,
+    from_records: Annotated[
+        bool, Parameter(negative="", help="show what was measured and is kept in --records; runs nothing")
+    ] = False,
+    records: Annotated[Path, Parameter(help="where records are kept")] = Path("records"),
     out: Path | None = None,
     root: Path | None = None,
     device: Device = "auto",
@@ -584,11 +592,19 @@ def reproduce(
 ) -> None:
     """Run a table or figure of the paper on real CIFAR: ours beside the published value, each threat in its own column.
 
-    `theorems` is the page of the paper's theorems: statement, hypotheses, what was measured, verdict.
+    `threats` puts SEW-ResNet18 with both pools under every threat, by weak attacks and by the audit; `theorems` is the
+    page of the paper's theorems: statement, hypotheses, what was measured, verdict.
     Resumes cell by cell; the figures of one --out share their models. `smoke` proves that it runs (minutes), `small`
     trains SEW-ResNet18 in half an hour on one core and the compared systems of tables 1 and 2 in a quarter of an hour
     each, `paper` is the published scale (a GPU and days). --rows takes one at a time.
     """
+    if from_records:
+        _show_records(figure, records, as_json)
+        return
+    if figure == "theorems" and not (n is None and models is None):
+        raise ValueError("--n, --models: `theorems` takes neither; leave them out")
+    if models is not None and not models.is_dir():
+        raise ValueError(f"--models: expected a folder of trained networks, found none at {models}")
     where = _device(device, threads)
     place = _folder(out or Path("runs") / f"paper-{scale}", fresh)
     if figure == "theorems":
@@ -600,10 +616,43 @@ def reproduce(
     with Screen(quiet=as_json) as screen:
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = paper.reproduce(
-            bench, figure, scale, rows=rows or (), datasets=datasets or (), root=None if root is None else str(root)
-        )
+            bench, figure, scale, rows=rows or (), datasets=datasets or (), root=None if root is None else str(root),
+            n=n, models=models,
+            command=" ".join(
+                [f"sparsetrail reproduce {figure} --scale {scale}", *(f"--rows {r}" for r in rows or ()),
+                 *(f"--datasets {d}" for d in datasets or ()), *([] if n is None else [f"--n {n}"]),
+                 *([] if models is None else [f"--models {models}"])]
+            ),
+        )  # fmt: skip
         files = write(report, place / figure)
     _finish(report, files, as_json)
+
+
+def _show_records(figure: str, folder: Path, as_json: bool) -> None:
+    """What records hold of a figure: accuracies or shares with n and interval, and the command that measured them."""
+    found = sorted(p for p in folder.glob(f"*/{figure}.*") if p.suffix in (".json", ".md"))
+    found = [p for p in found if p.suffix == ".json" or p.with_suffix(".json") not in found]
+    if not found:
+        held = sorted({p.stem for p in folder.glob("*/*.md")} & {*paper.FIGURES, "theorems"})
+        raise ValueError(
+            f"--from-records: expected {folder / '*' / figure}.json, found none"
+            + (f"; there are records of {', '.join(held)}" if held else "; run in a clone, or give --records FOLDER")
+        )
+    if as_json:
+        _emit({str(p): _brief(load_report(p)) for p in found if p.suffix == ".json"})
+        return
+    console = Console()
+    for path in found:
+        console.rule(str(path.parent))
+        if path.suffix == ".md":
+            console.print(path.read_text(), markup=False, highlight=False)
+            continue
+        held = load_report(path)
+        print_table(held, console)
+        for line in held.summary:
+            console.print(line, markup=False, highlight=False)
+        told = held.provenance
+        console.print(f"measured by  {told.get('command', 'not told')}", markup=False, highlight=False, soft_wrap=True)
 
 
 def report(

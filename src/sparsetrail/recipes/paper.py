@@ -2,18 +2,20 @@
 
 The text states a pixel perturbation of 8/255; the code perturbs the encoded spikes by 6/255 in train mode. Both are
 run, and the code's space once more in eval mode; the published figure stands beside them, never in their column. The
-systems the paper compares with were published under pixel threats, and are attacked and audited under those.
+systems the paper compares with were published under pixel threats, and are attacked and audited under those. `threats`
+asks what is left of a network of table 3 under every threat, weak attacks and audits.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from sparsetrail.auditing import Budget
 from sparsetrail.core import Audit, Claim, Linf, Report, Run, Trail
 from sparsetrail.data import Dataset, load, take
-from sparsetrail.models import Trained
+from sparsetrail.models import Trained, load_model
 from sparsetrail.recipes import audits
 from sparsetrail.recipes.measure import (
     Bench,
@@ -33,9 +35,10 @@ from sparsetrail.snn.net import RESNETS, NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.training import TrainSpec
 
-FIGURES = ("table1", "table2", "table3", "fig1", "fig3")
+FIGURES = ("table1", "table2", "table3", "fig1", "fig3", "threats")
 TEXT = Linf(8 / 255, space="pixel")
 CODE = Linf(6 / 255, space="encoded")
+THREATS = (TEXT, CODE, Linf(8 / 255, space="encoded"))
 HIRE = Linf(0.031, space="pixel")  # HIRE-SNN's own radius, 7.905/255
 ROWS = (*RESNETS, *SYSTEMS)
 
@@ -175,10 +178,11 @@ def rows_of(figure: str, found: Sequence[Claim], chosen: Sequence[str], datasets
     """
     if figure.startswith("fig"):
         return [Row("sew_resnet18", "max" if figure == "fig1" else "avg", datasets[0])]
-    names = dict.fromkeys(row_of(c) for c in found if c.figure == figure)
-    if figure != "table3":
+    pairs = figure in ("table3", "threats")
+    names = dict.fromkeys(row_of(c) for c in found if c.figure == ("table3" if pairs else figure))
+    if not pairs:
         names |= dict.fromkeys(SYSTEMS)
-    pools = ("max", "avg") if figure == "table3" else ("max",)
+    pools = ("max", "avg") if pairs else ("max",)
     return [
         Row(name, "" if name in SYSTEMS else pool, dataset)
         for dataset in datasets
@@ -197,8 +201,14 @@ def reproduce(
     datasets: Sequence[str] = (),
     root: str | None = None,
     command: str = "",
+    n: int | None = None,
+    models: Path | None = None,
 ) -> Report:
-    """Train what the figure needs, attack or trace it, and lay it beside the published values."""
+    """Train what the figure needs, attack or trace it, and lay it beside the published values.
+
+    `n` test images are attacked and audited instead of the scale's; `models` is a folder with trained networks, one
+    a folder named after architecture and pool (sew_resnet18-max), that are taken instead of training.
+    """
     if figure not in FIGURES:
         raise ValueError(f"reproduce: expected one of {', '.join(FIGURES)}, got {figure!r}")
     if scale not in SCALES:
@@ -207,8 +217,13 @@ def reproduce(
     if unknown:
         raise ValueError(f"rows: expected some of {', '.join(ROWS)}, got {', '.join(unknown)}")
     size = SCALES[scale]
+    if n is not None:
+        if n < 1:
+            raise ValueError(f"n: expected at least 1 image, got {n}")
+        size = replace(size, attacked=n, traced=min(n, size.traced), systems=replace(size.systems, audited=n))
     started = time.monotonic()
-    found = claims(figure) + (claims("table2") if figure == "table3" else ())
+    pairs = figure in ("table3", "threats")
+    found = claims("table3") + claims("table2") if pairs else claims(figure)
     sets = tuple(datasets) or (("cifar100",) if figure == "table1" and scale == "paper" else size.datasets)
     chosen = rows_of(figure, found, tuple(rows) or size.rows, sets)
     if not chosen:
@@ -218,11 +233,14 @@ def reproduce(
     trails: list[Trail] = []
     judged: list[Audit] = []
     sets_by_name = {row.dataset: [load(row.dataset, s, root=root) for s in ("train", "test")] for row in chosen}
-    jobs = [_job(row, size, sets_by_name[row.dataset][0]) for row in chosen if not row.system]
-    models = iter(fit_all(bench, jobs))
+    if models is None:
+        jobs = [_job(row, size, sets_by_name[row.dataset][0]) for row in chosen if not row.system]
+        nets = dict(zip((row for row in chosen if not row.system), fit_all(bench, jobs), strict=True))
+    else:
+        nets = {row: _kept(models, row) for row in chosen if not row.system}
     for row in chosen:
         train_set, test_set = sets_by_name[row.dataset]
-        model = _system(bench, row, size.systems, train_set) if row.system else next(models)
+        model = _system(bench, row, size.systems, train_set) if row.system else nets[row]
         scored = _part(test_set, size.scored)
         told = card(model, row.name, clean(bench, model, row.name, scored), scored)
         cards.append(told | (facts(row.arch) | {"name": row.name} if row.system else {}))
@@ -230,6 +248,11 @@ def reproduce(
             struck, verdicts = _judge(bench, row, model, size.systems, test_set)
             runs += struck
             judged += [replace(a, victim=row.name) for a in verdicts]
+        elif figure == "threats":
+            others = [m for r, m in nets.items() if r != row and r.dataset == row.dataset]
+            struck, verdicts = _under_all(bench, row, model, size, test_set, others)
+            runs += struck
+            judged += verdicts
         elif figure.startswith("table"):
             attacked = _part(test_set, size.attacked)
             runs += [
@@ -249,13 +272,13 @@ def reproduce(
     shown = _shown(figure, found, chosen)
     return Report(
         title=f"{figure.replace('fig', 'Figure ').replace('table', 'Table ')} at {scale} scale",
-        summary=(*_published(shown), *_summary(runs, trails), *_told_apart(chosen, judged)),
+        summary=(*_published(shown), *_summary(runs, trails), *_told_apart(chosen, judged), *_left(chosen, judged)),
         models=tuple(cards),
         runs=tuple(runs),
         trails=tuple(trails),
         claims=shown,
         provenance=provenance(bench, started, command or f"sparsetrail reproduce {figure} --scale {scale}"),
-        notes=_notes(figure, found, chosen, size),
+        notes=_notes(figure, found, chosen, size, models is not None),
         audits=tuple(judged),
     )
 
@@ -282,6 +305,37 @@ def _judge(
     what = audits.target(str(model.path), device=bench.device)
     found, _ = audits.run(place, replace(what, name=row.folder), [TEXT], attacked, budget=size.budget)
     return runs, found.audits
+
+
+def _under_all(
+    bench: Bench, row: Row, model: Trained, size: Scale, test_set: Dataset, others: Sequence[Trained]
+) -> tuple[list[Run], list[Audit]]:
+    """A network under each of THREATS by weak attacks, as published, and audited under the text's and the code's.
+
+    Audits also transfer from the other networks.
+    """
+    attacked, audited = _part(test_set, size.attacked), _part(test_set, size.systems.audited)
+    runs = [strike(bench, model, row.name, a, t, attacked) for t in THREATS for a in ("noise", "fgsm", "pgd")]
+    runs += strike_as_published(bench, model, row.name, attacked)
+    place = replace(bench, out=bench.out / "audits" / row.folder)
+    what, *guides = (audits.target(str(m.path), device=bench.device) for m in (model, *others))
+    found, _ = audits.run(
+        place, replace(what, name=row.folder), (TEXT, CODE), audited, budget=size.systems.budget, guides=guides
+    )
+    return runs, [replace(a, victim=row.name) for a in found.audits]
+
+
+def _kept(folder: Path, row: Row) -> Trained:
+    """A trained network of a row from a folder of them."""
+    name = f"{row.arch}-{row.pool}"
+    model = load_model(folder / name)
+    net, held = model.card["net"], model.card["data"]["name"]
+    if (net["arch"], net["pool"], held) != (row.arch, row.pool, row.dataset):
+        raise ValueError(
+            f"{folder / name}: expected {row.arch} with {row.pool} pool trained on {row.dataset}, found {net['arch']} "
+            f"with {net['pool']} pool trained on {held}"
+        )
+    return model
 
 
 def _shown(figure: str, found: Sequence[Claim], chosen: Sequence[Row]) -> tuple[Claim, ...]:
@@ -336,6 +390,12 @@ def _told_apart(chosen: Sequence[Row], judged: Sequence[Audit]) -> tuple[str, ..
     )
 
 
+def _left(chosen: Sequence[Row], judged: Sequence[Audit]) -> tuple[str, ...]:
+    """One line an audit of a network."""
+    nets = {row.name for row in chosen if not row.system}
+    return tuple(f"{a.victim}: {audits.sentence(a)}" for a in judged if a.victim in nets)
+
+
 def _summary(runs: list[Run], trails: list[Trail]) -> tuple[str, ...]:
     lines = [
         f"{r.victim}: PGD leaves {r.accuracy} ({r.threat}, crafted in {r.mode} mode)."
@@ -352,7 +412,9 @@ def _summary(runs: list[Run], trails: list[Trail]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _notes(figure: str, found: Sequence[Claim], chosen: Sequence[Row], size: Scale) -> tuple[str, ...]:
+def _notes(
+    figure: str, found: Sequence[Claim], chosen: Sequence[Row], size: Scale, kept: bool = False
+) -> tuple[str, ...]:
     left = dict.fromkeys(c.row for c in found if c.figure == figure and figure.startswith("table"))
     run = {row.arch for row in chosen}
     left = [c for c in left if not any(row_of(f) in run for f in found if f.row == c)]
@@ -366,7 +428,11 @@ def _notes(figure: str, found: Sequence[Claim], chosen: Sequence[Row], size: Sca
             "The paper's networks are trained without its code's weight decay of 1e-3, the best epoch chosen on "
             "held-out training images instead of the test set.",
         ]
-    if own and size.images is not None:
+    if own and kept:
+        notes.append(
+            "The networks were trained before; how, and for how many of the paper's 100 epochs, is in their cards."
+        )
+    elif own and size.images is not None:
         notes.append(
             f"Scale: {size.images:,} training images, {size.epochs} epochs, width x{size.width:g}; the paper uses all "
             "50,000 images and 100 epochs, so levels are not comparable, only directions are."
