@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sparsetrail import data
+from sparsetrail.cli import main
 from sparsetrail.core import Audit, Linf, Rate, Report, Run
-from sparsetrail.models import load_model
+from sparsetrail.models import compact, load_model
 from sparsetrail.recipes import measure, paper, systems
 from sparsetrail.recipes.quick import QuickSpec, quick
 from sparsetrail.report import claims, load, table, write
@@ -117,7 +118,7 @@ def fake_cifar(tmp_path, monkeypatch):
     return measure.Bench(out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("figure", paper.FIGURES)
+@pytest.mark.parametrize("figure", [f for f in paper.FIGURES if f != "threats"])
 def test_every_figure_runs_and_stands_beside_the_published_value(fake_cifar, figure):
     report = paper.reproduce(fake_cifar, figure, "smoke", rows=("sew_resnet18",))
     assert report.claims and all(c in claims() for c in report.claims)
@@ -170,18 +171,66 @@ def test_a_compared_system_is_trained_attacked_audited_and_kept_in_its_own_colum
     assert {c.dataset for c in again.claims} == {"CIFAR-100"}  # where it was published, whatever we trained on
 
 
-def judged(bench, what, threats, images, *, budget):
+def judged(bench, what, threats, images, *, budget, guides=()):
     """The audit of a target as a report, without attacks: nothing stands but the first image."""
     n = len(images.labels)
     first = (True,) + (False,) * (n - 1)
-    (threat,) = threats
-    found = Audit(
-        victim=what.name, card={"folder": bench.out.name}, threat=threat, data="d", indices=tuple(range(n)),
-        clean=(True,) * n, default=first, worst=first, broken_by=(None,) + ("pgd",) * (n - 1), runs=(), findings=(),
-        curves={}, verdict="supported", reason="nothing rang", claim=None, claim_source="", default_attack="pgd",
-        budget=budget, complete=True, seconds=1.0, provenance={},
-    )  # fmt: skip
-    return replace(EMPTY, audits=(found,)), []
+    found = [
+        Audit(
+            victim=what.name, card={"folder": bench.out.name, "guides": [g.name for g in guides]}, threat=threat,
+            data="d", indices=tuple(range(n)), clean=(True,) * n, default=first, worst=first,
+            broken_by=(None,) + ("pgd",) * (n - 1), runs=(), findings=(), curves={}, verdict="supported",
+            reason="nothing rang", claim=None, claim_source="", default_attack="pgd", budget=budget, complete=True,
+            seconds=1.0, provenance={},
+        )
+        for threat in threats
+    ]  # fmt: skip
+    return replace(EMPTY, audits=tuple(found)), []
+
+
+def test_a_network_under_every_threat_trained_here_or_before(fake_cifar, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paper.audits, "run", judged)
+    report = paper.reproduce(fake_cifar, "threats", "smoke", n=6)
+    names = ["SEW-ResNet18 max pool, cifar10", "SEW-ResNet18 avg pool, cifar10"]
+    assert [m["name"] for m in report.models] == names and {r.n for r in report.runs} == {6}
+    for name in names:
+        found = sorted((r.threat.space, round(r.threat.eps * 255), r.mode) for r in report.runs if r.victim == name)
+        once = [("encoded", 6, "eval"), ("encoded", 8, "eval"), ("pixel", 8, "eval")]
+        assert found == sorted(once * 3 + [("encoded", 6, "train")] * 2)
+        held = [a for a in report.audits if a.victim == name]
+        assert [(a.threat.space, a.n) for a in held] == [("pixel", 6), ("encoded", 6)]
+        other = next(n for n in ("max", "avg") if f"{n} pool" not in name)
+        assert held[0].card["guides"] == [f"cifar10-sew_resnet18-{other}"]
+        assert sum(line.startswith(f"{name}: supported, ") for line in report.summary) == 2
+    kept = tmp_path / "kept"
+    for pool in ("max", "avg"):
+        model = load_model(fake_cifar.out / "models" / f"cifar10-sew_resnet18-{pool}")
+        small = compact(model, kept / f"sew_resnet18-{pool}" / "model.safetensors")
+        weights = zip(small.net.parameters(), model.net.parameters(), strict=True)
+        assert all(torch.equal(a, b.bfloat16().float() if b.ndim > 1 else b) for a, b in weights)
+        assert small.card["compact"] == {"type": "bf16", "of": model.sha256} and small.sha256 != model.sha256
+        assert small.path.stat().st_size < 0.6 * model.path.stat().st_size
+    with pytest.raises(ValueError, match="already there"):
+        compact(model, small.path)
+    monkeypatch.setattr(paper, "fit_all", refuse_training(measure.fit))
+    again = paper.reproduce(replace(fake_cifar, out=tmp_path / "other"), "threats", "smoke", n=6, models=kept)
+    assert [m["weights sha256"] for m in again.models] != [m["weights sha256"] for m in report.models]
+    assert any("trained before" in note for note in again.notes)
+    write(again, tmp_path / "records" / "a" / "written")
+    (tmp_path / "records" / "a" / "written" / "result.json").rename(tmp_path / "records" / "a" / "threats.json")
+    show = ["--from-records", "--records", str(tmp_path / "records")]
+    main(["reproduce", "threats", *show])
+    shown = capsys.readouterr().out
+    assert "measured by" in shown and "SEW-ResNet18 avg pool" in shown and "n=6" in shown
+    with pytest.raises(SystemExit) as stop:
+        main(["reproduce", "table1", *show])
+    assert stop.value.code == 4 and "there are records of" not in capsys.readouterr().out
+    (kept / "sew_resnet18-max" / "model.safetensors").unlink()
+    (kept / "sew_resnet18-avg" / "model.safetensors").rename(kept / "sew_resnet18-max" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"with max pool .* found sew_resnet18 with avg pool"):
+        paper.reproduce(fake_cifar, "threats", "smoke", models=kept)
+    with pytest.raises(ValueError, match="n: expected"):
+        paper.reproduce(fake_cifar, "threats", "smoke", n=0)
 
 
 def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_over_draws(fake_cifar, monkeypatch):

@@ -386,7 +386,7 @@ def _told_apart(chosen: Sequence[Row], judged: Sequence[Audit]) -> tuple[str, ..
         f"{row.name}: {audits.sentence(found[row.name])} From its published figure it is apart by the scale, and: "
         f"{SYSTEMS[row.arch].apart}."
         for row in chosen
-        if row.name in found
+        if row.system and row.name in found
     )
 
 
