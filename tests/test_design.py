@@ -63,7 +63,7 @@ def test_a_sweep_from_end_to_end(swept, capsys, monkeypatch):
     assert "n=8" in drawn and "L-infinity 8/255" in drawn and "seed 0" in drawn and "sparsetrail 0" in drawn
     page = (out / "report.html").read_text()
     assert "<h2>Trade-off</h2>" in page and '"tradeoff"' in page and '"trail-0"' not in page
-    for name in ("attack", "trail", "accuracy", "build"):
+    for name in ("attack", "trail", "accuracy"):
         monkeypatch.setattr(measure, name, lambda *a, **k: pytest.fail("computed again"))
     capsys.readouterr()
     main([*args, "--json"])

@@ -328,9 +328,10 @@ def _history(card: dict[str, Any]) -> dict[str, Any]:
     return began | {
         **({} if defence is None else {"defence": defence["name"], "defence settings": told(defence["knobs"])}),
         "trained on": f"{source['name']} {source['split']}, {source['n']} images, content {source['sha256'][:12]}",
-        "epochs": spec["epochs"],
-        "training": f"{spec['optimizer']} lr {spec['lr']:g}, batch {spec['batch']}, {spec['epochs']} epochs, "
-        f"weight decay {spec['weight_decay']:g}, seed {spec['seed']}",
+        "epochs": card["epochs_done"],
+        "training": f"{spec['optimizer']} lr {spec['lr']:g}, batch {spec['batch']}, weights of epoch "
+        f"{card['epochs_done']} of {spec['epochs']}, weight decay {spec['weight_decay']:g}, seed {spec['seed']}, "
+        f"{spec['precision']}",
         "chosen by": card["chosen_by"],
     }
 
