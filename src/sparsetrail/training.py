@@ -25,11 +25,12 @@ from sparsetrail.core import Rate
 from sparsetrail.data import Dataset, flip, pixels, split_validation
 from sparsetrail.data import crop as random_crop
 from sparsetrail.models import Trained, load_model, net_spec_from
+from sparsetrail.snn import cuda
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.engine import halve, has_bf16, share_memory
 from sparsetrail.snn.folded import Draws
 from sparsetrail.snn.graphs import Update, products
-from sparsetrail.snn.kernels import available
+from sparsetrail.snn.kernels import available, switched_on
 from sparsetrail.snn.net import NetSpec, build, running_for
 from sparsetrail.snn.neuron import Neuron, carrying
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
@@ -607,7 +608,8 @@ def _save_model(
 
 def _machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    kernels = "generated" if device.type == "cpu" and available() else "PyTorch's"
+    made = cuda.usable() and switched_on() if device.type == "cuda" else device.type == "cpu" and available()
+    kernels = "generated" if made else "PyTorch's"
     threads = torch.get_num_threads()
     return {"device": f"{device.type} {name}", "torch": torch.__version__, "threads": threads, "kernels": kernels}
 
