@@ -144,9 +144,10 @@ def retraction(net):
         (snn_rat(attack="pgd"), at_loss, retraction),
         (sr(eps=2 / 255), sr_loss, None),
         (mppd(), mppd_loss, None),
-        (tg_reg(weight=3.0), tg_loss, None),
+        (tg_reg(weight=3.0, at="pixel"), tg_loss, None),
+        (tg_reg(weight=12.0), tg_loss, None),  # deviation 0.5: a gradient half as long behind the normalisation
     ],
-    ids=["plain", "pgd_at", "strong_at", "trades", "snn_rat", "sr_at", "mppd", "tg_reg"],
+    ids=["plain", "pgd_at", "strong_at", "trades", "snn_rat", "sr_at", "mppd", "tg_reg_pixel", "tg_reg"],
 )
 def test_twenty_steps_follow_the_loop_written_out(images, seams, loss, after):
     torch.manual_seed(0)
@@ -481,6 +482,7 @@ def test_a_defended_run_resumes_to_the_bit(images, tmp_path, name):
         (lambda: mppd(leak=1.5), "above 1 it grows"),
         (lambda: mppd(norm="l3"), "l2, l1"),
         (lambda: tg_reg(weight=math.inf), "weight"),
+        (lambda: tg_reg(at="frame"), "normalised, pixel"),
         (lambda: NeuronSpec(kind="diet", reset=None, leak=1.2), "above 1 it grows"),
         (lambda: NeuronSpec(kind="diet", reset=None, threshold=-1.0), "threshold"),
     ],

@@ -510,12 +510,22 @@ def mppd(*, eps: float = 4 / 255, rho: float = 1.0, leak: float = 0.99, norm: st
     )
 
 
-def tg_reg(*, weight: float = 100.0, eps: float = 0.0, steps: int = 2, step: float = 1 / 255) -> Seams:
+def tg_reg(
+    *,
+    weight: float = 100.0,
+    at: str = "normalised",
+    eps: float = 0.0,
+    steps: int = 2,
+    step: float = 1 / 255,
+) -> Seams:
     """weight * mean over images of the sum over t of (sum of the gradient of log p at the inputs of step t)^2; TG-Reg.
 
-    p is the probability of a label drawn from the network's own prediction. A second derivative, so plain operations
-    run. With `eps` images are adversarial. Known to us by its formula alone, so no level of it is claimed.
+    p is the probability of a label drawn from the network's own prediction. Inputs are taken `at` the network's
+    normalisation, behind which networks of this kind repeat the image, or as raw pixels (`pixel`): for CIFAR the same
+    penalty with 25 times the weight. A second derivative, so plain operations run. With `eps` images are adversarial.
+    Known to us by its formula alone, so no level of it is claimed.
     """
+    _one_of("at", at, ("normalised", "pixel"))
     _radius("eps", eps), _radius("step", step), _strength(weight=weight)
     _count(steps=steps), _positive(step=step)
 
@@ -524,6 +534,8 @@ def tg_reg(*, weight: float = 100.0, eps: float = 0.0, steps: int = 2, step: flo
         u = encode(x.detach()).detach().requires_grad_()
         likely = net(u).log_softmax(1).gather(1, label)
         (g,) = torch.autograd.grad(likely.sum(), u, create_graph=True)
+        norm = getattr(net, "normalise", None) if at == "normalised" else None
+        g = g if norm is None else g * norm.deviation  # the chain rule behind (u - mean) / deviation
         return weight * g.flatten(2).sum(2).square().sum(0).mean()
 
     return Seams(
@@ -531,7 +543,7 @@ def tg_reg(*, weight: float = 100.0, eps: float = 0.0, steps: int = 2, step: flo
         penalty=penalty if weight else None,
         check=_differentiable,
         name="tg_reg",
-        knobs={"weight": weight, "eps": eps, "steps": steps, "step": step},
+        knobs={"weight": weight, "at": at, "eps": eps, "steps": steps, "step": step},
     )
 
 

@@ -168,7 +168,8 @@ SYSTEMS: dict[str, System] = {
     ),
     "tg_reg_vgg11": System(
         arch="vgg11", title="TG-Reg VGG-11", called="tg_reg", defence="tg_reg", knobs=_WEAK, steps=4,
-        open="normalisation of the penalty; by default: the mean over images of weight 100",
+        open="normalisation of the penalty and where its gradient is taken; by default: the mean over images of weight "
+        "100, behind the network's normalisation (at raw pixels it would weigh 25 times as much)",
         apart="known by its formula alone, no code to compare with",
     ),
 }  # fmt: skip
