@@ -237,7 +237,7 @@ def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_over_draws(fake
     seen = []
 
     def strike(bench, model, name, attack, threat, images, eot=1):
-        seen.append((name, attack, threat.eps, eot))
+        seen.append((name, attack, threat.eps, eot, len(images.labels)))
         return NOTHING
 
     monkeypatch.setattr(paper, "strike", strike)
@@ -250,13 +250,14 @@ def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_over_draws(fake
     coded = systems.SYSTEMS["discretised_vgg11"]  # without its conversion
     spec = TrainSpec(epochs=1, batch=16, validation=0.0)
     rated = measure.fit(fake_cifar, "rated", coded.net(few, **sizes), coded.encoder(4), few, spec)
+    size = replace(paper.SCALES["smoke"].systems, audited=7, audited_random=5)
     for name, model in (("hire_vgg11", hire), ("discretised_vgg11", rated)):
-        paper._judge(fake_cifar, paper.Row(name, "", "cifar10"), model, paper.SCALES["smoke"].systems, test_set)
+        paper._judge(fake_cifar, paper.Row(name, "", "cifar10"), model, size, test_set)
     hire, coded = ([s[1:] for s in seen if s[0].startswith(n)] for n in ("HIRE", "Input"))
-    assert {(a, e) for a, e, _ in hire} == {(a, 8 / 255) for a in ("noise", "fgsm", "pgd")} | {
+    assert {(a, e) for a, e, *_ in hire} == {(a, 8 / 255) for a in ("noise", "fgsm", "pgd")} | {
         ("fgsm", 0.031), ("pgd", 0.031)
     }  # fmt: skip
-    assert {e for *_, e in hire} == {1} and {e for *_, e in coded} == {10}
+    assert {tuple(more) for _, _, *more in hire} == {(1, 7)} and {tuple(more) for _, _, *more in coded} == {(10, 5)}
     with pytest.raises(ValueError, match=r"box -1\.\.1"):  # its code is signed
         measure.strike(fake_cifar, rated, "rated", "pgd", Linf(8 / 255, space="encoded"), few)
     with pytest.raises(ValueError, match=r"box -1\.\.1"):
@@ -337,6 +338,24 @@ def test_systems_are_as_their_sources_have_them():
     changed = systems.plan("rat_vgg11", few, weight_decay=5e-4, seed=3, knobs={"regulariser": "none"})
     assert (changed.spec.weight_decay, changed.spec.seed) == (5e-4, 3)
     assert not bench.out.exists()
+
+
+def test_a_scale_may_train_another_twin_and_says_so():
+    few = replace(data.take(data.load("fashion-mnist-slice", "train"), 200, seed=0), name="cifar10")
+    few = replace(few, images=torch.zeros(200, 3, 32, 32, dtype=torch.uint8))
+    small, its = paper.SCALES["small"], {"batch": 16, "twin_epochs": 18, "calibrate": 50}
+    twin = small.systems.twins["discretised_vgg11"]
+    took = systems.plan("discretised_vgg11", few, twin=twin, **its).twin
+    assert took == replace(twin, steps=50, train=replace(twin.train, batch=16, epochs=18))
+    assert (took.train.optimizer, took.train.lr, took.percentile, took.scale) == ("adam", 1e-3, 99.7, 0.3)
+    own = systems.plan("discretised_vgg11", few).twin
+    assert own == systems.SYSTEMS["discretised_vgg11"].twin and not paper.SCALES["paper"].systems.twins
+    assert (own.train.optimizer, own.train.lr, own.percentile, own.scale) == ("sgd", 1e-2, 100, 0.7)
+    with pytest.raises(ValueError, match="has no twin"):
+        systems.plan("rat_vgg11", few, twin=twin)
+    for name, told in (("discretised_vgg11", True), ("hire_vgg11", False)):
+        notes = " ".join(paper._notes("table2", claims("table2"), [paper.Row(name, "", "cifar10")], small))
+        assert ("twin by adam lr 0.001" in notes and "where the source has twin by sgd lr 0.01" in notes) is told
 
 
 def test_unknown_rows_and_scales_are_refused(tmp_path):

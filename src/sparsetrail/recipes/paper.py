@@ -28,7 +28,7 @@ from sparsetrail.recipes.measure import (
     strike,
     strike_as_published,
 )
-from sparsetrail.recipes.systems import SYSTEMS, facts, train_system
+from sparsetrail.recipes.systems import FEW_STEPS, SYSTEMS, Twin, facts, train_system
 from sparsetrail.report import claims
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import RESNETS, NetSpec
@@ -47,7 +47,8 @@ CODED_SHARE = 5  # an audit in encoded space takes a fifth of the images: more o
 @dataclass(frozen=True, kw_only=True)
 class SystemScale:
     """How the compared systems are trained and audited; None is as the source has it, `poisson_steps` are of Poisson
-    coded ones. `knobs` are a defence's settings where they differ from the source's.
+    coded ones. `knobs` and `twins` are a defence's settings and the ReLU twin (its training, the reading of
+    thresholds) where they differ from the source's. `audited_random` is for systems whose code is random.
     """
 
     images: int | None = None
@@ -59,7 +60,9 @@ class SystemScale:
     poisson_steps: int | None = None
     batch: int | None = None
     knobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    twins: Mapping[str, Twin] = field(default_factory=dict)
     audited: int = 1000
+    audited_random: int = 1000
     budget: Budget = "standard"
 
 
@@ -98,7 +101,9 @@ SCALES = {
             poisson_steps=4,
             batch=32,
             knobs={"trades_vgg11": {"steps": 2}},
+            twins={"discretised_vgg11": FEW_STEPS},
             audited=8,
+            audited_random=8,
             budget="quick",
         ),
     ),
@@ -121,7 +126,9 @@ SCALES = {
             poisson_steps=10,
             batch=32,
             knobs={"trades_vgg11": {"steps": 3, "step": 4 / 255}},
+            twins={"discretised_vgg11": FEW_STEPS},
             audited=200,
+            audited_random=100,
         ),
     ),
     "paper": Scale(
@@ -221,7 +228,9 @@ def reproduce(
     if n is not None:
         if n < 1:
             raise ValueError(f"n: expected at least 1 image, got {n}")
-        size = replace(size, attacked=n, traced=min(n, size.traced), systems=replace(size.systems, audited=n))
+        size = replace(
+            size, attacked=n, traced=min(n, size.traced), systems=replace(size.systems, audited=n, audited_random=n)
+        )
     started = time.monotonic()
     pairs = figure in ("table3", "threats")
     found = claims("table3") + claims("table2") if pairs else claims(figure)
@@ -289,8 +298,8 @@ def _system(bench: Bench, row: Row, size: SystemScale, train_set: Dataset) -> Tr
     return train_system(
         bench, row.arch, _part(train_set, size.images), width=size.width,
         steps=size.poisson_steps if s.signed_poisson else size.steps, epochs=size.epochs, batch=size.batch,
-        twin_epochs=size.twin_epochs if s.twin else None, calibrate=size.calibrate if s.twin else None,
-        knobs=size.knobs.get(row.arch),
+        twin=size.twins.get(row.arch), twin_epochs=size.twin_epochs if s.twin else None,
+        calibrate=size.calibrate if s.twin else None, knobs=size.knobs.get(row.arch),
     )  # fmt: skip
 
 
@@ -298,7 +307,8 @@ def _judge(
     bench: Bench, row: Row, model: Trained, size: SystemScale, test_set: Dataset
 ) -> tuple[list[Run], tuple[Audit, ...]]:
     """A compared system under the pixel threats of its publication: the weak attacks printed there, and an audit."""
-    attacked, eot = _part(test_set, size.audited), 10 if model.encode.random else 1
+    random = model.encode.random
+    attacked, eot = _part(test_set, size.audited_random if random else size.audited), 10 if random else 1
     runs = [strike(bench, model, row.name, a, TEXT, attacked, eot=eot) for a in ("noise", "fgsm", "pgd")]
     if SYSTEMS[row.arch].called == "hire_snn":
         runs += [strike(bench, model, row.name, a, HIRE, attacked) for a in ("fgsm", "pgd")]
@@ -417,6 +427,15 @@ def _summary(runs: list[Run], trails: list[Trail]) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def _twin(twin: Twin | None) -> str:
+    assert twin is not None
+    how = twin.train
+    return (
+        f"twin by {how.optimizer} lr {how.lr:g} with weight decay {how.weight_decay:g}, thresholds {twin.scale:g} "
+        f"times the percentile {twin.percentile:g} of the currents"
+    )
+
+
 def _notes(
     figure: str, found: Sequence[Claim], chosen: Sequence[Row], size: Scale, kept: bool = False
 ) -> tuple[str, ...]:
@@ -454,10 +473,15 @@ def _notes(
             f"{SYSTEMS[n].title}: {', '.join(f'{k} {v:.4g}' for k, v in kn.items())}"
             for n, kn in how.knobs.items()
             if n in run
+        ] + [
+            f"{SYSTEMS[n].title}: {_twin(t)}, where the source has {_twin(SYSTEMS[n].twin)}"
+            for n, t in how.twins.items()
+            if n in run
         ]
         notes.append(
             f"Scale of the compared systems: {how.images:,} training images, {how.epochs} epochs, batch {how.batch}, "
-            f"width x{how.width:g}, {how.steps} time steps ({how.poisson_steps} of Poisson code), n = {how.audited}. "
+            f"width x{how.width:g}, {how.steps} time steps, n = {how.audited} (of Poisson code {how.poisson_steps}, "
+            f"n = {how.audited_random}). "
             + "".join(
                 f"{SYSTEMS[row.arch].title}: its twin of ReLUs {how.twin_epochs} epochs, thresholds read over "
                 f"{how.calibrate} steps. "

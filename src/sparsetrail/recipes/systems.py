@@ -93,6 +93,9 @@ class System:
         return DEFENCES[self.defence](**given)
 
 
+FEW_STEPS = Twin(train=replace(TUNE, lr=1e-3, batch=128, epochs=300), percentile=99.7, scale=0.3, steps=100)
+"""DIET-SNN's: thresholds low enough for the spikes of few time steps to reach the last layer."""
+
 _RAT = (
     "single or mixed attack, the gradient behind the published columns, cutout and the retraction's strength for "
     "VGG-11; by default: one FGSM step of 2/255 through time, no cutout, 0.004"
@@ -121,10 +124,7 @@ SYSTEMS: dict[str, System] = {
     ),
     "hire_vgg11": System(
         arch="vgg11", title="HIRE-SNN VGG-11", called="hire_snn", defence="hire_snn", neuron=DIET, norm="none",
-        dropout=0.2, readout="sum", train=TUNE,
-        twin=Twin(
-            train=replace(TUNE, lr=1e-3, batch=128, epochs=300), percentile=99.7, scale=0.3, steps=100
-        ),
+        dropout=0.2, readout="sum", train=TUNE, twin=FEW_STEPS,
         open="steps of the noise and their number, whether noise and potentials outlast a period, epochs of the "
         "spiking stage; by default: two periods, 0.031 in equal steps, noise from zero for every batch, potentials go "
         "on, 200 epochs",
@@ -177,13 +177,13 @@ SYSTEMS: dict[str, System] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is trained, and how; `twin` is the training of the ReLU twin and the steps of the calibration."""
+    """What is trained, and how."""
 
     net: NetSpec
     encode: Encoder
     seams: Seams
     spec: TrainSpec
-    twin: tuple[TrainSpec, int] | None
+    twin: Twin | None
 
 
 def plan(
@@ -193,6 +193,7 @@ def plan(
     width: float = 1.0,
     steps: int | None = None,
     epochs: int | None = None,
+    twin: Twin | None = None,
     twin_epochs: int | None = None,
     calibrate: int | None = None,
     batch: int | None = None,
@@ -204,17 +205,17 @@ def plan(
     if name not in SYSTEMS:
         raise ValueError(f"system: expected one of {', '.join(SYSTEMS)}, got {name!r}")
     system = SYSTEMS[name]
-    if system.twin is None and (twin_epochs is not None or calibrate is not None):
-        raise ValueError(f"{name}: has no twin of ReLUs; leave its epochs and the steps of its calibration out")
+    if system.twin is None and (twin, twin_epochs, calibrate) != (None, None, None):
+        raise ValueError(f"{name}: has no twin of ReLUs; leave it, its epochs and the steps of its calibration out")
     if calibrate is not None and calibrate < 1:
         raise ValueError(f"calibrate: expected at least 1 step, got {calibrate}")
     net = system.net(data, width=width, steps=steps)
     encode, seams = system.encoder(net.steps), system.seams(knobs)
-    spec, twin = _changed(system.train, epochs, batch, weight_decay, seed), None
-    if system.twin is not None:
-        how = system.twin
-        twin = _changed(how.train, twin_epochs, batch, None, seed), how.steps if calibrate is None else calibrate
-    for s in (spec, *([twin[0]] if twin else [])):
+    spec, twin = _changed(system.train, epochs, batch, weight_decay, seed), twin or system.twin
+    if twin is not None:
+        relus = _changed(twin.train, twin_epochs, batch, None, seed)
+        twin = replace(twin, train=relus, steps=twin.steps if calibrate is None else calibrate)
+    for s in (spec, *([twin.train] if twin else [])):
         if s.batch > (held_in := len(data.labels) - int(s.validation * len(data.labels))):
             raise ValueError(f"batch: expected at most the {held_in} training images, got {s.batch}")
     if seams.check is not None:
@@ -225,21 +226,20 @@ def plan(
 def train_system(bench: Bench, name: str, data: Dataset, **how: Any) -> Trained:
     """Train a system into `out/models/DATA-NAME`, its twin and conversion first where it has one; or go on, or take it.
 
-    `how` are the settings of `plan`; whatever is left out is as the source has it: width 1, time `steps`, `epochs` (and
-    of the twin), steps in which thresholds are read (`calibrate`), `batch`, `weight_decay`, `seed`, and `knobs` of the
-    defence. ValueError, before anything is written, for what does not exist or does not fit.
+    `how` are the settings of `plan`; whatever is left out is as the source has it: width 1, time `steps`, `epochs`, the
+    `twin`, its epochs and the steps in which thresholds are read (`calibrate`), `batch`, `weight_decay`, `seed`, and
+    `knobs` of the defence. ValueError, before anything is written, for what does not exist or does not fit.
     """
-    p, system, folder, start = plan(name, data, **how), SYSTEMS[name], f"{data.name}-{name}", None
-    if system.twin is not None and p.twin is not None:
-        spec, steps = p.twin
+    p, folder, start = plan(name, data, **how), f"{data.name}-{name}", None
+    if p.twin is not None:
         relu = replace(
             p.net, neuron=NeuronSpec(kind="relu"), steps=1, readout="mean",
-            normalise="half" if system.signed_poisson else p.net.normalise,
+            normalise="half" if SYSTEMS[name].signed_poisson else p.net.normalise,
         )  # fmt: skip
-        twin = fit(bench, f"{folder}/twin", relu, direct(steps=1), data, spec)
+        twin = fit(bench, f"{folder}/twin", relu, direct(steps=1), data, p.twin.train)
         start = convert(
             twin, p.net, p.encode, data, bench.out / "models" / folder / "converted",
-            percentile=system.twin.percentile, scale=system.twin.scale, steps=steps, images=system.twin.images,
+            percentile=p.twin.percentile, scale=p.twin.scale, steps=p.twin.steps, images=p.twin.images,
             seed=p.spec.seed, device=bench.device,
             say=lambda done, of: bench.tick(f"calibrate {folder}", done, of, ""),
         )  # fmt: skip
