@@ -314,6 +314,9 @@ def test_systems_are_as_their_sources_have_them():
         told = systems.facts(name)
         assert told["still apart from its published figure"] and told["open in its source"], name
         assert net.normalise == ("none" if s.signed_poisson else "cifar10") and s.train.schedule == "cosine"
+    deep, flat = systems.SYSTEMS["hire_vgg11"], systems.SYSTEMS["hire_vgg5"]
+    assert replace(flat, arch="vgg11", title=deep.title, open=deep.open, apart=deep.apart) == deep
+    assert flat.open.startswith(deep.open) and flat.net(cifar).arch == "vgg5"
     rat = systems.SYSTEMS["rat_vgg11"]
     assert rat.net(cifar).steps == 8 and rat.train.weight_decay == 0 and rat.train.epochs == 200
     assert rat.seams().knobs["eps"] == 2 / 255 and systems.SYSTEMS["vanilla_vgg11"].train.weight_decay == 5e-4

@@ -104,6 +104,10 @@ _RAT_APART = (
     "200 epochs on all images; the source keeps the epoch that is best on the test set; independent runs of VGG-11 "
     "print 45.0 and 23.0 % (FGSM, PGD-7) for CIFAR-10, as published, but 18.9 and 8.9 % for CIFAR-100"
 )
+_HIRE = (
+    "steps of the noise and their number, whether noise and potentials outlast a period, epochs of the spiking stage; "
+    "by default: two periods, 0.031 in equal steps, noise from zero for every batch, potentials go on, 200 epochs"
+)
 _WEAK = {"eps": 2 / 255, "steps": 2, "step": 1 / 255}
 
 SYSTEMS: dict[str, System] = {
@@ -125,10 +129,13 @@ SYSTEMS: dict[str, System] = {
     "hire_vgg11": System(
         arch="vgg11", title="HIRE-SNN VGG-11", called="hire_snn", defence="hire_snn", neuron=DIET, norm="none",
         dropout=0.2, readout="sum", train=TUNE, twin=FEW_STEPS,
-        open="steps of the noise and their number, whether noise and potentials outlast a period, epochs of the "
-        "spiking stage; by default: two periods, 0.031 in equal steps, noise from zero for every batch, potentials go "
-        "on, 200 epochs",
-        apart="the training code was never released, so the settings above are guesses",
+        open=_HIRE, apart="the training code was never released, so the settings above are guesses",
+    ),
+    "hire_vgg5": System(
+        arch="vgg5", title="HIRE-SNN VGG-5", called="hire_snn", defence="hire_snn", neuron=DIET, norm="none",
+        dropout=0.2, readout="sum", train=TUNE, twin=FEW_STEPS, open=f"{_HIRE}, 8 time steps as of VGG-11",
+        apart="the training code was never released, so the settings above are guesses; no figure is in the paper's "
+        "tables",
     ),
     "discretised_vgg11": System(
         arch="vgg11", title="Input discretisation VGG-11", called="input_discretisation",
