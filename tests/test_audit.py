@@ -13,7 +13,7 @@ from sparsetrail.auditing import Forgetful, audit, battery, fingerprint, join, j
 from sparsetrail.cli import main
 from sparsetrail.core import Finding, Linf, Rate, Run, Victim, margin
 from sparsetrail.recipes.audits import Cells
-from sparsetrail.snn.encode import phase
+from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec, victim
 
 EPS = 8 / 255
@@ -94,6 +94,34 @@ def test_a_stopped_audit_goes_on_where_it_was(snn, space, tmp_path, brief):
     assert found.worst == whole.worst and found.broken_by == whole.broken_by and found.verdict == whole.verdict
     assert [r.attack for r in found.runs] == [r.attack for r in whole.runs]
     assert set(again) == set(points) and all(torch.equal(again[j], points[j]) for j in points)
+
+
+def test_a_stopped_audit_of_a_random_code_goes_on_with_the_draws_of_the_whole(snn, tmp_path, brief):
+    """What a part draws depends on the part, not on which parts before it were kept."""
+    _, x, y = snn
+    net = lively(NetSpec(width=0.125, steps=4), poisson(steps=4)(x))
+
+    def fresh():
+        return victim(net, poisson(steps=4, seed=3), name="random")
+
+    def once(**more):
+        return audit(fresh(), Linf(EPS, space="pixel"), x, y, budget="quick", batch=5, eot=2, fresh=fresh, **more)
+
+    with torch.no_grad():
+        y = fresh().scores(x).argmax(1)
+    whole, _ = once()
+    store, stops, done = Cells(tmp_path / "cells"), 0, None
+    while done is None:
+        left = iter([False] * 4)
+        try:
+            done = once(store=store, stop=lambda left=left: next(left, True))
+        except KeyboardInterrupt:
+            stops += 1
+    kept = len(list((tmp_path / "cells").glob("*.json")))
+    again = once(store=store, stop=lambda: True)  # everything is there
+    assert stops >= 2 and len(list((tmp_path / "cells").glob("*.json"))) == kept
+    for found, _ in (done, again):
+        assert (found.clean, found.worst, found.broken_by) == (whole.clean, whole.worst, whole.broken_by)
 
 
 def test_parts_are_not_taken_from_another_victim_or_threat(snn, tmp_path, brief):

@@ -31,7 +31,8 @@ class Encoder:
     """An encoder ready to call. `knobs` rebuild it through `ENCODERS[name](**knobs)`; `random` draws at each call.
 
     `frames` tells which distinct frame each step shows (phase code: t mod bits; direct code: always frame 0), `slope`
-    is the backward rule, [t] or by grey level [256 t], None if severed.
+    is the backward rule, [t] or by grey level [256 t], None if severed. `draws` is the generator of a random encoder
+    that was made from a seed.
     """
 
     name: str
@@ -43,6 +44,12 @@ class Encoder:
     random: bool = False
     frames: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
     slope: Tensor | None = field(default=None, repr=False, compare=False)
+    draws: torch.Generator | None = field(default=None, repr=False, compare=False)
+
+    def draw_for(self, key: int) -> None:
+        """Let what a random encoder draws from here on depend on its seed and this key, not on earlier calls."""
+        if self.draws is not None:
+            self.draws.manual_seed((self.knobs["seed"] * 1_000_003 + key + 1) % (2**63 - 1))
 
     def distinct(self, x: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "f n c h w"], Tensor | None]:
         """The distinct frames of the code of `x`, and the slope of each: [f], or [f n c h w] by pixel."""
@@ -275,7 +282,8 @@ def poisson(
     knobs: dict[str, Any] = {"steps": steps, "backward": backward, "seed": g.initial_seed()}
     if signed:  # left out otherwise, so that what was written before it existed keeps its name
         knobs["signed"] = True
-    return Encoder(name="poisson", knobs=knobs, steps=steps, backward=backward, apply=apply, random=True)
+    own = g if generator is None else None
+    return Encoder(name="poisson", knobs=knobs, steps=steps, backward=backward, apply=apply, random=True, draws=own)
 
 
 ENCODERS: dict[str, Callable[..., Encoder]] = {
