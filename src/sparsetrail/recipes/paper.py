@@ -215,7 +215,8 @@ def reproduce(
     """Train what the figure needs, attack or trace it, and lay it beside the published values.
 
     `n` test images are attacked and audited instead of the scale's; `models` is a folder with trained networks, one
-    a folder named after architecture and pool (sew_resnet18-max), that are taken instead of training.
+    a folder named after architecture and pool (sew_resnet18-max), that are taken instead of training: by default all of
+    the figure that are there, on the scale's first image set.
     """
     if figure not in FIGURES:
         raise ValueError(f"reproduce: expected one of {', '.join(FIGURES)}, got {figure!r}")
@@ -235,7 +236,11 @@ def reproduce(
     pairs = figure in ("table3", "threats")
     found = claims("table3") + claims("table2") if pairs else claims(figure)
     sets = tuple(datasets) or (("cifar100",) if figure == "table1" and scale == "paper" else size.datasets)
+    if models is not None and not datasets:
+        sets = sets[:1]
     chosen = rows_of(figure, found, tuple(rows) or size.rows, sets)
+    if models is not None and not rows:  # those that are there
+        chosen = [row for row in chosen if (models / f"{row.arch}-{row.pool}").is_dir()]
     if not chosen:
         raise ValueError(f"{figure}: no row left for rows {', '.join(rows) or size.rows} on {', '.join(sets)}")
     cards: list[dict[str, Any]] = []
