@@ -177,3 +177,20 @@ def test_training_draws_by_key_and_learns_the_share(pool, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
     if pool == "learned":
         assert float(a["pool.logit"]) != 0.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("pool", [p for p in POOLS if p != "none"])
+def test_gradients_on_a_gpu_are_those_on_a_cpu(pool):
+    """PyTorch's own backward of a padded average pool on channels-last maps is wrong there (2.11)."""
+    x = (torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255).double()
+    u = phase(steps=4)(x)
+    net = lively(NetSpec(width=0.25, steps=4, pool=pool), u.float()).double()
+    grads = []
+    for device in ("cpu", "cuda"):
+        leaf = u.detach().to(device).requires_grad_()
+        net = net.to(device)
+        (g,) = torch.autograd.grad(net(leaf)[:, 0].sum(), leaf)
+        grads.append(g.cpu())
+    assert grads[0].abs().max() > 0 and (grads[0] - grads[1]).abs().max() <= 1e-8 * grads[0].abs().max()

@@ -22,6 +22,7 @@ from sparsetrail.recipes import measure
 from sparsetrail.recipes.measure import Bench, as_victim, follow
 from sparsetrail.report.labels import explain
 from sparsetrail.report.tables import ablations
+from sparsetrail.snn.engine import AvgPool2d
 from sparsetrail.snn.neuron import Neuron
 from sparsetrail.trails import Detail
 
@@ -172,7 +173,7 @@ def spread(module: nn.Module) -> nn.Module:
     return SpreadConv2d(module) if skips else module
 
 
-class AveragedMaxPool2d(nn.AvgPool2d):
+class AveragedMaxPool2d(AvgPool2d):
     """The values of a max pool, the gradient of the average over each window."""
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
@@ -180,7 +181,7 @@ class AveragedMaxPool2d(nn.AvgPool2d):
         self.shown = pool.forward
 
     def forward(self, x: Tensor) -> Tensor:
-        return behind(self.shown, x, nn.AvgPool2d.forward(self, x))
+        return behind(self.shown, x, AvgPool2d.forward(self, x))
 
 
 class SpreadConv2d(nn.Conv2d):

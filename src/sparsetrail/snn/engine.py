@@ -307,6 +307,19 @@ class Conv2d(nn.Conv2d):
         return type(self).forward is Conv2d.forward and not watched(self)
 
 
+class AvgPool2d(nn.AvgPool2d):
+    """nn.AvgPool2d with the right gradient on a GPU too.
+
+    There the backward of a padded average pool on channels-last maps forgets the padding (PyTorch issue 188344, seen in
+    2.11): wrong numbers without a word. Maps go through it channels first.
+    """
+
+    def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m c p q"]:
+        if x.is_cuda and self.padding not in (0, (0, 0)):
+            return _last(super().forward(x.contiguous()))
+        return super().forward(x)
+
+
 class _CodedConv(torch.autograd.Function):
     """Convolution of the distinct frames [f n c h w] of an encoded image; the gradient goes back to the pixels.
 
@@ -724,14 +737,14 @@ def _can_fire(y: Tensor, norm: nn.Module, neuron: Neuron, plus: Tensor | None) -
 def _pooling(module: nn.Module, x: Tensor) -> _Pooling | None:
     """A pool module as the kernels run it on maps like `x`, or None where they do not serve."""
     kind = type(module)
-    if kind not in (nn.MaxPool2d, nn.AvgPool2d) or watched(module):
+    if kind not in (nn.MaxPool2d, nn.AvgPool2d, AvgPool2d) or watched(module):
         return None
     kernel, stride, padding = module.kernel_size, module.stride, module.padding
     if not (isinstance(kernel, int) and isinstance(stride, int) and isinstance(padding, int)) or module.ceil_mode:
         return None
     if kind is nn.MaxPool2d and (module.dilation != 1 or module.return_indices):
         return None
-    if kind is nn.AvgPool2d and (not module.count_include_pad or module.divisor_override is not None):
+    if kind is not nn.MaxPool2d and (not module.count_include_pad or module.divisor_override is not None):
         return None
     fits = kernel <= 15 and padding <= kernel // 2 and min(x.shape[2:]) + 2 * padding >= kernel
     return _Pooling(kernel, stride, padding, kind is nn.MaxPool2d) if fits else None

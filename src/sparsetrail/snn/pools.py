@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn.engine import Conv2d, conv_fire
+from sparsetrail.snn.engine import AvgPool2d, Conv2d, conv_fire
 from sparsetrail.snn.folded import Draws, FoldedNeuron
 
 POOLS = ("max", "avg", "mix", "learned", "stochastic", "sum", "conv", "none")
@@ -43,7 +43,7 @@ def make_pool(
         case "max":
             return nn.MaxPool2d(kernel, stride, padding)
         case "avg":
-            return nn.AvgPool2d(kernel, stride, padding)
+            return AvgPool2d(kernel, stride, padding)
         case "mix":
             return MixedPool2d(kernel, stride, padding, share=share_of(pool))
         case "learned":
@@ -59,7 +59,7 @@ def make_pool(
     raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
 
 
-class MixedPool2d(nn.AvgPool2d):
+class MixedPool2d(AvgPool2d):
     """share * max + (1 - share) * average over each window; a learnt share is the sigmoid of a parameter, from 1/2.
 
     Lee et al. 2016, arXiv:1509.08985, sec. 3.1, one share a layer. They learn the share itself, we its logit.
@@ -125,7 +125,7 @@ class SumPool(nn.Module):
 
     def __init__(self, kernel: int, stride: int, padding: int, neuron: FoldedNeuron) -> None:
         super().__init__()
-        self.sum = nn.AvgPool2d(kernel, stride, padding, divisor_override=1)
+        self.sum = AvgPool2d(kernel, stride, padding, divisor_override=1)
         self.sn = neuron
 
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m c p q"]:
