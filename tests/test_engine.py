@@ -129,7 +129,7 @@ def test_what_was_made_of_a_weight_follows_it(channels):
 @pytest.mark.parametrize("most", [True, False], ids=["max", "average"])
 def test_pools(most):
     for kernel_size, stride, padding in ((3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)):
-        module = (nn.MaxPool2d if most else nn.AvgPool2d)(kernel_size, stride, padding)
+        module = (nn.MaxPool2d if most else engine.AvgPool2d)(kernel_size, stride, padding)
         for x in (spikes(3, 5, 9, 12), torch.randn(2, 3, 7, 7, dtype=torch.float64)):  # ties everywhere, and none
             x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
             run = engine._pooling(module, x)
@@ -148,7 +148,11 @@ def test_pools(most):
         x = torch.zeros(1, 1, 4, 4)
         x[0, 0, 1, 1] = float("nan")
         assert engine._pooling(nn.MaxPool2d(2), x).run(x, None)[0].isnan().sum() == 1
-    for odd in (nn.MaxPool2d(3, ceil_mode=True), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.MaxPool2d((2, 3))):
+    for odd in (
+        nn.MaxPool2d(3, ceil_mode=True),
+        engine.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.MaxPool2d((2, 3)),
+    ):
         assert engine._pooling(odd, x) is None
 
 

@@ -8,6 +8,7 @@ from lively import lively
 from torch import nn
 
 from sparsetrail.snn.encode import direct, phase, poisson
+from sparsetrail.snn.engine import AvgPool2d
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNeuron, Normalise
 from sparsetrail.snn.net import NetSpec, build, running_for, victim
 from sparsetrail.snn.neuron import LEAST, Neuron, NeuronSpec, carrying
@@ -32,7 +33,7 @@ def test_hire_vgg_has_neither_biases_nor_batchnorm_and_drops_where_no_pool_follo
     assert len(neurons) == 10 and sum(p.numel() for p in net.parameters()) == plain + 2 * 10
     assert not [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     after = [type(layer.after) for layer in net.features]
-    assert after == [nn.AvgPool2d, Dropout, nn.AvgPool2d, Dropout, Dropout, nn.AvgPool2d, Dropout, Dropout]
+    assert after == [AvgPool2d, Dropout, AvgPool2d, Dropout, Dropout, AvgPool2d, Dropout, Dropout]
 
 
 @pytest.mark.parametrize(
