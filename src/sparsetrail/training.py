@@ -1,8 +1,8 @@
 """Training: one specification, one loop, resumable to the bit.
 
 All randomness is keyed by (seed, epoch) or (seed, epoch, step), none is carried along: a run killed at any moment and
-started again with the same command ends with the weights of the uninterrupted run (same CPU and thread count; a GPU's sums
-differ from run to run).
+started again with the same command ends with the weights of the uninterrupted run (same CPU and thread count; the sums
+of a GPU differ from run to run).
 """
 
 import contextlib
