@@ -336,7 +336,7 @@ def _under_all(
     place = replace(bench, out=bench.out / "audits" / row.folder)
     what, *guides = (audits.target(str(m.path), device=bench.device) for m in (model, *others))
     judged: list[Audit] = []
-    for threat, count in ((TEXT, n), (CODE, max(1, n // CODED_SHARE))):
+    for threat, count in ((TEXT, n), (CODE, max(min(n, 8), n // CODED_SHARE))):
         some = _part(test_set, count)
         found, _ = audits.run(
             place, replace(what, name=row.folder), [threat], some, budget=size.systems.budget, guides=guides
