@@ -114,7 +114,7 @@ def test_the_first_call_may_be_without_gradient():
     assert torch.autograd.grad(f(leaf).sum(), leaf)[0].abs().sum() > 0
 
 
-def steps_of(net, encode, spec, x, y, batch, record=None, device="cpu"):
+def steps_of(net, encode, spec, x, y, batch, record=None):
     """The same steps plainly and recorded: losses and weights of both."""
     twin, out = copy.deepcopy(net), []
     for one, recorded in ((net, True), (twin, False)):

@@ -464,7 +464,8 @@ def accuracy(
     net.eval()
     right = 0
     try:
-        with torch.no_grad(), products(tf32=False) if torch.cuda.is_available() else contextlib.nullcontext():
+        gpu = torch.device(device).type == "cuda"
+        with torch.no_grad(), products(tf32=False) if gpu else contextlib.nullcontext():
             for i in range(0, len(data.labels), batch):
                 z = scores(net, encode, pixels(data.images[i : i + batch].to(device)))
                 right += int((z.argmax(1) == data.labels[i : i + batch].to(device)).sum())

@@ -639,7 +639,7 @@ def _show_records(figure: str, folder: Path, as_json: bool) -> None:
             + (f"; there are records of {', '.join(held)}" if held else "; run in a clone, or give --records FOLDER")
         )
     if as_json:
-        _emit({str(p): _brief(load_report(p)) for p in found if p.suffix == ".json"})
+        _emit({str(p): _brief(load_report(p)) if p.suffix == ".json" else p.read_text() for p in found})
         return
     console = Console()
     for path in found:
