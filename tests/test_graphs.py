@@ -105,6 +105,16 @@ def test_a_recording_that_fails_leaves_the_plain_call(caplog):
     assert caplog.text.count("could not be recorded") == 1 and "capturing" in caplog.text
 
 
+def test_large_batches_are_not_recorded_an_audit_keeps_many_networks():
+    f, sizes = Plain(lambda u: (sizes.append(u.shape[1]), toy(u))[1]), []
+    for _ in range(3):
+        for n in (graphs.LARGEST, graphs.LARGEST + 1, 500):
+            u = torch.randn(2, n, 2)
+            assert torch.equal(f(u), toy(u))
+    assert {key[0][1] for key in f.made} == {graphs.LARGEST}
+    assert {500, graphs.LARGEST + 1} <= set(sizes), "a large batch is computed at its own size, not filled up"
+
+
 def test_the_first_call_may_be_without_gradient():
     f = Plain(toy)
     u = torch.randn(3, 4, 2)

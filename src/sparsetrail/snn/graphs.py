@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sparsetrail.snn.kernels import say_once
 
 SIZES = 8  # recordings a network keeps at most; each holds the memory of its intermediate maps
+LARGEST = 64  # examples recorded at most: a larger batch keeps a GPU busy without, and its maps fill the memory
 AHEAD = 20  # training steps that may be under way before somebody looks at their losses
 _one_at_a_time = threading.Lock()  # recording asks for the whole device, and a compiler for one thread
 Replay = Callable[[], None]
@@ -110,8 +111,8 @@ class _Replayed(torch.autograd.Function):
 class Scores:
     """`f`, which treats every example alone, by recordings; batches are filled up to the next power of two.
 
-    `axis` counts the examples of the input. A size is recorded when it comes for the second time. Only first
-    derivatives with respect to the input.
+    `axis` counts the examples of the input. A size up to LARGEST is recorded when it comes for the second time. Only
+    first derivatives with respect to the input.
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class Scores:
         self.failed = False
 
     def __call__(self, u: Tensor) -> Tensor:
-        if self.failed:
-            return self.f(u)
         n = u.shape[self.axis]
+        if self.failed or n > LARGEST:
+            return self.f(u)
         room = 1 << (n - 1).bit_length()
         shape = (*u.shape[: self.axis], room, *u.shape[self.axis + 1 :])
         key = (shape, u.dtype)
