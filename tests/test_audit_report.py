@@ -627,6 +627,17 @@ def test_the_terminal_ends_with_the_verdict(width):
     assert text.rindex("masked") > text.rindex("Checks raised")
 
 
+def test_beside_other_runs_an_audit_is_a_row_in_the_terminal():
+    whole, out = report(), io.StringIO()
+    attack = whole.audits[0].runs[0]
+    room.console(dataclasses.replace(whole, runs=(attack,)), Console(file=out, width=120))
+    text = re.sub(r"\s+", " ", out.getvalue())
+    for audit in whole.audits:
+        assert f"{100 * audit.accuracy.value:.1f} %" in text and audit.verdict in text
+        assert all(f"{f.id} {f.name}" in text for f in audit.alarms)
+    assert "newly broken" not in text and text.index("worst case") > text.index("Wilson")
+
+
 # --- a real browser ---------------------------------------------------------------------------------------------
 
 

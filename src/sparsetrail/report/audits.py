@@ -275,8 +275,9 @@ def summaries(audits: Sequence[Audit]) -> tuple[tuple[Setting, tuple[tuple[int, 
 
 
 def summary_grid(here: Setting, audits: Sequence[Audit]) -> Grid:
-    """Audits of one threat, a row each: clean, claimed, default attack, worst case, verdict."""
+    """Audits of one threat, a row each: clean, claimed (if any is), default attack, worst case, verdict."""
     several = len({audit.data for audit in audits}) > 1
+    claimed = any(audit.claim is not None for audit in audits)
     return Grid(
         caption=here.short,
         head=(
@@ -284,7 +285,7 @@ def summary_grid(here: Setting, audits: Sequence[Audit]) -> Grid:
             *(["data"] if several else []),
             "n",
             "clean",
-            "claimed",
+            *(["claimed"] if claimed else []),
             "default attack",
             "worst case",
             "verdict",
@@ -295,7 +296,7 @@ def summary_grid(here: Setting, audits: Sequence[Audit]) -> Grid:
                 *([audit.data] if several else []),
                 str(audit.n),
                 percent(audit.clean_accuracy),
-                "no claim" if audit.claim is None else f"{100 * audit.claim:.1f} %",
+                *(["no claim" if audit.claim is None else f"{100 * audit.claim:.1f} %"] if claimed else []),
                 percent(audit.default_accuracy),
                 percent(audit.accuracy),
                 f"{VERDICTS[audit.verdict][1]} {audit.verdict}",

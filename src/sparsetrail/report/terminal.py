@@ -1,6 +1,7 @@
 """A report in the terminal: what a person wants to see at the end."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparsetrail.core import Audit, Report
@@ -14,14 +15,19 @@ TONES = {"good": "green", "warn": "yellow", "bad": "red", "none": "dim"}
 
 
 def console(report: Report, console: "Console") -> None:
-    """Verdicts of audits, an accuracy table a threat, zero shares by kind of operation."""
+    """An accuracy table a threat, verdicts of audits, zero shares by kind of operation.
+
+    Audits beside other runs are a row each, told at length in the report's other forms.
+    """
     from rich.text import Text
 
-    show_audits(report.audits, console)
     for _, grid in per_setting(report.runs):
         _print(grid, console)
     if report.runs:
         console.print(Text(f"95 % Wilson intervals; {'; '.join(facts(report.runs))}", style="dim"))
+        _audits_in_short(report.audits, console)
+    else:
+        show_audits(report.audits, console)
     figures = [claim for claim in report.claims if claim.figure in FIGURES]
     for group in trail_groups(report.trails):
         grid = kind_grid(group, figures)
@@ -29,6 +35,19 @@ def console(report: Report, console: "Console") -> None:
         head = tuple(grid.flat_head[i].removeprefix("zero, ") for i in keep)
         rows = tuple(tuple(row[i] for i in keep) for row in grid.rows)
         _print(Grid(f"{grid.caption}; {group.title}", head, rows), console)
+
+
+def _audits_in_short(audits: Sequence[Audit], console: "Console") -> None:
+    """A table a threat, a row an audit; then the checks that are raised, by name."""
+    from rich.text import Text
+
+    for here, members in words.summaries(audits):
+        grid = words.summary_grid(here, [audit for _, audit in members])
+        _print(replace(grid, caption=f"audit, {grid.caption}"), console)
+        for _, audit in members:
+            raised = ", ".join(f"{words.level(f)}: {f.id} {f.name}" for f in words.ordered(audit.alarms))
+            if raised:
+                console.print(Text(f"{audit.victim}: {raised}", style="dim"))
 
 
 def show_audits(audits: Sequence[Audit], console: "Console") -> None:
