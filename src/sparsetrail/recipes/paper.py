@@ -41,7 +41,6 @@ CODE = Linf(6 / 255, space="encoded")
 THREATS = (TEXT, CODE, Linf(8 / 255, space="encoded"))
 HIRE = Linf(0.031, space="pixel")  # HIRE-SNN's own radius, 7.905/255
 ROWS = (*RESNETS, *SYSTEMS)
-CODED_SHARE = 5  # an audit in encoded space takes a fifth of the images: more of them stand, and each costs more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,21 +327,16 @@ def _under_all(
 ) -> tuple[list[Run], list[Audit]]:
     """A network under each of THREATS by weak attacks, as published, and audited under the text's and the code's.
 
-    Audits also transfer from the other networks; in encoded space they take one image in CODED_SHARE.
+    Audits also transfer from the other networks.
     """
-    attacked, n = _part(test_set, size.attacked), size.systems.audited
+    attacked, audited = _part(test_set, size.attacked), _part(test_set, size.systems.audited)
     runs = [strike(bench, model, row.name, a, t, attacked) for t in THREATS for a in ("noise", "fgsm", "pgd")]
     runs += strike_as_published(bench, model, row.name, attacked)
     place = replace(bench, out=bench.out / "audits" / row.folder)
     what, *guides = (audits.target(str(m.path), device=bench.device) for m in (model, *others))
-    judged: list[Audit] = []
-    for threat, count in ((TEXT, n), (CODE, max(min(n, 8), n // CODED_SHARE))):
-        some = _part(test_set, count)
-        found, _ = audits.run(
-            place, replace(what, name=row.folder), [threat], some, budget=size.systems.budget, guides=guides
-        )
-        judged += [replace(a, victim=row.name) for a in found.audits]
-    return runs, judged
+    named = replace(what, name=row.folder)
+    found, _ = audits.run(place, named, [TEXT, CODE], audited, budget=size.systems.budget, guides=guides)
+    return runs, [replace(a, victim=row.name) for a in found.audits]
 
 
 def _kept(folder: Path, row: Row) -> Trained:
