@@ -25,7 +25,6 @@ from sparsetrail.auditing.battery import Budget, Stage, battery
 from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
 from sparsetrail.checks import CHECKS, Case
 from sparsetrail.core import Audit, Finding, Problem, Rate, Run, Streams, Threat, Victim, correct, grey
-from sparsetrail.snn.encode import Encoder
 
 T = TypeVar("T")
 SAMPLE = {"quick": 32, "standard": 128, "thorough": 256}  # images the checks look at
@@ -273,16 +272,16 @@ class _Work:
         if found is None:
             if self.stop():
                 raise KeyboardInterrupt
-            self._draw_for(key)
+            self._reseed(key)
             found = make()
             self.store.put(key, found)
         return found
 
-    def _draw_for(self, key: dict[str, Any]) -> None:
+    def _reseed(self, key: dict[str, Any]) -> None:
         """What a part draws must not depend on which parts before it were kept: a repeated command continues."""
-        if isinstance(self.victim.encode, Encoder):
+        if self.victim.reseed is not None:
             sha = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
-            self.victim.encode.draw_for(int.from_bytes(sha.digest()[:4], "big"))
+            self.victim.reseed(int.from_bytes(sha.digest()[:4], "big"))
 
     @functools.cached_property
     def case(self) -> Case:
@@ -348,7 +347,7 @@ class _Work:
         """Which images are classified correctly, by most of ten calls for a victim that draws noise."""
         f, votes = self.victim.judge("pixel"), 10 if self.victim.random else 1
         flags: list[bool] = []
-        self._draw_for(self.key(clean=1))
+        self._reseed(self.key(clean=1))
         with torch.no_grad():
             for i in range(0, len(self.y), self.batch):
                 flags += judged(f, self.x[i : i + self.batch], self.y[i : i + self.batch], votes)[0].tolist()

@@ -86,7 +86,8 @@ class Victim:
     scores of pixels by fewer operations than `logits(encode(x))`; `exact` are the logits in float32 where `logits`
     computes in less: the final point of every attack is judged by them. `rewire` gives the same victim with another
     backward; `memory` is what that backward remembers between calls. `codebook` [256 t] is the code of every grey
-    level, where the encoder looks at each pixel alone.
+    level, where the encoder looks at each pixel alone. `reseed` lets what a random victim draws from here on depend on
+    a number alone: its audit can then be stopped and go on as if it had not been.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -104,6 +105,7 @@ class Victim:
     rewire: Callable[[Route], "Victim"] | None = None
     memory: Memory | None = None
     codebook: Tensor | None = None
+    reseed: Callable[[int], None] | None = None
 
     def scores(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Class scores of images."""

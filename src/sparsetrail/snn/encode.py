@@ -46,7 +46,7 @@ class Encoder:
     slope: Tensor | None = field(default=None, repr=False, compare=False)
     draws: torch.Generator | None = field(default=None, repr=False, compare=False)
 
-    def draw_for(self, key: int) -> None:
+    def reseed(self, key: int) -> None:
         """Let what a random encoder draws from here on depend on its seed and this key, not on earlier calls."""
         if self.draws is not None:
             self.draws.manual_seed((self.knobs["seed"] * 1_000_003 + key + 1) % (2**63 - 1))

@@ -196,6 +196,7 @@ def victim(
             rewire=lambda other: by(_both(route, other)),
             memory=memory,
             codebook=code.codebook,
+            reseed=code.reseed if code.draws is not None else None,
         )
 
     return by(Route())
