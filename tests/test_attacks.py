@@ -268,7 +268,8 @@ def test_a_random_victim_is_not_stopped_at_a_lucky_draw():
     x, y = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
     run = attack(noise, v, Linf(0.1, space="pixel"), x, y, draws=20)
     assert "majority of 10 fresh draws" in run.note
-    assert run.forwards == 80 + sum(run.clean) * (20 + 10)
+    assert run.eot == 10 and run.forwards == 80 + sum(run.clean) * (20 * 10 + 10)
+    assert attack(noise, v, Linf(0.1, space="pixel"), x, y, draws=20, eot=1).eot == 1
 
 
 def test_only_images_that_were_right_are_attacked(snn):

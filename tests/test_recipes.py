@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsetrail import data
+from sparsetrail.attacks.run import EOT
 from sparsetrail.cli import main
 from sparsetrail.core import Audit, Linf, Rate, Report, Run
 from sparsetrail.models import compact, load_model
@@ -233,11 +234,11 @@ def test_a_network_under_every_threat_trained_here_or_before(fake_cifar, tmp_pat
         paper.reproduce(fake_cifar, "threats", "smoke", n=0)
 
 
-def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_over_draws(fake_cifar, monkeypatch):
+def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_on_fewer_images_over_draws(fake_cifar, monkeypatch):
     seen = []
 
-    def strike(bench, model, name, attack, threat, images, eot=1):
-        seen.append((name, attack, threat.eps, eot, len(images.labels)))
+    def strike(bench, model, name, attack, threat, images):
+        seen.append((name, attack, threat.eps, len(images.labels)))
         return NOTHING
 
     monkeypatch.setattr(paper, "strike", strike)
@@ -257,7 +258,9 @@ def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_over_draws(fake
     assert {(a, e) for a, e, *_ in hire} == {(a, 8 / 255) for a in ("noise", "fgsm", "pgd")} | {
         ("fgsm", 0.031), ("pgd", 0.031)
     }  # fmt: skip
-    assert {tuple(more) for _, _, *more in hire} == {(1, 7)} and {tuple(more) for _, _, *more in coded} == {(10, 5)}
+    assert {n for *_, n in hire} == {7} and {n for *_, n in coded} == {5}
+    assert measure.strike(fake_cifar, rated, "rated", "fgsm", paper.TEXT, few).eot == EOT
+    assert measure.strike(fake_cifar, rated, "rated", "fgsm", paper.TEXT, few, eot=2).eot == 2
     with pytest.raises(ValueError, match=r"box -1\.\.1"):  # its code is signed
         measure.strike(fake_cifar, rated, "rated", "pgd", Linf(8 / 255, space="encoded"), few)
     with pytest.raises(ValueError, match=r"box -1\.\.1"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsetrail.core import Guide, Problem, Route, Run, Streams, Threat, Victim, correct, grey, margin
 
 Attack = Callable[..., None]
+EOT = 10  # gradients averaged at every step where a victim draws noise, unless told otherwise
 
 
 def attack(
@@ -22,7 +23,7 @@ def attack(
     *,
     route: Route | Sequence[Route] | None = None,
     guide: Victim | None = None,
-    eot: int = 1,
+    eot: int | None = None,
     votes: int = 10,
     batch: int = 64,
     seed: int = 0,
@@ -39,8 +40,8 @@ def attack(
     Only images classified correctly are attacked. `route` differentiates the victim by another backward, several routes
     by the mean of their gradients; `guide` is another victim whose gradient is followed instead (a transfer attack, its
     points asked of this victim at every step). `eot` gradients are averaged at every step (expectation over
-    transformation, Athalye et al. 2018, arXiv:1707.07397): for a victim that draws noise; its points are judged by the
-    majority of `votes` fresh draws.
+    transformation, Athalye et al. 2018, arXiv:1707.07397), by default EOT of a victim that draws noise and one of any
+    other; points of the first are judged by the majority of `votes` fresh draws.
 
     `drop` leaves out images as soon as they are fooled; the result is the same, faster. In pixel space, where `x` are
     images of 256 grey levels, a point counts only if it fools when rounded to them. `keep` stores the adversarial
@@ -54,6 +55,7 @@ def attack(
         inspect.signature(fn).bind(None, None, **knobs)
     except TypeError as error:
         raise ValueError(f"{_name(fn)}: {error}; expected settings {', '.join(settings(fn)) or 'none'}") from None
+    eot = samples(victim) if eot is None else eot
     if min(eot, votes) < 1:
         raise ValueError(f"expected at least 1 sample and 1 vote, got eot={eot}, votes={votes}")
     if indices is not None and len(indices) != len(y):
@@ -168,6 +170,11 @@ def judged(f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor, votes: int) -> t
     z = [f(u).float() for _ in range(votes)]
     right = torch.stack([correct(v, y) for v in z]).sum(0) * 2 > votes
     return right, torch.stack([margin(v, y) for v in z]).median(0).values
+
+
+def samples(victim: Victim) -> int:
+    """How many gradients are averaged at every step unless somebody says."""
+    return EOT if victim.random else 1
 
 
 def settings(fn: Callable[..., Any]) -> dict[str, Any]:

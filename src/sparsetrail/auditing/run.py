@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsetrail import __version__
 from sparsetrail.attacks import ATTACKS, attack
-from sparsetrail.attacks.run import judged
+from sparsetrail.attacks.run import judged, samples
 from sparsetrail.auditing.battery import Budget, Stage, battery
 from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
 from sparsetrail.checks import CHECKS, Case
@@ -95,7 +95,7 @@ def audit(
     _refuse_guides(victim, threat, x, y, guides)
     work = _Work(
         victim, threat, x, y, Forgetful() if store is None else store, identity, budget, batch, seed,
-        eot if eot is not None else 10 if victim.random else 1, indices, data, say or _quiet, stop or _never,
+        samples(victim) if eot is None else eot, indices, data, say or _quiet, stop or _never,
     )  # fmt: skip
     started = time.monotonic()
     deadline = math.inf if minutes is None else started + 60 * minutes

@@ -349,7 +349,7 @@ def attack(
         Parameter(negative="", help="another backward of the neurons, e.g. triangle:1, hart, assg; several: the mean"),
     ] = None,
     transfer: Annotated[str | None, Parameter(help="follow the gradient of this model instead")] = None,
-    eot: Annotated[int, Parameter(help="gradients averaged at every step, for a random encoder")] = 1,
+    eot: Annotated[int | None, Parameter(help="gradients averaged a step; default 10 for a random encoder")] = None,
     encoder_gradient: Annotated[str | None, Parameter(help="identity, weighted, secant or none")] = None,
     precision: Annotated[
         Literal["fp32", "bf16"], Parameter(help="bf16 crafts with faster input gradients; judged in fp32 either way")
@@ -375,7 +375,7 @@ def attack(
     )
     threat = _threat(name, eps, space, norm, knobs) if compat is None else None
     asked = (eps, space, encoder_gradient, batch, seed, route, transfer, sets)
-    if compat is not None and (knobs or precision != "fp32" or eot != 1 or any(a is not None for a in asked)):
+    if compat is not None and (knobs or precision != "fp32" or eot is not None or any(a is not None for a in asked)):
         raise ValueError(
             "--compat authors: threat and settings are fixed (encoded space, 6/255, 7 steps of 0.01, batches of "
             "16, seed 3407, fp32); leave --eps, --space, --route, --transfer, --eot, --batch, --seed, --precision and "

@@ -24,6 +24,7 @@ from torch import Tensor
 from sparsetrail import __version__
 from sparsetrail._files import write_atomic
 from sparsetrail.attacks import ATTACKS, attack, authors, settings
+from sparsetrail.attacks.run import samples
 from sparsetrail.core import Linf, Mode, Rate, Route, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
@@ -144,7 +145,7 @@ def strike(
     precision: Precision = "fp32",
     route: Sequence[Route] = (),
     guide: Trained | None = None,
-    eot: int = 1,
+    eot: int | None = None,
     **knobs: Any,
 ) -> Run:
     """One attack on one model as a cell; pixel-space points are kept beside it."""
@@ -160,6 +161,7 @@ def strike(
         spec["routes"] = [str(r) for r in route]
     if guide is not None:
         spec["guide"] = guide.sha256
+    eot = samples(v) if eot is None else eot
     if eot != 1:
         spec["eot"] = eot
     done = _read(bench, spec)

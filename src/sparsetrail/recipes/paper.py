@@ -311,9 +311,8 @@ def _judge(
     bench: Bench, row: Row, model: Trained, size: SystemScale, test_set: Dataset
 ) -> tuple[list[Run], tuple[Audit, ...]]:
     """A compared system under the pixel threats of its publication: the weak attacks printed there, and an audit."""
-    random = model.encode.random
-    attacked, eot = _part(test_set, size.audited_random if random else size.audited), 10 if random else 1
-    runs = [strike(bench, model, row.name, a, TEXT, attacked, eot=eot) for a in ("noise", "fgsm", "pgd")]
+    attacked = _part(test_set, size.audited_random if model.encode.random else size.audited)
+    runs = [strike(bench, model, row.name, a, TEXT, attacked) for a in ("noise", "fgsm", "pgd")]
     if SYSTEMS[row.arch].called == "hire_snn":
         runs += [strike(bench, model, row.name, a, HIRE, attacked) for a in ("fgsm", "pgd")]
     place = replace(bench, out=bench.out / "audits" / row.folder)
