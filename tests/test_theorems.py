@@ -13,6 +13,7 @@ from lively import lively
 
 from sparsetrail import data
 from sparsetrail.cli import theory as verbs
+from sparsetrail.cli.flags import Kept
 from sparsetrail.core import L2, Linf, Victim
 from sparsetrail.recipes import theorems
 from sparsetrail.recipes import theory as measured
@@ -293,7 +294,7 @@ def test_reproduce_theorems_and_the_verbs(tmp_path, monkeypatch, capsys, shown):
     out = tmp_path / "audit"
     monkeypatch.setattr(measured, "audit", functools.partial(measured.audit, shares=(), probe=False))
     verbs.audit(str(tmp_path / "models" / "theorems-max"), eps=8 / 255, space="pixel", n=3, draws=4, out=out,
-                device="cpu", as_json=True)  # fmt: skip
+                common=Kept(device="cpu", as_json=True))  # fmt: skip
     line = json.loads(capsys.readouterr().out)
     assert {v["statement"] for v in line["verdicts"]} == {"Theorem 1", "Corollary 1", "Theorem 2", "Theorem 3"}
     assert (out / "theorems.html").exists()

@@ -7,8 +7,8 @@ from cyclopts import Parameter
 
 from sparsetrail import data
 from sparsetrail.attacks import settings
+from sparsetrail.cli.flags import KEPT, Kept, chosen, emit
 from sparsetrail.cli.screen import Screen
-from sparsetrail.cli.verbs import Device, Fresh, Json, Threads, _device, _emit, _folder, _settings
 from sparsetrail.defend import DEFENCES
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.systems import SYSTEMS, facts, plan, train_system
@@ -33,23 +33,19 @@ def defend(
         list[str] | None, Parameter(name="--set", negative="", help="a setting of the defence, e.g. strength=0.002")
     ] = None,
     out: Path = Path("runs/defences"),
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
+    common: Kept = KEPT,
 ) -> None:
     """Train NAME, a system the paper compares with or a defence beside it, into OUT/models; the same command continues.
 
     Network, normalisation, neuron, optimiser and defence are as the source has them, settings it leaves open are told
     at the end. The result is attacked, audited and traced like any model.
     """
-    where = _device(device, threads)
+    where = common.where()
     if name not in SYSTEMS:
         raise ValueError(f"defend: expected one of {', '.join(SYSTEMS)}, got {name!r}")
     defence = SYSTEMS[name].defence
-    knobs = _settings(defence or name, settings(DEFENCES[defence]) if defence else {}, sets or [])
-    train_set = data.load(data_name, "train", root=root)
+    knobs = chosen(defence or name, settings(DEFENCES[defence]) if defence else {}, sets or [])
+    train_set = data.load(data_name, "train", root=common.root)
     if images is not None and images < len(train_set.labels):
         train_set = data.take(train_set, images, seed=0)
     how = {
@@ -57,13 +53,13 @@ def defend(
         "batch": batch, "weight_decay": weight_decay, "seed": seed, "knobs": knobs,
     }  # fmt: skip
     plan(name, train_set, **how)  # refused before anything is written
-    with Screen(quiet=as_json) as screen:
-        _folder(out / "models" / f"{train_set.name}-{name}", fresh)
+    with Screen(quiet=common.as_json) as screen:
+        common.folder(out / "models" / f"{train_set.name}-{name}")
         bench = measure.Bench(out=out, device=where, tick=screen.tick, stop=screen.stop)
         model = train_system(bench, name, train_set, **how)
     told = facts(name) | {"defence settings": measure.told(model.card.get("defence", {}).get("knobs", {})) or "none"}
-    if as_json:
-        _emit({"model": str(model.path), "sha256": model.sha256, "validation": model.card["validation"]} | told)
+    if common.as_json:
+        emit({"model": str(model.path), "sha256": model.sha256, "validation": model.card["validation"]} | told)
         return
     score = model.card["validation"]
     print(

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from sparsetrail.cli.flags import KEPT, Kept, Number, emit
 from sparsetrail.cli.screen import Screen
-from sparsetrail.cli.verbs import Device, Fresh, Json, Number, Threads, _device, _emit, _folder
 from sparsetrail.core import as_fraction
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import EPS, FACTORS, Factor, sweep
@@ -25,11 +25,7 @@ def design(
     ] = None,
     seeds: Annotated[int, Parameter(help="networks trained of each design")] = 1,
     out: Path | None = None,
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
+    common: Kept = KEPT,
 ) -> None:
     """Clean accuracy against the worst case in pixel space, for pools, surrogate widths, time steps and the stem.
 
@@ -37,21 +33,21 @@ def design(
     gradients, and draws the trade-off with intervals on both axes and the gradient density as colour, into --out
     (default: runs/design-DATA-SCALE). The same command continues, whenever it was stopped.
     """
-    where = _device(device, threads)
-    place = _folder(out or Path("runs") / f"design-{Path(data_name).name}-{scale}", fresh)
+    where = common.where()
+    place = common.folder(out or Path("runs") / f"design-{Path(data_name).name}-{scale}")
     flags = [f"--data {data_name} --scale {scale} --seeds {seeds}", *(f"--only {f}" for f in only or ())]
-    with Screen(quiet=as_json) as screen:
+    with Screen(quiet=common.as_json) as screen:
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = sweep(
             bench, data_name, scale, factors=only or FACTORS, eps=eps or EPS, seeds=seeds,
-            root=None if root is None else str(root),
+            root=common.root,
             command=f"sparsetrail design {' '.join(flags)} {' '.join(f'--eps {as_fraction(e)}' for e in eps or EPS)}",
         )  # fmt: skip
         files = write(report, place)
         drawn = [figure(report, place / f"tradeoff.{kind}", which="tradeoff") for kind in ("svg", "pdf")]
     points = tradeoff(report)
-    if as_json:
-        _emit({"points": [asdict(p) for p in points], "files": {k: str(v) for k, v in files.items()}})
+    if common.as_json:
+        emit({"points": [asdict(p) for p in points], "files": {k: str(v) for k, v in files.items()}})
         return
     print(tradeoff_grid(points).text("simple"))
     for line in report.summary:

@@ -8,8 +8,20 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
+from sparsetrail.cli.flags import (
+    KEPT,
+    Fresh,
+    Json,
+    Kept,
+    Number,
+    Space,
+    Threads,
+    device_named,
+    emit,
+    images_for,
+    output_folder,
+)
 from sparsetrail.cli.screen import Screen
-from sparsetrail.cli.verbs import Device, Fresh, Json, Number, Space, Threads, _device, _emit, _folder, _test_set
 from sparsetrail.core import Linf
 from sparsetrail.data import pixels
 from sparsetrail.recipes import audits, theorems
@@ -26,10 +38,10 @@ def demo(
 
     Writes theorems.html, theorems.md and theorems.json into --out. About half a minute on one core.
     """
-    _device("cpu", threads)
+    device_named("cpu", threads)
     started = time.monotonic()
     with Screen(quiet=as_json) as screen:
-        place = _folder(out, fresh)
+        place = output_folder(out, fresh)
         found = measured.demo(seed=seed, say=lambda part, done, total: screen.tick("demo", done, total, part))
     bench = Bench(out=place, seed=seed)
     _finish(
@@ -48,30 +60,26 @@ def audit(
     out: Path | None = None,
     batch: int = 64,
     seed: int = 0,
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
+    common: Kept = KEPT,
 ) -> None:
     """What the paper's theorems say about TARGET and what it does: hypotheses, measurements, a verdict for each.
 
     TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim. Writes
     theorems.html, theorems.md and theorems.json into --out (default: theory/ beside the model).
     """
-    where = _device(device, threads)
+    where = common.where()
     threat = Linf(eps, space=space)
     what = audits.target(target, device=where)
     if what.model is None and data_name is None:
         raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")
-    test_set = _test_set(what.model, data_name, n, root)
+    test_set = images_for(what.model, data_name, n, common.root)
     if out is None:
         home = Path(target) if what.model is not None else Path("runs") / what.name.replace(":", "-")
         home = home if home.is_dir() or what.model is None else home.parent
         out = home / "theory" / audits.short(threat)
     started = time.monotonic()
-    with Screen(quiet=as_json) as screen:
-        bench = Bench(out=_folder(out, fresh), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
+    with Screen(quiet=common.as_json) as screen:
+        bench = Bench(out=common.folder(out), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
         victim, x = what.make(), pixels(test_set.images.to(where))
         audits.fits(victim, x, test_set)
         found = measured.audit(
@@ -80,7 +88,7 @@ def audit(
             say=lambda part, done, total: screen.tick(part, done, total, ""),
         )  # fmt: skip
     command = f"sparsetrail theory audit {target} --eps {eps:g} --space {space} --n {n} --draws {draws} --seed {seed}"
-    _finish(theorems.audit_page(found, provenance(bench, started, command)), out, as_json)
+    _finish(theorems.audit_page(found, provenance(bench, started, command)), out, common.as_json)
 
 
 def reproduce(
@@ -102,7 +110,7 @@ def _finish(page: Page, out: Path, as_json: bool) -> None:
     files = write(page, out)
     results = [(s.name, r) for s in page.statements for r in s.results]
     if as_json:
-        _emit({
+        emit({
             "title": page.title,
             "verdicts": [{"statement": s, "case": r.of, "verdict": r.verdict, "why": r.why} for s, r in results],
             "files": {k: str(v) for k, v in files.items()},

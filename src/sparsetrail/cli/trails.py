@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from sparsetrail import data
+from sparsetrail.cli.flags import COMMON, Common, emit, images_for, model_at, output_folder
 from sparsetrail.cli.screen import Screen
-from sparsetrail.cli.verbs import Device, Json, Threads, _device, _emit, _folder, _target, _test_set
 from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate as run_ablation
@@ -38,10 +38,7 @@ def trail(
     mode: Literal["eval", "train"] = "eval",
     batch: int = 16,
     out: Path | None = None,
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """The sparsity trail of TARGETS: exact zeros in, and L2 norm of, the gradient at the input of every operation.
 
@@ -49,15 +46,15 @@ def trail(
     into --out (default: trail/ or trail-train-mode/ beside the first model). --mode train uses batch statistics, as
     the paper's code does; the models are left as they were. docs/trail.md says what every column means.
     """
-    where = _device(device, threads)
-    models, test_set, first = _models(targets, data_name, None if example is not None else n, root, batch)
+    where = common.where()
+    models, test_set, first = _models(targets, data_name, None if example is not None else n, common.root, batch)
     name = "trail" if mode == "eval" else "trail-train-mode"
     command = f"sparsetrail trail {' '.join(targets)} --n {n} --detail {detail} --mode {mode}"
     if example is not None:
         test_set, per_step = data.pick(test_set, example), True
         name, command = f"{name}-example-{example}", f"{command.replace(f'--n {n}', f'--example {example}')}"
-    with Screen(quiet=as_json) as screen:
-        place = _folder(out or first / name, False)
+    with Screen(quiet=common.as_json) as screen:
+        place = output_folder(out or first / name)
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = trace(
             bench, models, test_set, detail=detail, mode=mode, per_step=per_step, per_example=per_example, batch=batch,
@@ -65,9 +62,9 @@ def trail(
         )  # fmt: skip
         files = write(report, place)
         drawn = [figure(report, place / f"trail.{kind}") for kind in ("svg", "pdf")]
-    if as_json:
+    if common.as_json:
         for found in report.trails:
-            _emit(asdict(found))
+            emit(asdict(found))
         return
     for found in report.trails:
         print(found.victim)
@@ -88,20 +85,17 @@ def ablate(
     n: int = 64,
     batch: int = 16,
     out: Path | None = None,
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """Where the zeros in the gradients of TARGETS come from: each part of the backward is replaced, zeros are counted.
 
     The scores stay the same to the bit and nothing is retrained. Writes a page, Markdown, CSVs, ablation.svg and
     ablation.pdf into --out (default: ablation/ beside the first model). The same command continues.
     """
-    where = _device(device, threads)
-    models, test_set, first = _models(targets, data_name, n, root, batch)
-    with Screen(quiet=as_json) as screen:
-        place = _folder(out or first / "ablation", False)
+    where = common.where()
+    models, test_set, first = _models(targets, data_name, n, common.root, batch)
+    with Screen(quiet=common.as_json) as screen:
+        place = output_folder(out or first / "ablation")
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = run_ablation(
             bench, models, test_set, batch=batch, command=f"sparsetrail ablate {' '.join(targets)} --n {n}"
@@ -109,8 +103,8 @@ def ablate(
         files = write(report, place)
         drawn = [figure(report, place / f"ablation.{kind}", which="ablation") for kind in ("svg", "pdf")]
     tables = ablations(report.trails)
-    if as_json:
-        _emit({"ablations": [asdict(t) for t in tables], "files": {k: str(v) for k, v in files.items()}})
+    if common.as_json:
+        emit({"ablations": [asdict(t) for t in tables], "files": {k: str(v) for k, v in files.items()}})
         return
     for table in tables:
         print(f"{table.victim}\n{table.grid.text('simple')}\n{table.sentence}\n")
@@ -126,8 +120,8 @@ def _models(
         raise ValueError("expected at least one model, got none; name a run folder")
     if batch < 1:
         raise ValueError(f"--batch: expected at least 1 image, got {batch}")
-    found = [_target(target) for target in targets]
-    sets = [_test_set(model, data_name, n, root) for model, _ in found]
+    found = [model_at(target) for target in targets]
+    sets = [images_for(model, data_name, n, root) for model, _ in found]
     if len({s.sha256 for s in sets}) > 1:
         names = ", ".join(dict.fromkeys(s.name for s in sets))
         raise ValueError(f"expected models of one data set, got {names}; name one with --data")

@@ -1,28 +1,43 @@
 """The verbs: thin functions that turn flags into calls and results into lines; `--json` prints one JSON line."""
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from cyclopts import Parameter, Token
+from cyclopts import Parameter
 from rich.console import Console
 
 from sparsetrail import __version__, data
 from sparsetrail.attacks import ATTACKS, settings
 from sparsetrail.auditing import refuse
+from sparsetrail.cli.flags import (
+    COMMON,
+    KEPT,
+    Common,
+    Device,
+    Fresh,
+    Json,
+    Kept,
+    Number,
+    Space,
+    Threads,
+    chosen,
+    device_named,
+    emit,
+    images_for,
+    model_at,
+    output_folder,
+)
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, as_fraction
 from sparsetrail.defend import DEFENCES
-from sparsetrail.models import Trained, import_weights, load_model
+from sparsetrail.models import import_weights
 from sparsetrail.recipes import audits, measure, paper
 from sparsetrail.recipes import quick as quick_recipe
 from sparsetrail.report import console as print_table
@@ -37,69 +52,6 @@ from sparsetrail.snn.pools import POOLS
 from sparsetrail.snn.surrogate import Surrogate
 from sparsetrail.training import TrainSpec
 from sparsetrail.training import train as train_model
-
-
-def _fraction(_type: Any, tokens: Sequence[Token]) -> float:
-    """A number as the field writes it: 8/255 or 0.031."""
-    text = tokens[0].value
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
-
-
-Number = Annotated[float, Parameter(converter=_fraction)]
-Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:i")]
-Threads = Annotated[int | None, Parameter(help="CPU threads; default all cores")]
-Json = Annotated[bool, Parameter(name="--json", negative="", help="print one JSON line instead of text")]
-Fresh = Annotated[bool, Parameter(negative="", help="move an older result in --out aside and start again")]
-Space = Literal["pixel", "encoded"]
-
-
-def _device(name: str, threads: int | None) -> str:
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"--threads: expected at least 1, got {threads}")
-        torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions; fp32 is said and meant
-    if name == "auto" and torch.cuda.is_available():
-        return "cuda"
-    if name == "auto":
-        print(f"device   cpu, {torch.get_num_threads()} threads (no CUDA device)", file=sys.stderr)
-        return "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {name}: no CUDA device; this is torch {torch.__version__}. Use --device cpu or auto"
-        )
-    try:
-        torch.empty(0, device=name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; expected auto, cpu, cuda or cuda:i") from None
-    return name
-
-
-def _folder(out: Path, fresh: bool) -> Path:
-    """The output folder, writable before any work starts; `fresh` moves an older one aside."""
-    if fresh and out.exists():
-        n = 1
-        while (aside := out.with_name(f"{out.name}.old{n}")).exists():
-            n += 1
-        os.replace(out, aside)
-        print(f"moved {out} to {aside}", file=sys.stderr)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"--out {out}: expected a folder to write to, found {error.strerror}; choose another"
-        ) from None
-    return out
-
-
-def _emit(facts: dict[str, Any]) -> None:
-    print(json.dumps(facts, default=str))
 
 
 def quick(
@@ -119,9 +71,11 @@ def quick(
     Writes report.html, report.md, result.json and the models into --out. About two minutes on two CPU cores; no
     network and no GPU needed. The same command continues or, when finished, shows the result again.
     """
-    where = _device(device, threads)
+    where = device_named(device, threads)
     with Screen() as screen:
-        bench = measure.Bench(out=_folder(out, fresh), device=where, seed=seed, tick=screen.tick, stop=screen.stop)
+        bench = measure.Bench(
+            out=output_folder(out, fresh), device=where, seed=seed, tick=screen.tick, stop=screen.stop
+        )
         spec = quick_recipe.QuickSpec(images=images, epochs=epochs, attacked=attacked)
         report, examples = quick_recipe.quick(bench, spec)
         screen.tick("report", 0, 1, "")
@@ -132,7 +86,7 @@ def quick(
 
 def _finish(report: Report, files: dict[str, Path], as_json: bool) -> None:
     if as_json:
-        _emit(_brief(report) | {"files": {k: str(v) for k, v in files.items()}})
+        emit(_brief(report) | {"files": {k: str(v) for k, v in files.items()}})
         return
     console = Console()
     console.print()
@@ -201,11 +155,7 @@ def train(
         list[str] | None, Parameter(name="--set", negative="", help="a setting of the defence, e.g. eps=2/255")
     ] = None,
     seed: int = 3407,
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
+    common: Kept = KEPT,
 ) -> None:
     """Train ARCH on a data set; the same command continues.
 
@@ -214,13 +164,13 @@ def train(
     otherwise. The best epoch is chosen on --validation of the training set. --defence trains with one of the defences
     on this network; `defend` takes the networks and schedules of their sources instead.
     """
-    where = _device(device, threads)
+    where = common.where()
     if defence is not None and defence not in DEFENCES:
         raise ValueError(f"--defence: expected one of {', '.join(DEFENCES)}, got {defence!r}")
     known = settings(DEFENCES[defence]) if defence else {}
-    given = _settings(defence or "no defence", known, sets or [])
+    given = chosen(defence or "no defence", known, sets or [])
     seams = DEFENCES[defence](**given) if defence else None
-    train_set = data.load(data_name, "train", root=root)
+    train_set = data.load(data_name, "train", root=common.root)
     if images is not None and images < len(train_set.labels):
         train_set = data.take(train_set, images, seed=0)
     detach = arch.startswith("sew") if detach_reset is None else detach_reset
@@ -240,7 +190,7 @@ def train(
     if seams is not None and seams.check is not None:
         seams.check(net, code, spec)  # refused before anything is written
     name = f"{train_set.name}-{arch}-{net.pool}{f'-{defence}' if defence else ''}".replace(":", "-")
-    folder = _folder(out or Path("runs") / name, fresh)
+    folder = common.folder(out or Path("runs") / name)
     with Screen() as screen:
 
         def say(event: dict[str, Any]) -> None:
@@ -256,8 +206,8 @@ def train(
 
         model = train_model(net, code, train_set, spec, folder, seams=seams, device=where, say=say, stop=screen.stop)
     facts = {"model": str(model.path), "sha256": model.sha256, "validation": model.card["validation"]}
-    if as_json:
-        _emit(facts)
+    if common.as_json:
+        emit(facts)
     else:
         score = model.card["validation"]
         tail = "" if score is None else f"   validation accuracy {score['k'] / score['n']:.1%} of {score['n']}"
@@ -297,34 +247,9 @@ def import_(
     net = NetSpec(arch=arch, classes=len(found.classes), channels=found.images.shape[1], width=width, stem=stem,
                   pool=pool, connect=connect, steps=steps, neuron=neuron)  # fmt: skip
     knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}
-    folder = _folder(out, fresh)
+    folder = output_folder(out, fresh)
     model = import_weights(file, net, build_encoder(encoder, **knobs), found.name, folder, trust_pickle=trust_pickle)
     print(f"model    {model.path}   sha256 {model.sha256[:12]}")
-
-
-def _target(target: str) -> tuple[Trained, Path]:
-    path = Path(target)
-    if not path.exists():
-        raise ValueError(f"{target}: expected a run folder or a model.safetensors, found nothing there")
-    model = load_model(path)
-    return model, path if path.is_dir() else path.parent
-
-
-def _test_set(model: Trained | None, name: str | None, n: int | None, root: Path | None) -> data.Dataset:
-    found = data.load(name or model.card["data"]["name"], "test", root=root)  # type: ignore[union-attr]
-    if model is not None:
-        net = model.card["net"]
-        want, got = (net["channels"], net["classes"]), (found.images.shape[1], len(found.classes))
-        if want != got:
-            raise ValueError(
-                f"{found.name}: expected {want[0]} channels and {want[1]} classes as in the model, found {got[0]} and "
-                f"{got[1]}; name another set with --data"
-            )
-    if n is not None and n < 1:
-        raise ValueError(f"--n: expected at least 1 image, got {n}")
-    if n is not None and n > len(found.labels):
-        print(f"note     {found.name} has {len(found.labels)} test images; --n {n} takes all", file=sys.stderr)
-    return found if n is None or n >= len(found.labels) else data.take(found, n, seed=0)
 
 
 def attack(
@@ -358,19 +283,16 @@ def attack(
     n: int | None = 1000,
     batch: int | None = None,
     seed: int | None = None,
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """Attack TARGET (a run folder or model.safetensors) on test images; eval mode, best point kept, judged afresh.
 
     --eps and --space have no default: say what the adversary may do, e.g. --eps 8/255 --space pixel. Results are kept
     beside the model and not computed twice.
     """
-    where = _device(device, threads)
+    where = common.where()
     given = {"steps": steps, "step": step, "restarts": restarts, "draws": draws}
-    knobs = {k: v for k, v in given.items() if v is not None} | _settings(
+    knobs = {k: v for k, v in given.items() if v is not None} | chosen(
         name, settings(ATTACKS[name]) if name in ATTACKS else {}, sets or []
     )
     threat = _threat(name, eps, space, norm, knobs) if compat is None else None
@@ -381,12 +303,12 @@ def attack(
             "16, seed 3407, fp32); leave --eps, --space, --route, --transfer, --eot, --batch, --seed, --precision and "
             "the attack's settings out"
         )
-    model, folder = _target(target)
-    test_set = _test_set(model, data_name, n, root)
+    model, folder = model_at(target)
+    test_set = images_for(model, data_name, n, common.root)
     label = folder.resolve().name
-    with Screen(quiet=as_json) as screen:
+    with Screen(quiet=common.as_json) as screen:
         bench = measure.Bench(
-            out=_folder(folder / "attacks", False),
+            out=output_folder(folder / "attacks"),
             device=where,
             seed=seed or 0,
             batch=64 if batch is None else batch,
@@ -400,35 +322,14 @@ def attack(
                 bench, model, label, name, threat, test_set,
                 backward=encoder_gradient, precision=precision, eot=eot,
                 route=tuple(Route(neuron=None if r == "own" else r) for r in route or ()),
-                guide=None if transfer is None else _target(transfer)[0], **knobs,
+                guide=None if transfer is None else model_at(transfer)[0], **knobs,
             )  # fmt: skip
             runs = [run]
     for run in runs:
-        if as_json:
-            _emit(_run_line(run))
+        if common.as_json:
+            emit(_run_line(run))
         else:
             _say_run(run)
-
-
-def _settings(name: str, allowed: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """`key=value` settings of an attack or a defence, as the types of their defaults."""
-    out: dict[str, Any] = {}
-    for text in given:
-        key, found, value = text.partition("=")
-        if not found or key not in allowed:
-            known = ", ".join(f"{k}={v}" for k, v in allowed.items()) or "none"
-            raise ValueError(f"--set {text}: expected key=value of {name}'s settings ({known})")
-        default = allowed[key]
-        try:
-            if isinstance(default, bool):
-                out[key] = {"true": True, "false": False}[value.lower()]
-            elif isinstance(default, int):
-                out[key] = int(value)
-            else:
-                out[key] = value if isinstance(default, str) else float(Fraction(value))
-        except (ValueError, KeyError, ZeroDivisionError):
-            raise ValueError(f"--set {text}: expected a value like {default!r}") from None
-    return out
 
 
 def _threat(name: str, eps: float | None, space: Space | None, norm: str, knobs: dict[str, Any]) -> Threat:
@@ -475,11 +376,7 @@ def audit(
     batch: int = 64,
     seed: int = 0,
     out: Path | None = None,
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
+    common: Kept = KEPT,
 ) -> None:
     """Judge the robustness of TARGET: checks, a battery of attacks, the worst case per image, a verdict with reasons.
 
@@ -487,7 +384,7 @@ def audit(
     the file is run, so let it be yours). Writes a page, the machine-readable card and the adversarials into --out
     (default: a folder per threat and n in audit/ beside the model); the same command continues.
     """
-    where = _device(device, threads)
+    where = common.where()
     if len(eps) != len(space):
         raise ValueError(f"expected one --eps for every --space, got {len(eps)} and {len(space)}")
     threats = [(Linf if norm == "linf" else L2)(e, space=s) for e, s in zip(eps, space, strict=True)]
@@ -495,7 +392,7 @@ def audit(
     what = audits.target(target, device=where, precision=precision)
     if what.model is None and data_name is None:
         raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")
-    test_set = _test_set(what.model, data_name, n, root)
+    test_set = images_for(what.model, data_name, n, common.root)
     if out is None:
         home = Path(target) if what.model is not None else Path("runs") / what.name.replace(":", "-")
         home = home if home.is_dir() or what.model is None else home.parent
@@ -512,9 +409,9 @@ def audit(
         if wrong:
             raise ValueError(f"{wrong} adversarials do not hold; see above")
         return
-    with Screen(quiet=as_json) as screen:
+    with Screen(quiet=common.as_json) as screen:
         bench = measure.Bench(
-            out=_folder(out, fresh), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
+            out=common.folder(out), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
         )
         report, examples = audits.run(
             bench, what, threats, test_set, budget=budget, claim=claim, claim_source=claim_source, eot=eot,
@@ -528,8 +425,8 @@ def audit(
             ),
         )  # fmt: skip
         files = write(report, out, images=examples)
-    if as_json:
-        _emit({"audits": [_audit_line(a) for a in report.audits], "files": {k: str(v) for k, v in files.items()}})
+    if common.as_json:
+        emit({"audits": [_audit_line(a) for a in report.audits], "files": {k: str(v) for k, v in files.items()}})
         return
     console = Console()
     console.print()
@@ -584,11 +481,7 @@ def reproduce(
     ] = False,
     records: Annotated[Path, Parameter(help="where records are kept")] = Path("records"),
     out: Path | None = None,
-    root: Path | None = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
+    common: Kept = KEPT,
 ) -> None:
     """Run a table or figure of the paper on real CIFAR: ours beside the published value, each threat in its own column.
 
@@ -599,24 +492,30 @@ def reproduce(
     each, `paper` is the published scale (a GPU and days). --rows takes one at a time.
     """
     if from_records:
-        _show_records(figure, records, as_json)
+        _show_records(figure, records, common.as_json)
         return
     if figure == "theorems" and not (n is None and models is None):
         raise ValueError("--n, --models: `theorems` takes neither; leave them out")
     if models is not None and not models.is_dir():
         raise ValueError(f"--models: expected a folder of trained networks, found none at {models}")
-    where = _device(device, threads)
-    place = _folder(out or Path("runs") / f"paper-{scale}", fresh)
+    where = common.where()
+    place = common.folder(out or Path("runs") / f"paper-{scale}")
     if figure == "theorems":
         from sparsetrail.cli import theory
 
         return theory.reproduce(
-            place, scale, rows=rows or (), datasets=datasets or (), root=root, device=where, as_json=as_json
+            place,
+            scale,
+            rows=rows or (),
+            datasets=datasets or (),
+            root=common.root,
+            device=where,
+            as_json=common.as_json,
         )
-    with Screen(quiet=as_json) as screen:
+    with Screen(quiet=common.as_json) as screen:
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = paper.reproduce(
-            bench, figure, scale, rows=rows or (), datasets=datasets or (), root=None if root is None else str(root),
+            bench, figure, scale, rows=rows or (), datasets=datasets or (), root=common.root,
             n=n, models=models,
             command=" ".join(
                 [f"sparsetrail reproduce {figure} --scale {scale}", *(f"--rows {r}" for r in rows or ()),
@@ -625,7 +524,7 @@ def reproduce(
             ),
         )  # fmt: skip
         files = write(report, place / figure)
-    _finish(report, files, as_json)
+    _finish(report, files, common.as_json)
 
 
 def _show_records(figure: str, folder: Path, as_json: bool) -> None:
@@ -639,7 +538,7 @@ def _show_records(figure: str, folder: Path, as_json: bool) -> None:
             + (f"; there are records of {', '.join(held)}" if held else "; run in a clone, or give --records FOLDER")
         )
     if as_json:
-        _emit({str(p): _brief(load_report(p)) if p.suffix == ".json" else p.read_text() for p in found})
+        emit({str(p): _brief(load_report(p)) if p.suffix == ".json" else p.read_text() for p in found})
         return
     console = Console()
     for path in found:
@@ -708,10 +607,16 @@ def bench(
     if runs is not None and runs < 1:
         raise ValueError(f"--runs: expected at least 1, got {runs}")
     if weights is not None:
-        _target(str(weights))
-    given = {"only": only, "threads": threads, "runs": runs, "weights": weights, "device": _device(device, threads)}
+        model_at(str(weights))
+    given = {
+        "only": only,
+        "threads": threads,
+        "runs": runs,
+        "weights": weights,
+        "device": device_named(device, threads),
+    }
     if out is not None:
-        given["out"] = _folder(out, False)
+        given["out"] = output_folder(out)
     command = [sys.executable, str(script), *(["--smoke"] if smoke else [])]
     done = subprocess.run(command + [t for k, v in given.items() if v is not None for t in (f"--{k}", str(v))])
     if done.returncode:
@@ -738,7 +643,7 @@ def doctor(*, root: Path | None = None, as_json: Json = False) -> None:
         "tools": {k: v or "not found" for k, v in tools.items()},
     }
     if as_json:
-        _emit(facts)
+        emit(facts)
         return
     for k, v in facts.items():
         if isinstance(v, list):

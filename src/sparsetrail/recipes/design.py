@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sparsetrail.attacks.pgd import PACE
@@ -132,7 +133,7 @@ def sweep(
     factors: Sequence[Factor] = FACTORS,
     eps: Sequence[float] = EPS,
     seeds: int = 1,
-    root: str | None = None,
+    root: Path | None = None,
     command: str = "",
 ) -> Report:
     """Train, attack and trace every design; `seeds` networks of each. Every step is a cell, a repeated call continues.

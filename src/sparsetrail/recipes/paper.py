@@ -206,7 +206,7 @@ def reproduce(
     *,
     rows: Sequence[str] = (),
     datasets: Sequence[str] = (),
-    root: str | None = None,
+    root: Path | None = None,
     command: str = "",
     n: int | None = None,
     models: Path | None = None,
