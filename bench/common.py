@@ -26,11 +26,11 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
+from sparsetrail.core.precision import products  # noqa: E402
 from sparsetrail.data import DataError, load, pixels, take  # noqa: E402
 from sparsetrail.models import load_model, net_spec_from  # noqa: E402
 from sparsetrail.snn.encode import Encoder, build_encoder, phase  # noqa: E402
 from sparsetrail.snn.engine import halve, has_bf16, share_memory  # noqa: E402
-from sparsetrail.snn.graphs import products  # noqa: E402
 from sparsetrail.snn.net import NetSpec, build, victim  # noqa: E402
 from sparsetrail.snn.neuron import NeuronSpec  # noqa: E402
 from sparsetrail.training import Optimizer, Seams, TrainSpec, recorder, update  # noqa: E402

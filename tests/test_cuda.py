@@ -1,8 +1,11 @@
 """The GPU's neuron kernels: their source run by a C compiler as one thread, against the plain steps; NVRTC on a GPU."""
 
+import contextlib
 import ctypes
 import shutil
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +115,49 @@ def test_source_with_batch_norm_and_another_map(built):
     at = [pointer(t) for t in (push, h, norm.running_var, norm.weight)]
     call(lib, "back", (*at, norm.eps, None, None, None, pointer(out), None), rows * c, c)
     assert torch.allclose(out, grad, rtol=1e-12, atol=1e-15)
+
+
+class Driver:
+    """What is asked of CUDA's driver; a launch fails on demand."""
+
+    def __init__(self):
+        self.asked, self.launch = [], 0
+
+    def __getattr__(self, name):
+        def call(*_):
+            self.asked.append(name)
+            return self.launch if name == "cuLaunchKernel" else 0
+
+        return call
+
+
+def test_a_launch_has_its_devices_context_and_gives_the_callers_back(monkeypatch):
+    """A thread of autograd may have none yet, another device's is current where the tensor lies elsewhere."""
+    driver, asked = Driver(), []
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: (asked.append(d), SimpleNamespace(cuda_stream=7))[1])
+    made = cuda.NeuronKernels(b"", 1)
+    assert driver.asked[:3] == ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2"]
+    assert driver.asked[-1] == "cuCtxPopCurrent_v2"
+    whole = ["cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+    for driver.launch in (0, 201):
+        driver.asked.clear()
+        with contextlib.nullcontext() if not driver.launch else pytest.raises(RuntimeError, match="driver error 201"):
+            made.fire_normed(*[None] * 5, 1e-5, None, None, None, 3, 2)
+        assert driver.asked == whole and asked[-1] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_backward_in_a_fresh_thread():
+    script = (
+        "import torch; from sparsetrail.snn.neuron import NeuronSpec, fused; "
+        "x = torch.ones(4, 30, device='cuda', requires_grad=True); s = fused(x, NeuronSpec()); "
+        "print(float(torch.autograd.grad(s, x, torch.ones_like(s))[0].sum()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) > 0, done.stderr
 
 
 @pytest.mark.gpu

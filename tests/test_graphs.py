@@ -8,6 +8,7 @@ import torch
 from lively import lively
 from torch.nn import functional as F
 
+from sparsetrail.core.precision import products
 from sparsetrail.data.sets import make_dataset
 from sparsetrail.snn import graphs
 from sparsetrail.snn.encode import phase
@@ -92,6 +93,73 @@ def test_results_are_not_overwritten_by_the_next_call_and_old_gradients_are_righ
     with pytest.raises(RuntimeError):
         (g,) = torch.autograd.grad(f(us[0]).sum(), us[0], create_graph=True)
         torch.autograd.grad(g.sum(), us[0])
+
+
+def test_a_second_backward_through_the_same_scores_begins_with_the_forward():
+    """A recorded backward leaves its own maps where those of the forward lay."""
+    f = Plain(toy)
+    u = torch.randn(3, 4, 2, dtype=torch.float64)
+    f(u)
+    leaf, played = u.clone().requires_grad_(), []
+    z = f(leaf)
+    (r,) = f.made.values()
+    forward, backward = r.forward, r.backward
+    r.forward, r.backward = lambda: (played.append("forward"), forward()), lambda: (played.append("back"), backward())
+    rows = [torch.autograd.grad(z[:, k].sum(), leaf, retain_graph=True)[0] for k in range(3)]
+    assert played == ["back", "forward", "back", "forward", "back"]
+    want = torch.autograd.functional.jacobian(lambda v: toy(v).sum(0), u)
+    assert all(torch.allclose(a, b) for a, b in zip(rows, want, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_jacobian_through_a_recording():
+    u = torch.randn(3, 4, 2, dtype=torch.float64, device="cuda")
+    f = Scores(lambda v: (v.tanh() @ torch.ones(2, 5, device="cuda").double()).exp().mean(0), axis=1)
+    for _ in range(3):
+        found = torch.autograd.functional.jacobian(lambda v: f(v).sum(0), u)
+    want = torch.autograd.functional.jacobian(lambda v: f.f(v).sum(0), u)
+    assert torch.allclose(found, want) and want.abs().max() > 0
+
+
+def test_products_are_put_back_whoever_leaves_first():
+    cudnn, seen = torch.backends.cudnn, []
+    was = cudnn.allow_tf32
+    try:
+        cudnn.allow_tf32 = True
+        first, second, inner = products(False), products(False), products(True)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        seen.append(cudnn.allow_tf32)
+        inner.__enter__()
+        seen.append(cudnn.allow_tf32)
+        inner.__exit__(None, None, None)
+        seen.append(cudnn.allow_tf32)
+        second.__exit__(None, None, None)
+        assert seen == [False, True, False] and cudnn.allow_tf32
+    finally:
+        cudnn.allow_tf32 = was
+
+
+def test_a_recorded_gradient_is_taken_in_float32():
+    seen = []
+
+    class Ask(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            return v * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return g * 2
+
+    with products(tf32=True):
+        f = Scores(lambda v: Ask.apply(v).sum((0, 2))[:, None], axis=1, record=stand_in, warm=lambda fn: fn())
+        for _ in range(2):
+            f(torch.randn(3, 4, 2))
+    assert seen and not any(seen)
 
 
 def test_a_recording_that_fails_leaves_the_plain_call(caplog):

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from sparsetrail._files import write_atomic
 from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Rate
+from sparsetrail.core.precision import products
 from sparsetrail.data import Dataset, flip, pixels, split_validation
 from sparsetrail.data import crop as random_crop
 from sparsetrail.models import Trained, load_model, net_spec_from
@@ -30,7 +31,7 @@ from sparsetrail.snn import cuda
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.engine import halve, has_bf16, share_memory
 from sparsetrail.snn.folded import Draws
-from sparsetrail.snn.graphs import Update, products
+from sparsetrail.snn.graphs import Update
 from sparsetrail.snn.kernels import available, switched_on
 from sparsetrail.snn.net import NetSpec, build, running_for
 from sparsetrail.snn.neuron import Neuron, carrying

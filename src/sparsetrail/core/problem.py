@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Bool, Float, Int
+from sparsetrail.core.precision import products
 from sparsetrail.core.threat import Threat
 from sparsetrail.core.victim import Memory, Victim
 
@@ -325,7 +326,8 @@ class Problem:
             assert guide.encode is not None and guide.logits is not None
             part = guide.encode(part).detach()
         part = part.detach().requires_grad_()
-        with torch.enable_grad():
+        exact = products(tf32=False) if part.is_cuda else contextlib.nullcontext()
+        with exact, torch.enable_grad():  # the backward too: it asks when it runs
             z = (guide.logits if code else guide.f)(part)  # type: ignore[misc]
             value = cross_entropy(z, y) if loss is None else loss(z, y, *aim)
             if value.shape != y.shape:

@@ -96,6 +96,8 @@ def fit_all(bench: Bench, jobs: Sequence[Job], *, side_by_side: bool | None = No
     if not side_by_side or len(jobs) < 2:
         return [fit(bench, *job) for job in jobs]
     gpu, halt = bench.device.startswith("cuda"), threading.Event()
+    if gpu and len(kinds := sorted({job[4].precision for job in jobs})) > 1:
+        raise ValueError(f"precision: the switch is the process's; expected one for models side by side, got {kinds}")
     together = replace(bench, stop=lambda: halt.is_set() or bench.stop())
 
     def one(job: Job) -> Trained:

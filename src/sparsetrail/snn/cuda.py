@@ -4,9 +4,11 @@ NVRTC comes with PyTorch's CUDA builds; a kind of neuron compiles in a fraction 
 plain path serves and one line says so.
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +177,26 @@ class NeuronKernels:
 
     def __init__(self, code: bytes, device: int) -> None:
         self.device, self.code = device, code
-        self.module, self.functions = ctypes.c_void_p(), {}
-        torch.cuda.synchronize(device)  # the device's context is there from here on
-        with torch.cuda.device(device):
+        self.context, self.module, self.functions = ctypes.c_void_p(), ctypes.c_void_p(), {}
+        place = ctypes.c_int()
+        torch.cuda.init()
+        _check(_driver().cuDeviceGet(ctypes.byref(place), device))
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(self.context), place))  # PyTorch's; never let go
+        with self._current():
             _check(_driver().cuModuleLoadData(ctypes.byref(self.module), self.code))
             for name in (b"fire", b"back"):
                 found = ctypes.c_void_p()
                 _check(_driver().cuModuleGetFunction(ctypes.byref(found), self.module, name))
                 self.functions[name] = found
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """Inside this block the device's context is the driver's: a thread may have that of another, or none yet."""
+        _check(_driver().cuCtxPushCurrent_v2(self.context))
+        try:
+            yield
+        finally:
+            _driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
     def fire(self, y, _frame, _a, _b, plus, rate, s, h, _steps, rows, channels, _threads) -> None:
         self._launch(b"fire", (y, None, None, None, None, 0.0, plus, rate, s, h), rows * channels, channels)
@@ -207,7 +221,8 @@ class NeuronKernels:
         arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         grid = min(GRID, max(1, -(-size // BLOCK)))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        _check(_driver().cuLaunchKernel(self.functions[name], grid, 1, 1, BLOCK, 1, 1, 0, stream, arguments, None))
+        with self._current():
+            _check(_driver().cuLaunchKernel(self.functions[name], grid, 1, 1, BLOCK, 1, 1, 0, stream, arguments, None))
 
 
 def _check(result: int) -> None:

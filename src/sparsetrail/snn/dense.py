@@ -13,7 +13,7 @@ from torch.nn import functional as F
 TINY = 4  # cells of the input map up to which the dense product is taken: 1x1 and 2x2
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _taps(
     size: tuple[int, int],
     kernel: tuple[int, int],

@@ -13,13 +13,13 @@ Finite codes carry their `codebook` [256, t]: the code of every grey level. Off-
 grey level first, as an 8-bit image file would.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsetrail._shapes import Float
 
@@ -115,15 +115,21 @@ def _look_up(table: Tensor, v: Tensor) -> Tensor:
     return _at(table, v.device)[:, v]
 
 
-@functools.lru_cache(maxsize=64)
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of tables, where they are used
+
+
 def _at(table: Tensor, device: torch.device, columns: tuple[int, ...] | None = None) -> Tensor:
     """An encoder's table [256 t] as [t 256] (or [t] as it is), all steps or some, kept where it is used.
 
-    Copied once: a CUDA graph cannot copy from the CPU, and a table is never changed.
+    Copied once, and kept as long as the table: a CUDA graph cannot copy from the CPU, and reads it where it lay when
+    the graph was made. A table is never changed.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        part = table if columns is None else table[..., list(columns)]
-        return (part.t() if part.ndim == 2 else part).contiguous().to(device)
+    held = _copies.setdefault(table, {})
+    if (device, columns) not in held:
+        with torch.inference_mode(False), torch.no_grad():
+            part = table if columns is None else table[..., list(columns)]
+            held[device, columns] = (part.t() if part.ndim == 2 else part).contiguous().to(device)
+    return held[device, columns]
 
 
 def _coded(name: str, knobs: dict[str, Any], code: Tensor, weights: Tensor | None, backward: str) -> Encoder:

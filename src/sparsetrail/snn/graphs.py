@@ -6,14 +6,16 @@ fails the plain call serves, with one line that says so.
 """
 
 import contextlib
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetrail.core.precision import products
 from sparsetrail.snn.kernels import say_once
 
 SIZES = 8  # recordings a network keeps at most; each holds the memory of its intermediate maps
@@ -25,46 +27,57 @@ Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 
 
 def on_gpu(pool: Any = None) -> Record:
-    """Record what a function launches, in a memory pool that the recordings of one step share."""
+    """Record what a function launches, in a memory pool that the recordings of one step share.
+
+    cuBLAS keeps one workspace a stream: forgotten before, so that a recording has its own in its pool, and after, so
+    that no other gets it. A recording that fails must not leave this thread on the stream it was made on.
+    """
 
     def record(fn: Callable[[], Any]) -> tuple[Replay, Any]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            out = fn()
+        graph, was = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=_aside(was.device), capture_error_mode="thread_local"):
+                out = fn()
+        finally:
+            torch.cuda.set_stream(was)
+            torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, out
 
     return record
 
 
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device on which steps are recorded. Streams come from a pool: one of another priority, since one
+    that a training is given too would record what that launches."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def warm(fn: Callable[[], Any]) -> None:
-    """Run a function on a stream of its own until everything it sets up on the way is there."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            fn()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-@contextlib.contextmanager
-def products(tf32: bool) -> Iterator[None]:
-    """Inside this block a GPU takes float32 products in TF32 (10 bits of mantissa), or in float32 itself.
-
-    PyTorch's own default is TF32 for convolutions, which is neither: what is called fp32 here is fp32.
-    """
-    where: tuple[Any, Any] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    was = [w.allow_tf32 for w in where]
-    for w in where:
-        w.allow_tf32 = tf32
+    """Run a function on the stream of recordings until everything it sets up on the way is there."""
+    here = torch.cuda.current_stream()
+    stream = _aside(here.device)
+    stream.wait_stream(here)
     try:
-        yield
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                fn()
     finally:
-        for w, before in zip(where, was, strict=True):
-            w.allow_tf32 = before
+        here.wait_stream(stream)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside this block, a GPU is the current one: recordings and replays act on that."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class _Recording:
-    """The scores of one batch size and their gradient with respect to the input, recorded."""
+    """The scores of one batch size and their gradient with respect to the input, recorded; for one thread at a time.
+
+    The backward's maps lie over those of the forward: after a backward `turn` is another, and a further backward of the
+    same scores begins with the forward again.
+    """
 
     def __init__(self, f: Callable[[Tensor], Tensor], like: Tensor, record: Record, warm: Callable) -> None:
         self.point = torch.zeros_like(like).requires_grad_()
@@ -73,7 +86,7 @@ class _Recording:
             z = f(self.point)
             torch.autograd.grad(z, self.point, torch.zeros_like(z))
 
-        with _one_at_a_time, torch.enable_grad():  # the first call may be one that only wants scores
+        with _one_at_a_time, products(tf32=False), torch.enable_grad():  # the first call may only want scores
             warm(both)
             self.forward, self.z = record(lambda: f(self.point))
             self.push = torch.zeros_like(self.z)
@@ -81,11 +94,11 @@ class _Recording:
         self.turn = 0
 
     def run(self, u: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), _on(u.device):
             self.point.copy_(u)
-        self.forward()
-        self.turn += 1
-        return self.z.detach().clone()
+            self.forward()
+            self.turn += 1
+            return self.z.detach().clone()
 
 
 class _Replayed(torch.autograd.Function):
@@ -103,9 +116,11 @@ class _Replayed(torch.autograd.Function):
         r = ctx.recording
         if r.turn != ctx.turn:  # another input went through since: its maps lie where ours did
             r.run(u)
-        r.push.copy_(grad)
-        r.backward()
-        return r.gradient.clone(), None
+        with _on(grad.device):
+            r.push.copy_(grad)
+            r.backward()
+            r.turn += 1
+            return r.gradient.clone(), None
 
 
 class Scores:
@@ -136,8 +151,9 @@ class Scores:
             return self.f(u)
         if self.made[key] is None:
             try:
-                record = self.record or on_gpu(torch.cuda.graph_pool_handle())
-                self.made[key] = _Recording(self.f, u.new_zeros(shape), record, self.warm)
+                with _on(u.device):
+                    record = self.record or on_gpu(torch.cuda.graph_pool_handle())
+                    self.made[key] = _Recording(self.f, u.new_zeros(shape), record, self.warm)
             except RuntimeError as error:
                 say_once(f"a step could not be recorded as a CUDA graph, it is launched plainly ({_first(error)})")
                 self.made.clear()
@@ -187,10 +203,11 @@ class Update:
             self._prepare(x, y)
         if self.replay is None or x.shape != self.x.shape:
             return False
-        self.x.copy_(x)
-        self.y.copy_(y)
-        self.replay()
-        self.seen[self.launched].copy_(self.found)
+        with _on(x.device):
+            self.x.copy_(x)
+            self.y.copy_(y)
+            self.replay()
+            self.seen[self.launched].copy_(self.found)
         self.launched += 1
         return True
 
@@ -222,7 +239,7 @@ class Update:
             return found
 
         try:
-            with _one_at_a_time:
+            with _one_at_a_time, _on(x.device):
                 self.warm(step)
                 record = self.record or on_gpu(torch.cuda.graph_pool_handle())
                 self.replay, self.found = record(step)

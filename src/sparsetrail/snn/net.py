@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail.core import Memory, Route, Victim
+from sparsetrail.core.precision import products
+from sparsetrail.snn import kernels
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.engine import Conv2d, Workspace, freeze, has_bf16, watched
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
-from sparsetrail.snn.graphs import Scores, products
+from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, ruled
 from sparsetrail.snn.pools import POOLS, share_of
 from sparsetrail.snn.resnet import DEPTHS, Connect, SpikingResNet, Stem
@@ -174,7 +176,8 @@ def victim(
             if known != [state]:  # a recording follows values in their places, not new tensors or settings
                 known[:] = [state]
                 recorded.clear()
-            key = f"{task} {half}"
+            amp = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+            key = f"{task} {half} {amp} {kernels.switched_on()}"
             if key not in recorded:
                 recorded[key] = Scores(plain, axis=1 if task == "logits" else 0)
             return recorded[key](x)

@@ -315,7 +315,11 @@ def _along_time(tangent_x, tangent_leak, charged, x, leak, spec: NeuronSpec) -> 
 
 
 def fused(x: Float[Tensor, "t ..."], spec: NeuronSpec, leak: Tensor | None = None) -> Float[Tensor, "t ..."]:
-    """Spikes of a sequence by one forward and one backward; spikes equal `reference` exactly, gradients to rounding."""
+    """Spikes of a sequence by one forward and one backward, those of `reference`, gradients to rounding.
+
+    Exactly on a CPU; on a GPU PyTorch divides by a number that is no power of two through its reciprocal, and a
+    potential within rounding of the threshold may fall on the other side of it.
+    """
     return _Fused.apply(x.to(state_dtype(x)), leak, spec)[0].to(x.dtype)
 
 
@@ -358,7 +362,7 @@ def ruled(rule: Rule | None) -> Iterator[None]:
 
 def parts(h: Float[Tensor, "t n ..."]) -> Iterator[slice]:
     """Images by few, so that what is computed of them stays in the cache: half the time of whole tensors."""
-    each = h.shape[1] if h.is_cuda else max(1, 2**16 * h.shape[1] // max(1, h.numel()))
+    each = max(1, h.shape[1]) if h.is_cuda else max(1, 2**16 * h.shape[1] // max(1, h.numel()))
     return (slice(i, i + each) for i in range(0, h.shape[1], each))
 
 
