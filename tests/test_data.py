@@ -583,6 +583,34 @@ def test_crop_is_one_window_of_the_padded_image(shape, seed, padding, dtype):
         assert torch.equal(got, images)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=SHAPE, seed=st.integers(0, 2**31), side=st.integers(0, 9), dtype=st.sampled_from([torch.uint8, torch.float32])
+)
+def test_cutout_is_one_square_around_a_pixel(shape, seed, side, dtype):
+    images = torch.ones(shape, dtype=dtype)
+    got = data.cutout(images, side, generator(seed))
+    assert got.dtype == dtype and images.min() == 1 and torch.equal(got, data.cutout(images, side, generator(seed)))
+    assert torch.equal(got.amin(1), got.amax(1)), "all channels of a pixel or none"
+    for hole in got[:, 0] == 0:
+        rows, columns = hole.any(1), hole.any(0)
+        assert torch.equal(hole, rows[:, None] & columns), "a rectangle"
+        for line in (rows, columns):
+            at, length = line.nonzero(), len(line)
+            assert (len(at) == 0) == (side == 0) and len(at) <= side
+            if len(at):
+                assert len(at) == at[-1] - at[0] + 1
+                if at[0] > 0 and at[-1] < length - 1:
+                    assert len(at) == side
+                assert len(at) >= min(length, side // 2)
+
+
+def test_cutout_lies_everywhere_alike():
+    got = data.cutout(torch.ones(6000, 1, 6, 6), 1, generator(0))
+    counts = (got == 0).sum((0, 1)).flatten()
+    assert counts.sum() == 6000 and (counts - 6000 / 36).abs().max() < 5 * (6000 / 36) ** 0.5
+
+
 def test_flips_and_crops_are_even_and_independent_between_images():
     n = 4000
     ramp = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5).expand(n, 1, 5, 5)
@@ -607,13 +635,15 @@ def test_augmentation_refuses_wrong_input():
         data.flip(torch.zeros(3, 4, 4), generator())
     with pytest.raises(DataError, match="padding of 0 or more"):
         data.crop(torch.zeros(1, 3, 4, 4), -1, generator())
+    with pytest.raises(DataError, match="square of 0 or more"):
+        data.cutout(torch.zeros(1, 3, 4, 4), -1, generator())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_augmentation_stays_on_the_device_and_equals_the_cpu():
     images = random_images((64, 3, 32, 32), 0, torch.uint8)
-    for augment in (data.flip, lambda x, g: data.crop(x, 4, g)):
+    for augment in (data.flip, lambda x, g: data.crop(x, 4, g), lambda x, g: data.cutout(x, 8, g)):
         got = augment(images.cuda(), generator(3))
         assert got.is_cuda and torch.equal(got.cpu(), augment(images, generator(3)))
         assert augment(images.cuda(), torch.Generator("cuda").manual_seed(0)).is_cuda

@@ -477,6 +477,7 @@ def test_a_defended_run_resumes_to_the_bit(images, tmp_path, name):
         (lambda: snn_rat(strength=-0.1), "strength"),
         (lambda: hire_snn(eps=8), "grey levels"),
         (lambda: hire_snn(periods=0), "periods"),
+        (lambda: hire_snn(step=0), "step"),
         (lambda: sr(h=0), "h: expected a positive"),
         (lambda: sr(weight=math.nan), "weight"),
         (lambda: mppd(leak=1.5), "above 1 it grows"),

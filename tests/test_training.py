@@ -179,6 +179,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(images, tmp_pat
         {"validation": 1.0},
         {"clip": -1.0},
         {"crop": -1},
+        {"cutout": -1},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             TrainSpec(**bad)

@@ -133,7 +133,8 @@ def test_a_diet_neuron_is_the_published_recursion(exact):
     assert leak.grad.abs() > 1e-3 and threshold.grad.abs() > 1e-3
 
 
-def test_carried_potentials_make_two_halves_one_run():
+@pytest.mark.parametrize("readout", ["sum", "mean"])
+def test_carried_potentials_make_two_halves_one_run(readout):
     x = torch.randn(8, 3, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     neuron = Neuron(HIRE).double()
     whole, kept = neuron(x), {}
@@ -142,7 +143,7 @@ def test_carried_potentials_make_two_halves_one_run():
     assert torch.equal(whole, halves) and not torch.equal(neuron(x[4:]), halves[4:])
     assert not kept[neuron].requires_grad
 
-    spec = NetSpec(arch="vgg5", norm="none", readout="sum", neuron=HIRE, **SMALL)
+    spec = NetSpec(arch="vgg5", norm="none", readout=readout, neuron=HIRE, **SMALL)
     net = build(spec).double().eval()
     image = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 3
     with torch.no_grad(), running_for(net, 2), carrying({}):

@@ -358,16 +358,19 @@ def hire_snn(
     The steps of a batch are split into `periods`, each an update of its own; before each but the first, noise grows by
     `step` (eps / periods) along the sign of the input gradient of the last period and is cut to `eps`. That gradient is
     taken again with the `updated` weights, as the source's figure shows, one more pass for every period but the last,
-    or is the one of the update (`reused`), which is free. Noise starts at zero for every batch. Potentials go on from
-    period to period, out of the graph, if they `carry`. All settings but 0.031 are open in the source. For DIET neurons
-    and the direct code. Unlike the source, the gradient taken again sees no dropout, a dropout mask lasts one period,
-    and a potential at the threshold fires.
+    or is the one of the update (`reused`), which is free. Noise starts at zero for every batch and grows periods - 1
+    times: by default it ends at eps (periods - 1) / periods, and the cut comes to bear with longer steps only.
+    Potentials go on from period to period, out of the graph, if they `carry`. All settings but 0.031 are open in the
+    source. For DIET neurons and the direct code. Unlike the source, the gradient taken again sees no dropout, a dropout
+    mask lasts one period, a potential at the threshold fires, and one that goes on does so in units of the threshold.
     """
     _radius("eps", eps)
     _one_of("gradient", gradient, ("updated", "reused"))
     _count(periods=periods)
     size = eps / periods if step is None else step
     _radius("step", size)
+    if eps:
+        _positive(step=size)
     on, held = periods > 1 and eps > 0, dict[str, Any]()
 
     def inputs(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:

@@ -24,7 +24,7 @@ from sparsetrail._files import write_atomic
 from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Rate
 from sparsetrail.core.precision import products
-from sparsetrail.data import Dataset, flip, pixels, split_validation
+from sparsetrail.data import Dataset, cutout, flip, pixels, split_validation
 from sparsetrail.data import crop as random_crop
 from sparsetrail.models import Trained, load_model, net_spec_from
 from sparsetrail.snn import cuda
@@ -44,8 +44,9 @@ class TrainSpec:
 
     The paper's code adds weight_decay=1e-3 and picks the best epoch on the test set; we validate on `validation`, a
     held-out share of the training set (0 keeps the last epoch). `clip` bounds the gradient norm (0: off), `crop` is
-    the zero padding of random crops (0: off), `schedule` acts on the learning rate per step. `precision` is that of the
-    products: tf32, as PyTorch runs convolutions on a GPU by default, is for GPUs only.
+    the zero padding of random crops (0: off), `cutout` the side of a square blacked out (0: off), `schedule` acts on
+    the learning rate per step. `precision` is that of the products: tf32, as PyTorch runs convolutions on a GPU by
+    default, is for GPUs only.
     """
 
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -58,6 +59,7 @@ class TrainSpec:
     epochs: int = 100
     flip: bool = True
     crop: int = 0
+    cutout: int = 0
     clip: float = 0.0
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     validation: float = 0.1
@@ -72,6 +74,7 @@ class TrainSpec:
             ("batch", self.batch >= 1),
             ("epochs", self.epochs >= 1),
             ("crop", self.crop >= 0),
+            ("cutout", self.cutout >= 0),
             ("clip", 0 <= self.clip < math.inf),
             ("weight_decay", 0 <= self.weight_decay < math.inf),
             ("validation", 0 <= self.validation < 1),
@@ -563,6 +566,8 @@ def _augment(images: Tensor, spec: TrainSpec, generator: torch.Generator) -> Flo
         images = random_crop(images, spec.crop, generator)
     if spec.flip:
         images = flip(images, generator)
+    if spec.cutout:
+        images = cutout(images, spec.cutout, generator)
     return pixels(images)
 
 

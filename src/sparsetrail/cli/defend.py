@@ -28,6 +28,10 @@ def defend(
     calibrate: Annotated[int | None, Parameter(help="time steps in which its thresholds are read")] = None,
     batch: int | None = None,
     weight_decay: float | None = None,
+    cutout: Annotated[int | None, Parameter(help="side of a square blacked out in every image; default 0")] = None,
+    validation: Annotated[
+        float | None, Parameter(help="share of the training images held out; 0 keeps the last epoch; default 0.1")
+    ] = None,
     seed: int | None = None,
     sets: Annotated[
         list[str] | None, Parameter(name="--set", negative="", help="a setting of the defence, e.g. strength=0.002")
@@ -50,7 +54,8 @@ def defend(
         train_set = data.take(train_set, images, seed=0)
     how = {
         "width": width, "steps": steps, "epochs": epochs, "twin_epochs": twin_epochs, "calibrate": calibrate,
-        "batch": batch, "weight_decay": weight_decay, "seed": seed, "knobs": knobs,
+        "batch": batch, "weight_decay": weight_decay, "cutout": cutout,
+        "validation": validation, "seed": seed, "knobs": knobs,
     }  # fmt: skip
     plan(name, train_set, **how)  # refused before anything is written
     with Screen(quiet=common.as_json) as screen:

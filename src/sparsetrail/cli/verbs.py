@@ -148,6 +148,7 @@ def train(
     clip: float = 0.0,
     flip: bool = True,
     crop: int = 0,
+    cutout: Annotated[int, Parameter(help="side of a square blacked out in every image")] = 0,
     precision: Literal["fp32", "tf32", "bf16"] = "fp32",
     validation: float = 0.1,
     defence: Annotated[str | None, Parameter(help=f"one of {', '.join(DEFENCES)}; none by default")] = None,
@@ -184,7 +185,7 @@ def train(
     knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}
     spec = TrainSpec(
         optimizer=optimizer, lr=lr, weight_decay=weight_decay, schedule=schedule, batch=batch, epochs=epochs, flip=flip,
-        crop=crop, clip=clip, precision=precision, validation=validation, seed=seed,
+        crop=crop, cutout=cutout, clip=clip, precision=precision, validation=validation, seed=seed,
     )  # fmt: skip
     code = build_encoder(encoder, **knobs)
     if seams is not None and seams.check is not None:

@@ -1,6 +1,7 @@
 """Image sets as uint8 tensors with their identity, and augmentation as tensor operations; only `get` downloads."""
 
 from sparsetrail.data.augment import crop as crop
+from sparsetrail.data.augment import cutout as cutout
 from sparsetrail.data.augment import flip as flip
 from sparsetrail.data.augment import pixels as pixels
 from sparsetrail.data.cache import Entry as Entry

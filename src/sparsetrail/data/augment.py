@@ -1,4 +1,4 @@
-"""Pixels as numbers, and the two augmentations of the field, as tensor operations where the images already are.
+"""Pixels as numbers, and the augmentations of the field, as tensor operations where the images already are.
 
 Shape legend: N images, C channels, H and W pixels.
 """
@@ -36,6 +36,24 @@ def crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
     place = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
     place = place.view(n, 1, height * width).expand(-1, channels, -1)
     return pad(images, [padding] * 4).flatten(2).gather(2, place).view(n, channels, height, width)
+
+
+def cutout(images: Tensor, side: int, generator: Generator) -> Tensor:
+    """Black out a square of `side` pixels around a random pixel of each image [N C H W], cut at the border.
+
+    DeVries and Taylor 2017, arXiv:1708.04552, who do it behind the normalisation, where zero is the mean colour.
+    """
+    _check(images)
+    if side < 0:
+        raise DataError(f"expected a square of 0 or more pixels, found {side}; 8 to 16 are usual for 32x32")
+    n, _, *size = images.shape
+    out = torch.ones(n, 1, 1, 1, dtype=torch.bool)
+    for axis, length in enumerate(size):
+        centre = torch.randint(length, (n, 1), generator=generator, device=generator.device).cpu()
+        at = torch.arange(length) - centre
+        hit = (at >= -(side // 2)) & (at < side - side // 2)
+        out = out & (hit[:, None, :, None] if axis == 0 else hit[:, None, None, :])
+    return images.masked_fill(out.to(images.device), 0)
 
 
 def _check(images: Tensor) -> None:

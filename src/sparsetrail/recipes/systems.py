@@ -205,6 +205,8 @@ def plan(
     calibrate: int | None = None,
     batch: int | None = None,
     weight_decay: float | None = None,
+    cutout: int | None = None,
+    validation: float | None = None,
     seed: int | None = None,
     knobs: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -218,9 +220,11 @@ def plan(
         raise ValueError(f"calibrate: expected at least 1 step, got {calibrate}")
     net = system.net(data, width=width, steps=steps)
     encode, seams = system.encoder(net.steps), system.seams(knobs)
-    spec, twin = _changed(system.train, epochs, batch, weight_decay, seed), twin or system.twin
+    given: dict[str, Any] = {"batch": batch, "cutout": cutout, "validation": validation, "seed": seed}
+    spec = _changed(system.train, epochs=epochs, weight_decay=weight_decay, **given)
+    twin = twin or system.twin
     if twin is not None:
-        relus = _changed(twin.train, twin_epochs, batch, None, seed)
+        relus = _changed(twin.train, epochs=twin_epochs, **given)
         twin = replace(twin, train=relus, steps=twin.steps if calibrate is None else calibrate)
     for s in (spec, *([twin.train] if twin else [])):
         if s.batch > (held_in := len(data.labels) - int(s.validation * len(data.labels))):
@@ -234,8 +238,9 @@ def train_system(bench: Bench, name: str, data: Dataset, **how: Any) -> Trained:
     """Train a system into `out/models/DATA-NAME`, its twin and conversion first where it has one; or go on, or take it.
 
     `how` are the settings of `plan`; whatever is left out is as the source has it: width 1, time `steps`, `epochs`, the
-    `twin`, its epochs and the steps in which thresholds are read (`calibrate`), `batch`, `weight_decay`, `seed`, and
-    `knobs` of the defence. ValueError, before anything is written, for what does not exist or does not fit.
+    `twin`, its epochs and the steps in which thresholds are read (`calibrate`), `batch`, `weight_decay`, `cutout`,
+    `seed`, and `knobs` of the defence. A tenth of the images is held out, unless `validation` says another share (0
+    keeps the last epoch). ValueError, before anything is written, for what does not exist or does not fit.
     """
     p, folder, start = plan(name, data, **how), f"{data.name}-{name}", None
     if p.twin is not None:
@@ -253,10 +258,7 @@ def train_system(bench: Bench, name: str, data: Dataset, **how: Any) -> Trained:
     return fit(bench, folder, p.net, p.encode, data, p.spec, seams=p.seams, start=start)
 
 
-def _changed(
-    spec: TrainSpec, epochs: int | None, batch: int | None, weight_decay: float | None, seed: int | None
-) -> TrainSpec:
-    given: dict[str, Any] = {"epochs": epochs, "batch": batch, "weight_decay": weight_decay, "seed": seed}
+def _changed(spec: TrainSpec, **given: Any) -> TrainSpec:
     return replace(spec, **{k: v for k, v in given.items() if v is not None})
 
 

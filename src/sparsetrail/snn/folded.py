@@ -144,9 +144,11 @@ class FoldedNet(nn.Module):
         before = carried.get()
         if before is None:
             return z.mean(0) if self.readout == "mean" else z.sum(0)
-        total = z.sum(0) + before.get(self, 0.0)  # the last layer never fires: its potential goes on too
-        before[self] = total.detach()
-        return total / self.steps if self.readout == "mean" else total
+        # the last layer never fires: its potential goes on too, and with it the number of steps that it is the sum of
+        held, steps = before.get(self, (0.0, 0))
+        total, steps = z.sum(0) + held, steps + len(z)
+        before[self] = total.detach(), steps
+        return total / steps if self.readout == "mean" else total
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, readout={self.readout}"

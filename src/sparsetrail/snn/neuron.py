@@ -422,14 +422,15 @@ class _Ruled(torch.autograd.Function):
         return out, None, None, None, None
 
 
-carried: contextvars.ContextVar[dict[nn.Module, Tensor] | None] = contextvars.ContextVar("carried", default=None)
-"""Potentials of DIET neurons, and of the readout, that outlast a call; None: every call starts from rest."""
+carried: contextvars.ContextVar[dict[nn.Module, Any] | None] = contextvars.ContextVar("carried", default=None)
+"""Potentials of DIET neurons, in units of their threshold, and of the readout (with the steps it is the sum of), that
+outlast a call; None: every call starts from rest."""
 
 LEAST = 1e-3  # of a learnt threshold
 
 
 @contextlib.contextmanager
-def carrying(potentials: dict[nn.Module, Tensor] | None) -> Iterator[None]:
+def carrying(potentials: dict[nn.Module, Any] | None) -> Iterator[None]:
     """Inside this block, in this thread, a network goes on from `potentials` and leaves its own there, detached."""
     token = carried.set(potentials)
     try:
