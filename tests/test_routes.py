@@ -10,6 +10,7 @@ from lively import lively
 from torch import nn
 from torch.nn import functional as F
 
+from sparsetrail.attacks import attack, pgd
 from sparsetrail.core import Linf, Memory, Problem, Route
 from sparsetrail.core.problem import Guide
 from sparsetrail.snn import kernels, routes
@@ -578,13 +579,77 @@ def test_words():
     assert plain.by(Route(encoder="secant")).encoding == "phase encoder: secant"
 
 
+CBA = Route(neuron="cba")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NeuronSpec(threshold=0.5),
+        NeuronSpec(kind="lif", threshold=0.7, reset=-0.1),
+        NeuronSpec(kind="diet", reset=None, threshold=0.625, leak=0.9),
+    ],
+    ids=lambda s: s.kind,
+)
+def test_cba_is_the_network_of_relus_of_current_over_threshold(spec):
+    class Over(Neuron):
+        def __init__(self, _spec, steps, *_):
+            super().__init__(NeuronSpec(kind="relu"))
+            self.steps = steps
+
+        def forward(self, x):
+            return (x / (spec.threshold - (spec.reset or 0.0))).relu()
+
+    for arch in ("sew_resnet18", "vgg5", "spiking_resnet18"):
+        net, x, y = network(arch=arch, neuron=spec, n=2)
+        before, own = copy.deepcopy(net.state_dict()), victim(net, phase(steps=4))
+        twin, u = by_hand(copy.deepcopy(net), Over, None), phase(steps=4)(x)
+        for f, g, at in ((own.by(CBA).logits, twin, u), (own.by(CBA).scores, victim(twin, phase(steps=4)).scores, x)):
+            (z, found), (want, right) = gradient(f, at, y), gradient(g, at, y)
+            close(z, want)
+            close(found, right, 1e-8)
+            assert not torch.allclose(z, own.scores(x))
+        assert own.by(CBA).route == "CBA"
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+        assert torch.equal(own.logits(u), victim(net, phase(steps=4)).logits(u))
+
+
+def test_an_attack_by_cba_is_judged_and_kept_by_the_networks_own_scores():
+    net, x, _ = network(torch.float32, n=4)
+    own, seen = victim(net, phase(steps=4)), []
+    y = own.scores(x).argmax(1)
+
+    def look(p, g):
+        m = p.loss(p.u0)
+        p.grad(p.u0)
+        seen.append(torch.equal(p.best_margin, m))
+
+    ball = Linf(8 / 255, space="pixel")
+    run = attack(look, own, ball, x, y, route=CBA)
+    assert seen == [True] and run.route.startswith("CBA") and run.robust == (True,) * 4
+    assert (attack(pgd, own, ball, x, y, route=CBA, keep=True).adversarial - x).abs().max() > 0.02
+    with pytest.raises(ValueError, match="victim's own forward first"):
+        attack(pgd, own, ball, x, y, route=(CBA, Route()))
+    assert attack(pgd, own, ball, x, y, route=(Route(), CBA)).backwards > 0
+
+
+def test_cba_where_it_cannot_be():
+    for pool in ("sum", "stochastic"):
+        net, *_ = network(pool=pool, n=2)
+        with pytest.raises(ValueError, match="needs spikes"):
+            victim(net, phase(steps=4)).by(CBA)
+    for text in ("cba:2", "cba+reset"):
+        with pytest.raises(ValueError, match="cba"):
+            neuron_route(text)
+
+
 def test_the_ensemble():
-    assert len(ENSEMBLE) == len(set(ENSEMBLE)) == 18
+    assert len(ENSEMBLE) == len(set(ENSEMBLE)) == 19
     found = [neuron_route(name) for name in ENSEMBLE]
-    assert [f.name for f in found if f.name not in SURROGATES] == ["bptr"]
+    assert [f.name for f in found if f.name not in SURROGATES] == ["bptr", "cba"]
     assert set(SURROGATES) <= set(DEFAULTS)
     x = torch.tensor(0.5, dtype=torch.float64)
-    values = {f"{f.name}:{f.setting:g}": Surrogate(f.name, f.setting)(x).item() for f in found if f.name != "bptr"}
+    values = {f"{f.name}:{f.setting:g}": Surrogate(f.name, f.setting)(x).item() for f in found if f.name in SURROGATES}
     assert values["triangle:0.25"] == 0 and values["triangle:2"] == 1.5 / 4
     assert values["damped_exponential:2"] == pytest.approx(0.3 * math.exp(-1))
     assert values["unit_exponential:0.5"] == pytest.approx(math.exp(-0.25))

@@ -1,7 +1,7 @@
 """From a network of ReLUs to a spiking one of the same weights, by thresholds read off the currents it sees.
 
-Rathi & Roy 2020, arXiv:2008.03658 (DIET-SNN), the start of HIRE-SNN and of input discretisation; the spiking network
-is trained on from there.
+Rathi & Roy 2020, arXiv:2008.03658 (DIET-SNN), the start of HIRE-SNN; by the maximum over many more steps Rathi et al.
+2020 (ICLR), the start of input discretisation. The spiking network is trained on from there.
 """
 
 import json

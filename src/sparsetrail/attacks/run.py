@@ -158,9 +158,9 @@ def _guides(
         if r.steps is not None and threat.space == "encoded":
             raise ValueError(f"route {r}: another number of steps is another encoded tensor; expected space='pixel'")
         by.append(victim.by(r))
-    own = [r.steps is None or r.steps == victim.steps for r in routes]
+    own = [r.own_forward(victim.steps) for r in routes]
     if own[0] is False and any(own):  # scores come from the first guide where they are the victim's
-        raise ValueError("routes: expected those at the victim's own number of steps first")
+        raise ValueError("routes: expected those of the victim's own forward first, and other steps and cba behind")
     path = " + ".join(v.path(threat.space) for v in by)
     return [Guide.of(v, threat, own=o) for v, o in zip(by, own, strict=True)], path
 

@@ -19,13 +19,18 @@ class Route:
 
     `neuron` names the backward of the neurons, with a setting after a colon: a surrogate ('atan:4', 'triangle:1', ...)
     through time, or 'rga', 'bptr', 'hart', 'pdsg', 'assg' and their variants. `encoder` is a backward rule of the
-    encoder. `steps` takes the gradient at another number of time steps, which is another forward: scores are then the
-    victim's own, asked for beside. What is None is the victim's own.
+    encoder. `steps` takes the gradient at another number of time steps, and the neuron 'cba' that of ReLUs in the place
+    of neurons, which are other forwards: scores are then the victim's own, asked for beside. What is None is the
+    victim's own.
     """
 
     neuron: str | None = None
     encoder: str | None = None
     steps: int | None = None
+
+    def own_forward(self, steps: int) -> bool:
+        """Are the scores on this route those of the victim, of so many steps, to the bit?"""
+        return self.steps in (None, steps) and self.neuron != "cba"
 
     def __str__(self) -> str:
         parts = (self.neuron, self.encoder and f"encoder {self.encoder}", self.steps and f"T={self.steps}")

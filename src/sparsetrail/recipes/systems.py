@@ -96,23 +96,29 @@ class System:
 FEW_STEPS = Twin(train=replace(TUNE, lr=1e-3, batch=128, epochs=300), percentile=99.7, scale=0.3, steps=100)
 """DIET-SNN's: thresholds low enough for the spikes of few time steps to reach the last layer."""
 
+_EPOCHS = (
+    "200 epochs on all images, of which a tenth is held out here (validation 0 takes all); the source keeps the epoch "
+    "that is best on the test set"
+)
 _RAT = (
     "single or mixed attack, the gradient behind the published columns, cutout and the retraction's strength for "
-    "VGG-11; by default: one FGSM step of 2/255 through time, no cutout, 0.004"
+    "VGG-11; by default: one FGSM step of 2/255 through time, no cutout, 0.004 (its released tester attacks by the "
+    "route cba unless told otherwise)"
 )
 _RAT_APART = (
-    "200 epochs on all images; the source keeps the epoch that is best on the test set; independent runs of VGG-11 "
+    f"{_EPOCHS}; independent runs of VGG-11 "
     "print 45.0 and 23.0 % (FGSM, PGD-7) for CIFAR-10, as published, but 18.9 and 8.9 % for CIFAR-100"
 )
 _HIRE = (
-    "steps of the noise and their number, whether noise and potentials outlast a period, epochs of the spiking stage; "
-    "by default: two periods, 0.031 in equal steps, noise from zero for every batch, potentials go on, 200 epochs"
+    "steps of the noise and their number, whether noise outlasts a batch and potentials a period, epochs of the "
+    "spiking stage; by default: two periods, so one step of 0.0155 (0.031 over the periods, never cut), noise from "
+    "zero for every batch, potentials go on, 200 epochs"
 )
 _WEAK = {"eps": 2 / 255, "steps": 2, "step": 1 / 255}
 
 SYSTEMS: dict[str, System] = {
     "vanilla_vgg11": System(
-        arch="vgg11", title="Vanilla VGG-11", apart="200 epochs on all images; the source keeps the best test epoch"
+        arch="vgg11", title="Vanilla VGG-11", apart=_EPOCHS
     ),
     "vanilla_wrn16": System(
         arch="wrn16_4", title="Vanilla WRN-16-4", apart="no figure is published in the paper's tables"
@@ -147,7 +153,8 @@ SYSTEMS: dict[str, System] = {
         open="the number of steps of the published VGG-11; by default: 120, as a later plot has it",
         apart="its VGG-11 has one convolution more, its neurons fire from the potential of the step before (a delay a "
         "layer), its learning rates fall in stairs, its Adam is AMSGrad; published attacks draw one spike train a "
-        "gradient, tables here average ten",
+        "gradient, take steps of 2/255 and the cross-entropy of the mean over the steps, tables here average ten "
+        "draws, take steps of 0.01 and the cross-entropy of the sum",
     ),
     "pgd_at_vgg11": System(
         arch="vgg11", title="PGD-AT VGG-11", called="pgd_at", defence="pgd_at", knobs=_WEAK,
@@ -165,8 +172,9 @@ SYSTEMS: dict[str, System] = {
     ),
     "sr_at_vgg11": System(
         arch="vgg11", title="SR with AT VGG-11", called="sr", defence="sr", knobs=_WEAK, train=replace(SGD, batch=32),
-        open="the weight of the regulariser and the attack in training; by default: 0.004, two steps of 1/255 in 2/255",
-        apart="later papers that train it again differ by 15 points",
+        open="the weight of the regulariser and the attack in training; by default: 0.004, two steps of 1/255 in 2/255 "
+        "(its code's own default is seven steps of 0.01 in 8/255)",
+        apart="later papers that train it again differ by 15 points, at different numbers of time steps",
     ),
     "mppd_vgg11": System(
         arch="vgg11", title="MS-MPPD VGG-11", called="mppd", defence="mppd",

@@ -18,7 +18,7 @@ from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, ruled
 from sparsetrail.snn.pools import POOLS, share_of
 from sparsetrail.snn.resnet import DEPTHS, Connect, SpikingResNet, Stem
-from sparsetrail.snn.routes import NeuronRoute, neuron_route
+from sparsetrail.snn.routes import NeuronRoute, neuron_route, put_relus, refuse_relus
 from sparsetrail.snn.vgg import PLANS, Norm, SpikingVGG
 from sparsetrail.snn.wrn import SpikingWRN
 
@@ -132,7 +132,8 @@ def victim(
     where the device has no bf16.
 
     `victim.by(Route(...))` takes the routes of `routes`, backward rules of the encoder, and other steps: the same
-    weights and code run for T' steps, which is another forward. Routes give first derivatives, and no recordings.
+    weights and code run for T' steps, which is another forward, as is that of cba. Routes give first derivatives, and
+    no recordings.
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
@@ -147,11 +148,14 @@ def victim(
         rule = None if route.neuron is None else _neurons(net, route.neuron, name)
         memory = Memory() if rule is not None and rule.remembers else None
         stretched = None if code.steps == encode.steps else code.steps
-        if stretched and freeze(net) is net:
+        relus = rule is not None and rule.name == "cba"
+        if (stretched or relus) and freeze(net) is net:
             raise ValueError(
-                f"{name}: expected a network of PyTorch's and our own modules to run for {stretched} steps, found "
-                "others; leave the steps of the route out"
+                f"{name}: expected a network of PyTorch's and our own modules to run "
+                f"{f'for {stretched} steps' if stretched else 'with ReLUs'}, found others; leave that out of the route"
             )
+        if relus:
+            refuse_relus(net, name)
         recorded: dict[str, Scores] = {}
         known: list[tuple] = []
 
@@ -162,12 +166,15 @@ def victim(
 
             def plain(x: Tensor) -> Tensor:
                 # who watches this very network sees it called
-                now = net if seen and not stretched else freeze(net, space, half=half)
+                now = net if seen and not (stretched or relus) else freeze(net, space, half=half)
                 if stretched:
                     _stretch(now, stretched)
+                if relus:
+                    put_relus(now)
                 amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if half and x.is_cuda else None
                 exact = products(tf32=False) if x.is_cuda else contextlib.nullcontext()
-                with exact, amp or contextlib.nullcontext(), ruled(None if rule is None else rule.rule(memory)):
+                backward = ruled(None if rule is None or relus else rule.rule(memory))
+                with exact, amp or contextlib.nullcontext(), backward:
                     return now(x) if task == "logits" else now.scores(x, code)  # type: ignore[operator]
 
             if not x.is_cuda or seen or rule is not None or stretched:

@@ -7,6 +7,7 @@ A route is named as in `core.Route(neuron=...)`, its setting after a colon:
     assg:0.43                  through time, as sharp at every neuron, step and image as its potential allows
     hart:0.5                   every step alone, the gradient averaged over the steps
     rga:0.2, bptr2, bptr3      every step alone, the derivative of the firing rate by the mean current
+    cba                        not the network's own forward: ReLUs of current over threshold in the place of neurons
 
 `assg-rectangle`, `assg-triangle`, `assg-sigmoid`, `assg-gaussian` are assg in another shape; `bptr` is `bptr2`; without
 a setting, `DEFAULTS` serve. Behind what goes through time, `+reset` leaves the reset in the graph and `+detach` takes
@@ -19,17 +20,19 @@ with respect to that current I, as their sources have it, and the charge's own f
 known as exactly as the potential holds it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
 from sparsetrail.core import Memory
 from sparsetrail.snn.kernels import Value
-from sparsetrail.snn.neuron import Flow, NeuronSpec, Rule, Slopes, gains, in_order_of, parts
+from sparsetrail.snn.neuron import Flow, Neuron, NeuronSpec, Rule, Slopes, gains, in_order_of, parts
+from sparsetrail.snn.pools import StochasticPool2d, SumPool
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate, triangle_derivative
 
 ENSEMBLE = (
@@ -39,11 +42,9 @@ ENSEMBLE = (
     *(f"rectangle:{w}" for w in ("0.25", "0.5", "1", "2", "4")),
     "straight_through:1",
     "bptr",
+    "cba",
 )
-"""The routes an image must withstand, every one, to count as robust: Ozdenizci & Legenstein 2024, arXiv:2311.09266.
-
-Their nineteenth member, the gradient of the network of ReLUs that the spiking one was converted from, is no route.
-"""
+"""The routes an image must withstand, every one, to count as robust: Ozdenizci & Legenstein 2024, arXiv:2311.09266."""
 
 DEFAULTS: dict[str, float | None] = {  # what a name without a setting means; None where there is none to give
     "atan": 2.0,
@@ -202,6 +203,34 @@ def assg(h: Float[Tensor, "t n ..."], spec: NeuronSpec, memory: Memory, layer: i
     return lambda part: slope(h[:, part] - spec.threshold, w / (m[:, part] + d[:, part] * 1.5 + 1e-4))
 
 
+# ---- another forward -----------------------------------------------------------------------------------------------
+
+
+def put_relus(net: nn.Module) -> None:
+    """Put ReLUs of current over threshold in the place of the neurons of a network, in place: same weights and norms.
+
+    Conversion-based approximation: an adversary differentiates that network and shows what it finds to the spiking one.
+    Ding et al. 2022 (SNN-RAT), whose released tester takes it unless told otherwise, on thresholds of 1.
+    """
+    for m in net.modules():
+        if isinstance(m, Neuron) and m.spec.kind != "relu":
+            top = m.spec.threshold - m.spec.rest if m.threshold is None else m.threshold
+            m.run = functools.partial(_relu_over, top)
+            m.spec = NeuronSpec(kind="relu")
+            m.__dict__["_parameters"] = m._parameters | {"leak": None, "threshold": None}
+
+
+def _relu_over(top: Value, x: Tensor, _spec: NeuronSpec, _leak: Tensor | None) -> Tensor:
+    return (x / top).relu()
+
+
+def refuse_relus(net: nn.Module, name: str) -> None:
+    """ValueError where a network computes with spikes as such."""
+    found = next((m for m in net.modules() if isinstance(m, SumPool | StochasticPool2d)), None)
+    if found is not None:
+        raise ValueError(f"{name}: cba puts ReLUs in the place of neurons, and a {type(found).__name__} needs spikes")
+
+
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +289,8 @@ class NeuronRoute:
 
     def words(self, spec: NeuronSpec) -> str:
         """The route of neurons of this spec in words, e.g. 'ASSG(0.43, atan), hard reset detached'."""
+        if self.name == "cba":
+            return "CBA"
         spec = self.respec(spec)
         if spec.kind == "relu":
             return "ReLU"
@@ -281,14 +312,14 @@ def neuron_route(text: str) -> NeuronRoute:
     """A neuron's route by its name; ValueError with what is allowed."""
     bare, plus, ending = text.partition("+")
     name, colon, number = bare.partition(":")
-    known = name == "own" or name in DEFAULTS or name in SURROGATES
+    known = name in ("own", "cba") or name in DEFAULTS or name in SURROGATES
     if not known or (plus and ending not in ("reset", "detach")):
-        rules = ", ".join(n for n in DEFAULTS if n not in SURROGATES)
+        rules = ", ".join((*(n for n in DEFAULTS if n not in SURROGATES), "cba"))
         raise ValueError(
             f"neuron route: expected own, a surrogate ({', '.join(SURROGATES)}) or one of {rules}, then a setting as "
             f"in 'atan:4', then +reset or +detach as in 'atan:4+reset', got {text!r}"
         )
-    default = None if name == "own" else DEFAULTS.get(name, 1.0)
+    default = None if name in ("own", "cba") else DEFAULTS.get(name, 1.0)
     if colon and default is None:
         raise ValueError(f"neuron route: {name} has no setting, got {text!r}; leave ':{number}' out")
     try:
