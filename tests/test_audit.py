@@ -57,7 +57,9 @@ def line(scale=1.0, n=64):
 
 def test_the_worst_case_of_a_line_is_exact():
     v, x, y = line()
-    found, points = audit(v, Linf(EPS, space="pixel"), x, y, budget="quick", batch=7)
+    told: list[tuple] = []
+    say = lambda *what: told.append(what)  # noqa: E731
+    found, points = audit(v, Linf(EPS, space="pixel"), x, y, budget="quick", batch=7, say=say)
     falls = (x.flatten() * 255).round() - 8 < 127.5  # grey levels: strictly below a half after eight steps
     assert list(found.worst) == (~falls).tolist() and all(found.clean)
     assert found.default == found.worst and set(points) == {i for i in range(64) if falls[i]}
@@ -66,6 +68,8 @@ def test_the_worst_case_of_a_line_is_exact():
     assert all((b is None) == w for b, w in zip(found.broken_by, found.worst, strict=True))
     assert sum(r.n for r in found.runs[:1]) == 64 and found.runs[1].n == sum(found.worst)  # survivors only
     assert [f.id for f in found.findings if f.level == "fail"] == []
+    parts = list(dict.fromkeys(task for task, *_ in told))
+    assert parts[0] == "checks" and parts[-1] == "curves" and told[-1][1] == told[-1][2] > 10  # nothing is silent
 
 
 def test_it_does_not_depend_on_batch_size(snn, brief):

@@ -399,26 +399,30 @@ class _Work:
             return {}
         key = self.key(curves=1, images=self.indices[: SAMPLE[self.budget]])
         case, eps = self.case, self.threat.eps
+        curves: dict[str, dict[str, Any]] = {
+            "pgd": {"steps": 40, "step": eps / 8}, "sapgd": {"steps": 40}, "apgd": {"steps": 40},
+            "codebook": {"steps": 40},
+        }  # fmt: skip
+        if self.victim.codebook is None or self.threat.space == "encoded":
+            del curves["codebook"]
+        whole = self.threat.box[1] - self.threat.box[0]
+        radii = [0.0, *(min(whole, k / 255) for k in (1, 2, 4, 8, 16, 32, 64, 128, 255) if k / 255 < 2 * whole)]
         out: dict[str, Any] = {"loss": []}
-        for name, knobs in (
-            ("pgd", {"steps": 40, "step": eps / 8}), ("sapgd", {"steps": 40}), ("apgd", {"steps": 40}),
-            ("codebook", {"steps": 40}),
-        ):  # fmt: skip
-            if name == "codebook" and (self.victim.codebook is None or self.threat.space == "encoded"):
-                continue
+        accuracy, of = [], len(curves) + len(radii)
+        for i, (name, knobs) in enumerate(curves.items()):
+            self.say("curves", i, of, f"margin by step, {name}")
             run = self.kept(key | {"curve": name}, Run, lambda name=name, knobs=knobs: self._whole(case, name, knobs))
             steps = list(range(len(run.trace)))
             out["loss"].append({"label": name, "steps": steps, "mean": list(run.trace)})
-        whole = self.threat.box[1] - self.threat.box[0]
-        radii = [0.0, *(min(whole, k / 255) for k in (1, 2, 4, 8, 16, 32, 64, 128, 255) if k / 255 < 2 * whole)]
-        accuracy = []
-        for radius in radii:
+        for i, radius in enumerate(radii, len(curves)):
+            self.say("curves", i, of, f"accuracy by radius, {radius:.4g}")
             knobs = {"steps": 10, "step": radius / 4}
             run = self.kept(
                 key | {"radius": radius}, Run,
                 lambda radius=radius, knobs=knobs: self._whole(case, "pgd", knobs, replace(self.threat, eps=radius)),
             )  # fmt: skip
             accuracy.append(run.accuracy.value)
+        self.say("curves", of, of, "")
         out["eps"] = {"attack": "pgd (steps 10, step eps/4)", "eps": radii, "accuracy": accuracy, "n": len(case.y)}
         return out
 
