@@ -301,6 +301,10 @@ def test_rows_of_the_paper():
         {*systems.SYSTEMS, "sew_resnet18", "sew_resnet34", "sew_resnet50"}
     )  # also those no row is about
     assert len(paper.rows_of("table3", claims("table3"), paper.ROWS, ("cifar10", "cifar100"))) == 12
+    asked = ("spiking_resnet18",)  # no published figure, run all the same where somebody asks for it
+    for figure in ("table3", "threats"):
+        rows = paper.rows_of(figure, claims("table3"), asked, ("cifar10",), asked)
+        assert [(r.arch, r.pool) for r in rows] == [("spiking_resnet18", "max"), ("spiking_resnet18", "avg")]
     sew = paper.net_spec(paper.Row("sew_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
     spiking = paper.net_spec(paper.Row("spiking_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
     assert sew.neuron.detach_reset and not spiking.neuron.detach_reset and sew.steps == 10 and sew.width == 1

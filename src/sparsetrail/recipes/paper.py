@@ -178,17 +178,19 @@ def row_of(claim: Claim) -> str:
     return arch if arch in RESNETS else next(found)
 
 
-def rows_of(figure: str, found: Sequence[Claim], chosen: Sequence[str], datasets: Sequence[str]) -> list[Row]:
+def rows_of(
+    figure: str, found: Sequence[Claim], chosen: Sequence[str], datasets: Sequence[str], asked: Sequence[str] = ()
+) -> list[Row]:
     """The rows of a figure among those `chosen`, on every data set; table 3 has both pools and no other system.
 
-    Systems that no published row is about stand below the others in tables 1 and 2.
+    Systems that no published row is about stand below the others in tables 1 and 2, and so do ResNets that are `asked`
+    for by name in table 3 and under the threats.
     """
     if figure.startswith("fig"):
         return [Row("sew_resnet18", "max" if figure == "fig1" else "avg", datasets[0])]
     pairs = figure in ("table3", "threats")
     names = dict.fromkeys(row_of(c) for c in found if c.figure == ("table3" if pairs else figure))
-    if not pairs:
-        names |= dict.fromkeys(SYSTEMS)
+    names |= dict.fromkeys([name for name in asked if name in RESNETS] if pairs else SYSTEMS)
     pools = ("max", "avg") if pairs else ("max",)
     return [
         Row(name, "" if name in SYSTEMS else pool, dataset)
@@ -237,7 +239,7 @@ def reproduce(
     sets = tuple(datasets) or (("cifar100",) if figure == "table1" and scale == "paper" else size.datasets)
     if models is not None and not datasets:
         sets = sets[:1]
-    chosen = rows_of(figure, found, tuple(rows) or size.rows, sets)
+    chosen = rows_of(figure, found, tuple(rows) or size.rows, sets, rows)
     if models is not None and not rows:  # those that are there
         chosen = [row for row in chosen if (models / f"{row.arch}-{row.pool}").is_dir()]
     if not chosen:
