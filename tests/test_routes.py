@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsetrail.attacks import attack, pgd
-from sparsetrail.core import Linf, Memory, Problem, Route
+from sparsetrail.core import Linf, Memory, Problem, Route, margin
 from sparsetrail.core.problem import Guide
 from sparsetrail.snn import kernels, routes
 from sparsetrail.snn.encode import bit_plane, direct, phase, poisson
@@ -631,6 +632,39 @@ def test_an_attack_by_cba_is_judged_and_kept_by_the_networks_own_scores():
     with pytest.raises(ValueError, match="victim's own forward first"):
         attack(pgd, own, ball, x, y, route=(CBA, Route()))
     assert attack(pgd, own, ball, x, y, route=(Route(), CBA)).backwards > 0
+
+
+def test_scores_of_a_stand_in_are_never_taken_for_the_victims():
+    net, x, _ = network(torch.float32, n=4)
+    own = victim(net, phase(steps=4))
+    longer = own.by(Route(steps=6))
+    assert longer.stand_in and own.by(CBA).stand_in and not own.stand_in and not own.by(Route(neuron="rga")).stand_in
+
+    def margins_kept(of, route):
+        """Are the margins an attack keeps those of the victim it is played on? And the calls it took."""
+        y, seen = of.scores(x).argmax(1), []
+
+        def look(p, g):
+            p.grad(p.u0)
+            seen.append(torch.equal(p.best_margin, margin(of.scores(x), y)))
+
+        run = attack(look, of, Linf(8 / 255, space="pixel"), x, y, route=route)
+        return seen == [True], run.robust == (True,) * 4
+
+    # one played on itself gives its own scores; back at four steps, others
+    for of, route in (
+        (own, Route(steps=6)),
+        (longer, Route()),
+        (longer, Route(steps=4)),
+        (longer, Route(neuron="rga")),
+    ):
+        assert margins_kept(of, route) == (True, True), (of.route, route)
+    foreign = replace(
+        own, rewire=lambda route: replace(own, logits=lambda u: -own.logits(u), shortcut=None, stand_in=True)
+    )
+    assert margins_kept(foreign, Route(neuron="rga")) == (True, True)
+    lying = replace(foreign, rewire=lambda route: replace(foreign.rewire(route), stand_in=False))
+    assert margins_kept(lying, Route(neuron="rga"))[0] is False  # nothing but the field tells
 
 
 def test_cba_where_it_cannot_be():

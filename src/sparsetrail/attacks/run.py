@@ -158,8 +158,8 @@ def _guides(
         if r.steps is not None and threat.space == "encoded":
             raise ValueError(f"route {r}: another number of steps is another encoded tensor; expected space='pixel'")
         by.append(victim.by(r))
-    own = [r.own_forward(victim.steps) for r in routes]
-    if own[0] is False and any(own):  # scores come from the first guide where they are the victim's
+    own = [v is victim or not (v.stand_in or victim.stand_in) for v in by]
+    if not own[0] and any(own):  # scores come from the first guide where they are the victim's
         raise ValueError("routes: expected those of the victim's own forward first, and other steps and cba behind")
     path = " + ".join(v.path(threat.space) for v in by)
     return [Guide.of(v, threat, own=o) for v, o in zip(by, own, strict=True)], path

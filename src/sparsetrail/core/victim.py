@@ -20,17 +20,12 @@ class Route:
     `neuron` names the backward of the neurons, with a setting after a colon: a surrogate ('atan:4', 'triangle:1', ...)
     through time, or 'rga', 'bptr', 'hart', 'pdsg', 'assg' and their variants. `encoder` is a backward rule of the
     encoder. `steps` takes the gradient at another number of time steps, and the neuron 'cba' that of ReLUs in the place
-    of neurons, which are other forwards: scores are then the victim's own, asked for beside. What is None is the
-    victim's own.
+    of neurons, which are other forwards (`Victim.stand_in`). What is None is the victim's own.
     """
 
     neuron: str | None = None
     encoder: str | None = None
     steps: int | None = None
-
-    def own_forward(self, steps: int) -> bool:
-        """Are the scores on this route those of the victim, of so many steps, to the bit?"""
-        return self.steps in (None, steps) and self.neuron != "cba"
 
     def __str__(self) -> str:
         parts = (self.neuron, self.encoder and f"encoder {self.encoder}", self.steps and f"T={self.steps}")
@@ -90,9 +85,10 @@ class Victim:
     behind `logits`, where there is one: the trail and some checks need it, attacks never see it. `shortcut` gives the
     scores of pixels by fewer operations than `logits(encode(x))`; `exact` are the logits in float32 where `logits`
     computes in less: the final point of every attack is judged by them. `rewire` gives the same victim with another
-    backward; `memory` is what that backward remembers between calls. `codebook` [256 t] is the code of every grey
-    level, where the encoder looks at each pixel alone. `reseed` lets what a random victim draws from here on depend on
-    a number alone: its audit can then be stopped and go on as if it had not been.
+    backward; `memory` is what that backward remembers between calls, and `stand_in` says that the forward is another
+    one too: its gradient is followed, its scores are not the victim's, which are asked for beside. `codebook` [256 t]
+    is the code of every grey level, where the encoder looks at each pixel alone. `reseed` lets what a random victim
+    draws from here on depend on a number alone: its audit can then be stopped and go on as if it had not been.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -109,6 +105,7 @@ class Victim:
     exact: Callable[[Tensor], Tensor] | None = None
     rewire: Callable[[Route], "Victim"] | None = None
     memory: Memory | None = None
+    stand_in: bool = False
     codebook: Tensor | None = None
     reseed: Callable[[int], None] | None = None
 

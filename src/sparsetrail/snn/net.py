@@ -205,6 +205,7 @@ def victim(
             module=net,
             rewire=lambda other: by(_both(route, other)),
             memory=memory,
+            stand_in=bool(stretched or relus),
             codebook=code.codebook,
             reseed=code.reseed if code.draws is not None else None,
         )
