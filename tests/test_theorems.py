@@ -305,4 +305,10 @@ def test_reproduce_theorems_and_the_verbs(tmp_path, monkeypatch, capsys, shown):
 
 
 def test_quantile():
-    assert measured.quantile([3, math.nan, 1, 2], 0.5) == 2 and math.isnan(measured.quantile([math.nan], 0.5))
+    q = measured.quantile
+    assert q([3, math.nan, 1, 2], 0.5) == 2 and math.isnan(q([math.nan], 0.5)) and math.isnan(q([], 0.1))
+    assert q([4, 1], 0.5) == 2.5 and q([1, 2, math.inf], 0.5) == 2 and q([1, math.inf], 0.5) == math.inf
+    assert q([math.inf, math.inf], 0.5) == math.inf and q([7.0], 0.9) == 7
+    values = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        assert q(values.tolist(), share) == pytest.approx(float(values.quantile(share)), rel=1e-12)

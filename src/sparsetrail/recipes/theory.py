@@ -225,9 +225,13 @@ class TheoryAudit:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """A quantile of the values that are numbers, infinity among them; nan of none."""
+    """A quantile of the values that are numbers, infinity among them, between neighbours in proportion; nan of none."""
     some = sorted(v for v in values if v == v)
-    return some[min(len(some) - 1, int(share * len(some)))] if some else math.nan
+    if not some:
+        return math.nan
+    at = share * (len(some) - 1)
+    low, high = some[math.floor(at)], some[math.ceil(at)]
+    return low if low == high else low + (at - math.floor(at)) * (high - low)
 
 
 def _quiet(part: str, done: int, total: int) -> None:
