@@ -226,6 +226,13 @@ def test_a_network_under_every_threat_trained_here_or_before(fake_cifar, tmp_pat
     with pytest.raises(SystemExit) as stop:
         main(["reproduce", "table1", *show])
     assert stop.value.code == 4 and "there are records of" not in capsys.readouterr().out
+    (tmp_path / "records" / "a" / "threats.json").rename(tmp_path / "records" / "a" / "table2.json")
+    main(["reproduce", "table1", *show])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no record of table1; of the same models, those of table2" in shown
+    assert "Table 1): SEW-ResNet18, max pool, CIFAR-100: fgsm" in shown and "Table 2)" not in shown
+    other = paper.beside(again, "table1")
+    assert other.runs == again.runs and {c.figure for c in other.claims} == {"table1"}
     (kept / "sew_resnet18-max" / "model.safetensors").unlink()
     (kept / "sew_resnet18-avg" / "model.safetensors").rename(kept / "sew_resnet18-max" / "model.safetensors")
     with pytest.raises(ValueError, match=r"with max pool .* found sew_resnet18 with avg pool"):

@@ -529,30 +529,46 @@ def reproduce(
 
 
 def _show_records(figure: str, folder: Path, as_json: bool) -> None:
-    """What records hold of a figure: accuracies or shares with n and interval, and the command that measured them."""
-    found = sorted(p for p in folder.glob(f"*/{figure}.*") if p.suffix in (".json", ".md"))
-    found = [p for p in found if p.suffix == ".json" or p.with_suffix(".json") not in found]
-    if not found:
+    """What records hold of a figure: accuracies or shares with n and interval, and the command that measured them.
+
+    Where none holds it, but one holds a table of the same models, that one is shown beside the figures asked for.
+    """
+    found, other = _records(figure, folder), paper.TWINS.get(figure, "")
+    twins = [] if found or not other else _records(other, folder)
+    if not (found or twins):
         held = sorted({p.stem for p in folder.glob("*/*.md")} & {*paper.FIGURES, "theorems"})
         raise ValueError(
             f"--from-records: expected {folder / '*' / figure}.json, found none"
             + (f"; there are records of {', '.join(held)}" if held else "; run in a clone, or give --records FOLDER")
         )
+
+    def read(path: Path) -> Report:
+        return paper.beside(load_report(path), figure) if twins else load_report(path)
+
     if as_json:
-        emit({str(p): _brief(load_report(p)) if p.suffix == ".json" else p.read_text() for p in found})
+        emit({str(p): _brief(read(p)) if p.suffix == ".json" else p.read_text() for p in found or twins})
         return
     console = Console()
-    for path in found:
+    if twins:
+        said = f"no record of {figure}; of the same models, those of {other}, with the figures of {figure}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    for path in found or twins:
         console.rule(str(path.parent))
         if path.suffix == ".md":
             console.print(path.read_text(), markup=False, highlight=False)
             continue
-        held = load_report(path)
+        held = read(path)
         print_table(held, console)
         for line in held.summary:
             console.print(line, markup=False, highlight=False)
         told = held.provenance
         console.print(f"measured by  {told.get('command', 'not told')}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _records(figure: str, folder: Path) -> list[Path]:
+    """Where the records of a figure lie: reports, and pages where there is no report beside them."""
+    found = sorted(p for p in folder.glob(f"*/{figure}.*") if p.suffix in (".json", ".md"))
+    return [p for p in found if p.suffix == ".json" or p.with_suffix(".json") not in found]
 
 
 def report(

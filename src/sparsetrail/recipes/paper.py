@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrail.auditing import Budget
-from sparsetrail.core import Audit, Claim, Linf, Report, Run, Trail
+from sparsetrail.core import Audit, Claim, Linf, Report, Run, Trail, as_fraction
 from sparsetrail.data import Dataset, load, take
 from sparsetrail.models import Trained, load_model
 from sparsetrail.recipes import audits
@@ -36,6 +36,7 @@ from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.training import TrainSpec
 
 FIGURES = ("table1", "table2", "table3", "fig1", "fig3", "threats")
+TWINS = {"table1": "table2", "table2": "table1"}  # of the same models, but for the data set at `paper` scale
 TEXT = Linf(8 / 255, space="pixel")
 CODE = Linf(6 / 255, space="encoded")
 THREATS = (TEXT, CODE, Linf(8 / 255, space="encoded"))
@@ -299,6 +300,19 @@ def reproduce(
     )
 
 
+def beside(report: Report, figure: str) -> Report:
+    """The same models beside the published figures of another table; tables 1 and 2 differ in nothing else here."""
+    names = {m["name"] for m in report.models}
+    sets = {n.rsplit(", ", 1)[1] for n in names}
+    shown = tuple(c for c in claims(figure) if names & {Row(row_of(c), "max", s).name for s in sets})
+    return replace(
+        report,
+        title=report.title.replace(report.title.split(" at ")[0], figure.replace("table", "Table ")),
+        claims=shown,
+        summary=(*_published(shown), *(line for line in report.summary if not line.startswith("Published "))),
+    )
+
+
 def _system(bench: Bench, row: Row, size: SystemScale, train_set: Dataset) -> Trained:
     s = SYSTEMS[row.arch]
     return train_system(
@@ -388,6 +402,7 @@ def _published(shown: Sequence[Claim]) -> tuple[str, ...]:
         pool = "" if row_of(c) in SYSTEMS else f", {c.conditions.get('pool')} pool"
         row = f"Published ({c.source}): {c.row}{pool}, {c.dataset}"
         eps, space = c.conditions.get("eps_coded"), c.conditions.get("space_coded")
+        eps = as_fraction(eps) if isinstance(eps, float) else eps
         threat = f" ({space} {eps})" if row_of(c) in SYSTEMS and eps else ""
         rows.setdefault(row, []).append(f"{attack} {c.value:g} %{threat}")
     two = " Threat in the text: pixel 8/255; in the code: encoded 6/255, crafted in train mode."
