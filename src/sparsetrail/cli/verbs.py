@@ -422,6 +422,7 @@ def audit(
                 [f"sparsetrail audit {target}", *(f"--eps {as_fraction(t.eps)} --space {t.space}" for t in threats),
                  f"--norm {norm} --data {test_set.name} --n {len(test_set.labels)} --budget {budget} --seed {seed}",
                  f"--precision {precision}", *([] if claim is None else [f"--claim {claim:g}"]),
+                 *([] if eot is None else [f"--eot {eot}"]),
                  *(f"--transfer {t}" for t in transfer or ()), *([] if control is None else [f"--control {control}"])]
             ),
         )  # fmt: skip
