@@ -304,6 +304,29 @@ def tied_readout() -> Victim:
     return replace(base, logits=logits)
 
 
+def rejecting() -> Victim:
+    """Abstains where it is unsure: all scores 0, a tie; the gradient stays."""
+    base = honest("ann")
+
+    def logits(u: Tensor) -> Tensor:
+        z = base.logits(u)
+        two = z.topk(2, 1).values
+        return z + torch.where((two[:, 0] - two[:, 1] > 1.0)[:, None], torch.zeros_like(z), -z).detach()
+
+    return replace(base, logits=logits)
+
+
+def hard_labels() -> Victim:
+    """Tells its decision and nothing else; the gradient is that of noise."""
+    base, w = honest("ann"), torch.randn(64, CLASSES, generator=torch.Generator().manual_seed(0))
+
+    def logits(u: Tensor) -> Tensor:
+        best = F.one_hot(base.logits(u).detach().argmax(1), CLASSES)
+        return best.float() + 1e-4 * (u[0].flatten(1) @ w)
+
+    return replace(base, logits=logits, module=None)
+
+
 def nan_off_the_data() -> Victim:
     base = honest("ann")
     return replace(base, logits=lambda u: base.logits(u) + 0 * (1e-4 - distance(u)[0, :, 0, 0]).sqrt())

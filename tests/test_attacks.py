@@ -415,3 +415,32 @@ def test_copies_of_a_problem_keep_its_ledger():
     assert p.fooled.all() and p.best[2] == pytest.approx(0.9)
     with p.restarts(5) as (q, played):
         assert q is p and played == 1
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_scores_of_any_float_type_are_attacked_and_an_odd_code_is_refused(kind):
+    """As a network inside of float64 or bf16 gives them; images dropped on the way must not trip over it."""
+    w = torch.randn(27, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.rand(12, 3, 3, 3, generator=torch.Generator().manual_seed(1)) * 0.4 + 0.3
+    plain = Victim(encode=lambda x: x[None], logits=lambda u: u[0].flatten(1) @ w.float(), steps=1, classes=4)
+    typed = dataclasses.replace(plain, logits=lambda u: u[0].flatten(1).to(kind) @ w.to(kind))
+    y = typed.scores(x).argmax(1)
+    for name in ("fgsm", "bim", "mifgsm", "pgd", "apgd", "sapgd", "spsa", "square"):
+        for space in ("pixel", "encoded"):
+            few = {"queries": 20} if name == "square" else {} if name == "fgsm" else {"steps": 4}
+            runs = [attack(ATTACKS[name], typed, Linf(0.05, space=space), x, y, drop=d, **few) for d in (True, False)]
+            assert runs[0].robust == runs[1].robust and all(runs[0].clean)
+            if kind == torch.float64 and name == "pgd":
+                assert runs[0].robust == attack(pgd, plain, Linf(0.05, space=space), x, y, **few).robust
+    odd = dataclasses.replace(
+        plain, encode=lambda x: x[None].to(torch.bfloat16), logits=lambda u: plain.logits(u.float())
+    )
+    with pytest.raises(ValueError, match=r"expected a code of float32 .* got torch\.bfloat16"):
+        attack(pgd, odd, Linf(0.05, space="encoded"), x, y)
+    centred = dataclasses.replace(plain, encode=lambda x: (x[None] - 0.5) / 0.25)
+    with pytest.raises(ValueError, match=r"expected a clean code in 0\.\.1 .* box=\(lo, hi\)"):
+        attack(pgd, centred, Linf(0.05, space="encoded"), x, y)
+    assert attack(pgd, centred, Linf(0.05, space="encoded", box=(-2, 2)), x, centred.scores(x).argmax(1)).backwards
+    with pytest.raises(ValueError, match="image of 0 and 1 alone"):
+        attack(ATTACKS["sda"], plain, L0(3, space="pixel"), x, y)
+    assert attack(pgd, plain, Linf(0.05, space="pixel"), x, y.to(torch.uint8)).clean == (True,) * 12

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from frauds import FRAUDS, case, honest
+from frauds import FRAUDS, case, hard_labels, honest, rejecting
 from lively import lively
 
 from sparsetrail.auditing import Forgetful, audit, battery, fingerprint, join, judge, run, verify
@@ -128,6 +128,31 @@ def test_a_stopped_audit_of_a_random_code_goes_on_with_the_draws_of_the_whole(sn
         assert (found.clean, found.worst, found.broken_by) == (whole.clean, whole.worst, whole.broken_by)
 
 
+def test_findings_of_a_random_code_do_not_depend_on_where_the_audit_was_stopped(snn, tmp_path, unplotted):
+    """Checks share scores, gradients and runs: what these draw must not depend on which check asked first."""
+    _, x, _ = snn
+    x = x[:6]
+    net = lively(NetSpec(width=0.125, steps=2), poisson(steps=2)(x))
+
+    def fresh():
+        return victim(net, poisson(steps=2, seed=3), name="random")
+
+    with torch.no_grad():
+        y = fresh().scores(x).argmax(1)
+
+    def once(**more):
+        threat = Linf(2 / 255, space="pixel")
+        return audit(fresh(), threat, x, y, budget="quick", eot=2, fresh=fresh, minutes=None, **more)[0]
+
+    whole, store = once(), Cells(tmp_path)
+    for parts in (9, 15):
+        left = iter([False] * parts)
+        with pytest.raises(KeyboardInterrupt):
+            once(store=store, stop=lambda left=left: next(left, True))
+    assert once(store=store).findings == whole.findings
+    assert {f.level for f in whole.findings if f.id in ("S3", "S5", "G5")} <= {"pass", "warn"}
+
+
 def test_parts_are_not_taken_from_another_victim_or_threat(snn, tmp_path, brief):
     v, x, y = snn
     store = Cells(tmp_path)
@@ -199,6 +224,75 @@ def test_the_verdict_follows_its_rules():
     assert verdict(worst=none, default=none, clean=none) == "inconclusive"
 
 
+def test_ties_and_a_blind_gradient_support_nothing():
+    n, yes = 400, [True] * 400
+    default = [i < 200 for i in range(n)]
+    calm = [finding("S3", "pass"), finding("G5", "pass", True)]
+
+    def verdict(tied=(), findings=calm, claim=None):
+        return judge(findings, default, default, yes, claim, True, "standard", tied)
+
+    assert verdict()[0] == verdict(range(2))[0] == verdict(range(200, 400))[0] == "supported"  # fell to another attack
+    for claim in (None, 0.5):
+        said = verdict(range(6), claim=claim)
+        assert said[0] == "inconclusive" and "6 images stand by a tie" in said[1] and "48.5 %" in said[1]
+        assert verdict(findings=[finding("G5", "warn", True)], claim=claim)[0] == "inconclusive"
+
+
+def remembering():
+    """Answers what lies near an image it has seen by the scores of that image; the gradient stays live."""
+    base, seen = honest("ann"), []
+
+    def logits(u):
+        z, out = base.logits(u), []
+        for i in range(u.shape[1]):
+            near = next((s for v, s in seen if (u[:, i] - v).abs().max() <= 0.15), None)
+            if near is None:
+                seen.append((u[:, i].detach(), z[i].detach()))
+            out.append(z[i] if near is None else near + 0 * z[i])
+        return torch.stack(out)
+
+    return replace(base, logits=logits, module=None)
+
+
+def test_a_victim_that_remembers_what_it_was_shown_supports_nothing(unplotted):
+    probe = case(honest("ann"), n=24)
+
+    def s3f(**more):
+        found, _ = audit(probe.victim if not more else more.pop("of"), probe.threat, probe.x, probe.y,
+                         budget="quick", **more)  # fmt: skip
+        return next(f for f in found.findings if f.id == "S3f"), found.verdict, found.reason
+
+    told, verdict, reason = s3f(of=remembering(), fresh=remembering)
+    assert told.level == "fail" and verdict == "inconclusive" and "S3f" in reason
+    assert s3f(of=honest("ann"), fresh=lambda: honest("ann"))[0].level == "pass"
+    assert s3f()[0].level == "not applicable"
+
+
+def test_a_random_victim_whose_adversarials_mostly_do_not_hold_is_not_sound(brief):
+    v, x, y = line(n=32)
+    noisy = replace(v, random=True)
+    robust = replace(noisy, logits=lambda u: v.logits(u) * 0 + torch.tensor([1.0, 0.0]))
+    found, points = audit(noisy, Linf(EPS, space="pixel"), x, y, budget="quick", eot=1, fresh=lambda: robust)
+    s6 = next(f for f in found.findings if f.id == "S6")
+    assert s6.level == "fail" and found.verdict == "inconclusive" and not points
+    far = {0: x[0] - 60 / 255}
+    assert verify(noisy, Linf(EPS, space="pixel"), x, y, far) == {0: "outside ball or box"}
+
+
+def test_a_victim_that_raises_is_told_from_a_bug_of_ours(brief):
+    base, kept = honest("ann"), []
+
+    def logits(u):
+        kept.append(base.logits(u))
+        return kept[0] + kept[-1]  # state of the first batch: the last one is smaller
+
+    probe = case(replace(base, logits=logits), n=20)
+    with pytest.raises(ValueError, match=r"got RuntimeError.*sparsetrail\.stateful") as raised:
+        audit(probe.victim, probe.threat, probe.x, probe.y, budget="quick", batch=8)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
 def test_no_further_attack_is_begun_after_the_time(snn, brief):
     v, x, y = snn
     found, _ = audit(v, Linf(1 / 255, space="pixel"), x, y, budget="quick", minutes=0)
@@ -236,6 +330,11 @@ def test_a_victim_of_one_name_is_not_another(snn):
     v, x, _ = snn
     other = replace(v, logits=lambda u: -v.logits(u), shortcut=None)
     assert fingerprint(v, x) == fingerprint(replace(v), x) != fingerprint(other, x)
+    turned = replace(v, shortcut=lambda x: 2 * v.scores(x).detach() - v.scores(x))  # the same scores, downhill
+    assert torch.equal(turned.scores(x), v.scores(x)) and fingerprint(turned, x) != fingerprint(v, x)
+    assert fingerprint(replace(v, shortcut=lambda x: v.scores(x).detach()), x) not in map(
+        fingerprint, (v, turned), (x, x)
+    )
 
 
 def test_a_broken_evaluation_stops_the_battery(snn, brief):
@@ -289,6 +388,13 @@ def test_a_fraud_is_not_supported(name, verdict, unplotted):
     assert verdict == "inconclusive" or any(f.masking and f.level == "fail" for f in found.findings)
 
 
+@pytest.mark.parametrize("build, said", [(rejecting, "stand by a tie"), (hard_labels, "S9")])
+def test_what_no_attack_of_ours_gets_through_is_not_supported_for_that(build, said, unplotted):
+    probe = case(build(), eps=4 / 255, n=120)
+    found, _ = audit(probe.victim, probe.threat, probe.x, probe.y, budget="standard", claim=0.0)
+    assert found.verdict == "inconclusive" and said in found.reason, found.reason
+
+
 @pytest.mark.parametrize("kind, space", [("ann", "pixel"), ("direct", "pixel"), ("phase", "pixel"),
                                          ("phase", "encoded"), ("hardened", "pixel")])  # fmt: skip
 def test_an_honest_victim_is_not_called_masked(kind, space, unplotted):
@@ -329,10 +435,29 @@ def test_a_victim_of_your_own_from_the_command_line(tmp_path, monkeypatch, capsy
     main(["audit", "mine.py:ann", *flags, "--verify"])
     held = capsys.readouterr().out
     assert "adversarials hold" in held
+    folder = tmp_path / "runs" / "mine-ann" / "audit"
+    folder = folder / "pixel-linf-8of255_n40"
+    both = folder.rename(folder.with_name("pixel-linf-8of255_encoded-linf-6of255_n40"))  # as of two threats at once
+    main(["audit", "mine.py:ann", *flags, "--verify", "--json"])
+    (line,) = json.loads(capsys.readouterr().out)["verified"]
+    assert line["held"] == line["n"] > 0 and line["bad"] == {} and line["folder"] == str(both.relative_to(tmp_path))
+    whole = (both / "result.json").read_text()
+    told = json.loads(whole)
+    told["audits"][0]["worst"] = told["audits"][0]["clean"]  # nothing fell, it says now
+    (both / "result.json").write_text(json.dumps(told))
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", "mine.py:ann", *flags, "--verify"])
+    assert stop.value.code == 4 and "one of the two was changed" in capsys.readouterr().err
+    (both / "result.json").write_text(whole)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.py").write_text(FOREIGN)
+    main(["audit", "sub/mine.py:ann", *flags, "--minutes", "0", "--json"])
+    assert "runs/sub-mine-ann/audit" in capsys.readouterr().out  # not into the folder of its namesake
     for target, text in (("mine.py:wrong", "expected a sparsetrail Victim"), ("mine.py:none", "found none of that")):
         with pytest.raises(SystemExit) as stop:
             main(["audit", target, *flags])
         assert stop.value.code == 4 and text in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"mine-ann", "sub-mine-ann"}  # refused, nothing is made
     with pytest.raises(SystemExit) as stop:
         main(["audit", "mine.py:ann", "--eps", "8/255", "--space", "pixel", "--space", "encoded", "--data", "cifar10"])
     assert stop.value.code == 4 and "one --eps for every --space" in capsys.readouterr().err

@@ -149,7 +149,8 @@ def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
         (("attack", model, *ok, "--encoder-gradient", "none"), "no gradient reaches"),
         (("train", "resnet18", "--data", "fashion-mnist-slice", "--out", tmp_path / "t"), "sew_resnet18"),
         (("train", "--data", "nosuchset", "--out", tmp_path / "t"), "data add"),
-        (("train", "--data", "fashion-mnist-slice", "--lr", "0", "--out", tmp_path / "t"), "lr"),
+        (("train", "--data", "fashion-mnist-slice", "--lr", "0", "--out", tmp_path / "t"), "lr: expected a finite"),
+        (("attack", "mine.py:mine", *ok), "a Python file: `audit` and `theory audit` take one"),
         (("report", tmp_path / "nowhere"), "nowhere"),
         (("reproduce", "table3", "--scale", "smoke", "--rows", "vgg11", "--out", tmp_path / "t"), "sew_resnet18"),
         (("data", "add", tmp_path / "gone"), "gone"),
@@ -193,6 +194,13 @@ def test_trail_and_report(model, tmp_path, capsys):
     assert path["n"] == 1 and len(path["rows"][0]["per_step"]) == 3
     assert all(r["per_example"] == [pytest.approx(r["zero"])] for r in path["rows"])
     assert (tmp_path / "t3" / "trail_examples.csv").is_file()
+    code, out, err = run("report", tmp_path / "trail", "--format", "table", capsys=capsys)
+    assert code == 0 and "Exactly zero gradient entries" in out and "No attack" not in out
+    code, _, err = run("report", tmp_path / "trail", "--format", "latex", "--out", tmp_path / "t4", capsys=capsys)
+    assert code == 4 and "is printed, not written" in err and not (tmp_path / "t4").exists()
+    beside = {p.name for p in model.iterdir()}
+    assert run("trail", model, "--n", "4", "--detail", "plain", "--json", capsys=capsys)[0] == 0
+    assert {p.name for p in model.iterdir()} - beside == {"trail-n4"}  # a result of 64 images is not written over
     code, _, err = run("trail", model, "--example", "100000", capsys=capsys)
     assert code == 4 and "expected an image from 0 to" in err
     code, _, err = run("trail", model, model, "--n", "4", capsys=capsys)
@@ -259,6 +267,10 @@ def test_a_foreign_checkpoint_is_taken_in_without_running_it(model, tmp_path, ca
     assert code == 0, err
     code, _, err = run("import", tmp_path / "best.pth", *flags, "--out", tmp_path / "in", capsys=capsys)
     assert code == 4 and "--fresh" in err
+    lif = ("--neuron", "lif", "--tau", "1.5", "--threshold", "0.8", "--out", tmp_path / "lif")
+    assert run("import", tmp_path / "best.pth", *flags, *lif, capsys=capsys)[0] == 0
+    spec = load_model(tmp_path / "lif").net.spec.neuron
+    assert (spec.kind, spec.tau, spec.threshold, spec.detach_reset) == ("lif", 1.5, 0.8, True)
     code, _, err = run("import", tmp_path / "best.pth", *flags[:-4], "--out", tmp_path / "in2", capsys=capsys)
     assert code == 4 and "other shape" in err and not (tmp_path / "in2" / "model.safetensors").exists()
     torch.save({"model_state_dict": net.state_dict(), "extra": Bomb()}, tmp_path / "bomb.pth")

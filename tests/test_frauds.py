@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from frauds import FRAUDS, case, honest
 
 from sparsetrail.checks import CHECKS
@@ -60,4 +61,19 @@ def test_a_declared_random_victim_is_not_accused_of_its_noise():
     found = look(case(victim, n=24, eot=2))
     TABLE.append(("honest: Poisson declared", "", ", ".join(rang(found))))
     assert not [f for f in found.values() if f.level == "fail"]
-    assert found["S3"].level == found["S5"].level == "not applicable" and found["C14"].level != "not applicable"
+    assert found["S3"].level == found["S5"].level == "pass" and found["C14"].level != "not applicable"
+
+
+@pytest.mark.parametrize("name, id", [("scores centred on the batch", "S5"), ("membrane not reset", "S3")])
+def test_declared_noise_hides_no_fault_of_state_or_batch(name, id):
+    for noise in (0.0, 0.01):
+        base, g = FRAUDS[name].build(), torch.Generator().manual_seed(0)
+
+        def logits(u, base=base, g=g, noise=noise):
+            z = base.logits(u)
+            return z + noise * torch.randn(z.shape, generator=g)
+
+        found = CHECKS[id](case(replace(base, logits=logits, random=True), eps=FRAUDS[name].eps, n=24))
+        assert found.level == "fail", found
+    silent = CHECKS["S4"](case(replace(honest("ann"), random=True), n=8))
+    assert silent.level == "warn"  # declared, and draws nothing

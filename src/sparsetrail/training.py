@@ -66,21 +66,21 @@ class TrainSpec:
     seed: int = 3407
 
     def __post_init__(self) -> None:
-        for name, ok in (
-            ("optimizer", self.optimizer in ("adam", "sgd")),
-            ("schedule", self.schedule in ("none", "cosine")),
-            ("precision", self.precision in ("fp32", "tf32", "bf16")),
-            ("lr", 0 < self.lr < math.inf),
-            ("batch", self.batch >= 1),
-            ("epochs", self.epochs >= 1),
-            ("crop", self.crop >= 0),
-            ("cutout", self.cutout >= 0),
-            ("clip", 0 <= self.clip < math.inf),
-            ("weight_decay", 0 <= self.weight_decay < math.inf),
-            ("validation", 0 <= self.validation < 1),
+        for name, ok, want in (
+            ("optimizer", self.optimizer in ("adam", "sgd"), "adam or sgd"),
+            ("schedule", self.schedule in ("none", "cosine"), "none or cosine"),
+            ("precision", self.precision in ("fp32", "tf32", "bf16"), "fp32, tf32 or bf16"),
+            ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
+            ("batch", self.batch >= 1, "at least 1 image"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("crop", self.crop >= 0, "0 (off) or more pixels"),
+            ("cutout", self.cutout >= 0, "0 (off) or more pixels"),
+            ("clip", 0 <= self.clip < math.inf, "0 (off) or a finite norm above it"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a finite number above it"),
+            ("validation", 0 <= self.validation < 1, "a share of the training images, 0 or more and below 1"),
         ):
             if not ok:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, which is out of range; see TrainSpec")
+                raise ValueError(f"{name}: expected {want}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ def attack(
     grid = threat.space == "pixel" and threat.box == (0.0, 1.0) and bool(grey(x).all())
     started = time.perf_counter()
     clean, robust, points = [], [], []
-    ties = forwards = backwards = dead = nonfinite = silent = 0
+    tied: list[int] = []
+    y = y.long()
+    forwards = backwards = dead = nonfinite = silent = 0
     zero: list[Tensor] = []
     traces: list[Tensor] = []
     for i in range(0, len(y), batch):
@@ -83,7 +85,7 @@ def attack(
             raise KeyboardInterrupt
         xs, ys = x[i : i + batch], y[i : i + batch]
         with torch.no_grad():
-            u0 = xs if threat.space == "pixel" else victim.encode(xs).contiguous()
+            u0 = _attacked(victim, threat, xs)
             right = judged(judge, u0, ys, votes)[0]
         forwards += len(ys) * votes
         rows = right.nonzero().squeeze(1)
@@ -101,7 +103,7 @@ def attack(
                 _, m = judged(judge, point, ys[rows], votes)
             held[rows] = ~(m > 0)
             best = u0.index_copy(axis, rows, point)
-            ties += int((m == 0).sum())
+            tied += [i + r for r in rows[m == 0].tolist()]
             silent += int(((m > 0) & ~(p.last_margin > 0)).sum())
             forwards += p.forwards + len(rows) * votes
             backwards += p.backwards
@@ -127,7 +129,7 @@ def attack(
         seed=seed,
         clean=tuple(torch.cat(clean).tolist()),
         robust=tuple(torch.cat(robust).tolist()),
-        ties=ties,
+        ties=len(tied),
         forwards=forwards,
         backwards=backwards,
         zero_gradient=float(torch.stack(zero).mean()) if zero else None,
@@ -142,8 +144,28 @@ def attack(
         silent=silent,
         eot=eot,
         votes=votes,
+        tied=tuple(tied),
         adversarial=torch.cat(points, axis) if keep else None,
     )
+
+
+def _attacked(victim: Victim, threat: Threat, x: Tensor) -> Tensor:
+    """The clean attacked tensor; ValueError where the threat holds no such tensor."""
+    u0 = x if threat.space == "pixel" else victim.encode(x).contiguous()
+    if u0.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{victim.name}: expected a code of float32 (or float64) to attack, got {u0.dtype}; let `encode` give "
+            "float32 and `logits` cast it"
+        )
+    if not bool(threat.contains(u0, u0).all()):
+        lo, hi = threat.box
+        ends = f"of {lo:g} and {hi:g} alone, as an L0 ball flips them" if threat.norm == "l0" else f"in {lo:g}..{hi:g}"
+        raise ValueError(
+            f"{victim.name}: expected a clean {'image' if threat.space == 'pixel' else 'code'} {ends} (the box of the "
+            f"threat), got values in {float(u0.min()):.3g}..{float(u0.max()):.3g}; give a box that holds them: "
+            "Linf(..., box=(lo, hi))"
+        )
+    return u0
 
 
 def _guides(

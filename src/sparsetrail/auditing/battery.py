@@ -75,6 +75,9 @@ def battery(
                 stages.append(_stage(code, "route", Route(neuron=name), **best))
             both = (Route(), Route(neuron="hart"))
             stages.append(_stage(code, "route", *both, **best))
+            if budget != "quick":  # other starts, and the margin: what one run of it on cross-entropy leaves
+                again = {"steps": n(100), "loss": "margin", "restarts": 3}
+                stages.append(_stage("sapgd", "route", Route(neuron="assg", encoder=secant), **again))
             if threat.space == "pixel" and budget != "quick":
                 steps = {victim.steps // 2, 2 * victim.steps} - {0, victim.steps}
                 stages += [_stage("pgd", "time", Route(steps=s), steps=n(10), step=eps / 4) for s in sorted(steps)]

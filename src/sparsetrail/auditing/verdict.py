@@ -1,7 +1,7 @@
 """What an audit concludes: findings of the battery, and the verdict by the rules of docs/findings.md."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sparsetrail.auditing.battery import Budget, Kind, Stage
 from sparsetrail.core import Finding, Rate, Run
@@ -21,8 +21,9 @@ def judge(
     claim: float | None,
     complete: bool,
     budget: Budget = "standard",
+    tied: Collection[int] = (),
 ) -> tuple[Verdict, str]:
-    """The verdict and its reason, by the rules of docs/findings.md."""
+    """The verdict and its reason, by the rules of docs/findings.md; `tied` are the images brought to a tie."""
     n = len(worst)
     failed = [f for f in findings if f.level == "fail"]
     sanity = [f for f in failed if f.id.startswith("S")]
@@ -55,6 +56,18 @@ def judge(
         )
     if not complete:
         return "inconclusive", f"the battery did not finish; so far {now}"
+    ties = [j for j in tied if worst[j]]
+    if len(ties) >= ALONE and len(ties) / n > 0.01:
+        strict = Rate(now.k - len(ties), n)
+        return (
+            "inconclusive",
+            f"{len(ties)} images stand by a tie of the best scores; counted as lost they leave {strict}",
+        )
+    if any(f.id == "G5" and f.level == "warn" for f in findings):
+        return (
+            "inconclusive",
+            f"the gradient says nothing about the loss (G5), so that the attacks had little to go by: {now}",
+        )
     others = [f for f in failed if not f.masking]
     beside = f"; weaknesses of weaker attacks: {_names(others)}" if others else ""
     what = f"the default attack's {100 * before.value:.1f} %" if claim is None else f"the claimed {100 * claim:.1f} %"

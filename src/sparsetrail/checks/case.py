@@ -1,11 +1,12 @@
 """What a check looks at: a victim, a threat and a small sample of images; and how its finding is made."""
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from sparsetrail.attacks import Attack, attack, noise, pgd
 from sparsetrail.core import Finding, Problem, Run, Streams, Threat, Victim, correct
 from sparsetrail.core.results import Level
 
+T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -91,7 +93,8 @@ class Case:
     """A victim under a threat and the images `x` [n c h w], `y` [n] it is checked on.
 
     `seed` keys every draw, `eot` gradients are averaged where the victim draws noise, `batch` bounds a forward. Scores,
-    gradients and runs are kept: checks share them.
+    gradients and runs are kept: checks share them. What a victim that can be reseeded draws for them, and after them,
+    does not depend on which check asked first: a stopped audit goes on as if it had not been.
     """
 
     victim: Victim
@@ -122,29 +125,51 @@ class Case:
         return self.victim.of(self.threat.space)
 
     @cached_property
+    def _held(self) -> dict[Hashable, Any]:
+        return {}
+
+    def _once(self, name: str, make: Callable[[], T], key: Hashable = None) -> T:
+        """What is made once and shared, by a name that draws are keyed by; `key` where that does not tell all."""
+        key = name if key is None else key
+        if key not in self._held:
+            self._reseed(f"{name} made")
+            self._held[key] = make()
+        self._reseed(f"{name} known")
+        return self._held[key]
+
+    def _reseed(self, words: str) -> None:
+        if self.victim.reseed is not None:
+            sha = hashlib.sha256(f"{self.seed} {words}".encode())
+            self.victim.reseed(int.from_bytes(sha.digest()[:4], "big"))
+
+    @property
     def u0(self) -> Tensor:
         """The clean attacked tensor."""
-        with torch.no_grad():
-            return self.x if self.threat.space == "pixel" else self.victim.encode(self.x).detach().contiguous()
 
-    @cached_property
+        def make() -> Tensor:
+            with torch.no_grad():
+                return self.victim.encode(self.x).detach().contiguous()
+
+        return self.x if self.threat.space == "pixel" else self._once("code", make)
+
+    @property
     def z(self) -> Float[Tensor, "n k"]:
         """Clean scores."""
-        return self.scores(self.u0)
+        return self._once("scores", lambda: self.scores(self.u0))
 
-    @cached_property
+    @property
     def right(self) -> Bool[Tensor, " n"]:
         """Which images are classified correctly."""
         return correct(self.z, self.y)
 
-    @cached_property
+    @property
     def start(self) -> Tensor:
         """The clean attacked tensor of the images classified correctly."""
         if not bool(self.right.any()):
             raise Skip(f"none of {self.n} images is classified correctly")
         return self.u0.index_select(self.axis, self.right.nonzero()[:, 0])
 
-    @cached_property
+    @property
     def labels(self) -> Int[Tensor, " m"]:
         """The labels of those."""
         return self.y[self.right]
@@ -192,17 +217,18 @@ class Case:
             raise Skip(f"{g} (see G3)")
         return g
 
-    @cached_property
+    @property
     def first(self) -> Tensor | str:
         """The gradient at the clean images classified correctly, or why there is none."""
-        return self.reach(self.start, self.labels)
+        return self._once("gradient", lambda: self.reach(self.start, self.labels))
 
-    @cached_property
+    @property
     def gradient(self) -> Tensor:
         """The gradient at the clean images classified correctly."""
-        if isinstance(self.first, str):
-            raise Skip(f"{self.first} (see G3)")
-        return self.first
+        g = self.first
+        if isinstance(g, str):
+            raise Skip(f"{g} (see G3)")
+        return g
 
     def draw(self, like: Tensor, index: int = 0, *, signs: bool = False) -> Tensor:
         """The same uniform draw in -1..1, or of signs, whenever it is asked for."""
@@ -218,7 +244,7 @@ class Case:
         """`u` cut to the box alone."""
         return u.clamp(*self.threat.box)
 
-    @cached_property
+    @property
     def scale(self) -> float:
         """A step of the threat per entry: the radius for L-infinity, what a spread-out L2 step leaves per entry."""
         if self.threat.norm == "l0":
@@ -231,7 +257,7 @@ class Case:
         """How far an entry moves to a corner of the ball."""
         return 1.0 if self.threat.norm == "l0" else self.scale
 
-    @cached_property
+    @property
     def whole(self) -> Threat:
         """The threat without a bound: all of the box."""
         lo, hi = self.threat.box
@@ -239,19 +265,19 @@ class Case:
         radius = {"linf": hi - lo, "l2": (hi - lo) * math.sqrt(size), "l0": size}[self.threat.norm]
         return replace(self.threat, eps=radius)
 
-    @cached_property
-    def _runs(self) -> dict[Hashable, Run]:
-        return {}
-
     def run(self, fn: Attack, *, threat: Threat | None = None, drop: bool = True, eot: int = 0, **knobs: Any) -> Run:
         """An attack on the images of this case; the same call is made once."""
-        key = fn, threat, drop, eot, tuple(sorted((k, id(v) if isinstance(v, list) else v) for k, v in knobs.items()))
-        if key not in self._runs:
-            self._runs[key] = attack(
+        given = sorted(knobs.items())
+        key = fn, threat, drop, eot, tuple((k, id(v) if isinstance(v, list) else v) for k, v in given)
+        told = [(k, getattr(v, "__name__", v)) for k, v in given if not isinstance(v, list)]
+        return self._once(
+            f"{getattr(fn, '__name__', fn)} {threat} {drop} {eot} {told}",
+            lambda: attack(
                 fn, self.victim, threat or self.threat, self.x, self.y,
                 eot=eot or self.eot, batch=self.batch, seed=self.seed, drop=drop, keep=True, **knobs,
-            )  # fmt: skip
-        return self._runs[key]
+            ),
+            key,
+        )  # fmt: skip
 
     def pgd(self, steps: int = 20, *, threat: Threat | None = None, pace: float = 4, **knobs: Any) -> Run:
         """PGD with steps of a `pace`-th of the radius; Skip where no gradient leads to the attacked tensor."""

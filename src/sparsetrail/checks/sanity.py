@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sparsetrail._shapes import Float
 from sparsetrail.attacks import attack, noise, pgd
 from sparsetrail.checks.case import Case, Outcome, Skip, check, flags, graded
 from sparsetrail.checks.chance import at_least
@@ -17,19 +19,26 @@ from sparsetrail.core import Linf, Rate, Run, Victim, margin
 
 @check("S0", "finite scores")
 def finite_scores(case: Case) -> Outcome:
-    """Scores are finite at clean images, at corners of the ball and at adversarial points. Any other fails."""
+    """Scores are finite at clean images, at corners of the ball and at adversarial points, and so are the network's
+    weights (a neuron turns a NaN into silence). Any other fails."""
     corner = case.within(case.u0 + case.corner * case.draw(case.u0, signs=True), case.u0)
     points = {"clean": case.u0, "corner": corner}
+    module = case.victim.module
+    broken = [] if module is None else [
+        *(k for k, t in module.named_parameters() if not bool(t.isfinite().all())),
+        *(k for k, t in module.named_buffers() if bool(t.isnan().any())),  # a mask may be infinite
+    ]  # fmt: skip
     if bool(case.z.isfinite().all()):
         points["attacked"] = _points(case.usual).to(case.u0)
     bad = {k: int((~case.scores(u).isfinite()).any(1).sum()) for k, u in points.items()}
     total = sum(bad.values())
     where = ", ".join(f"{v} of {case.n} {k}" for k, v in bad.items())
     return Outcome(
-        graded(False, total > 0),
-        total,
+        graded(False, total + len(broken) > 0),
+        total + len(broken),
         "0",
-        f"images with a NaN or infinite score: {where}",
+        f"images with a NaN or infinite score: {where}"
+        + (f"; {len(broken)} of the network's tensors are not finite: {', '.join(broken[:3])}" if broken else ""),
         "find the operation that overflows or divides by zero; a NaN is never a success here, so it hides adversarials",
     )
 
@@ -69,7 +78,8 @@ def validity(case: Case, run: Run) -> Outcome:
 
 @check("S2", "nothing changes while scoring")
 def unchanged(case: Case) -> Outcome:
-    """Weights, buffers and mode are the same before and after scores and gradients. Change, or train mode, fails."""
+    """Weights, buffers and mode are the same before and after scores and gradients. Change, or train mode, fails;
+    a change of whole numbers alone, such as a count of calls, warns."""
     module = case.victim.module
     if module is None:
         raise Skip("the victim names no module to look at")
@@ -82,8 +92,9 @@ def unchanged(case: Case) -> Outcome:
     moved = [k for k in before if before[k] != after.get(k)] + [k for k in after if k not in before]
     switched = sum(a != b.training for a, b in zip(modes, module.modules(), strict=True))
     words = f"; first {moved[0]}" if moved else ""
+    counts = {k for k, t in module.named_buffers() if not t.is_floating_point()}
     return Outcome(
-        graded(False, bool(moved or training or switched)),
+        graded(bool(moved), bool(set(moved) - counts or training or switched)),
         len(moved),
         "0",
         f"{len(moved)} of {len(before)} tensors changed{words}; {training} modules in train mode, {switched} switched",
@@ -93,9 +104,17 @@ def unchanged(case: Case) -> Outcome:
 
 @check("S3", "no state from one batch to the next")
 def state_reset(case: Case) -> Outcome:
-    """logits(u), logits(v), logits(u) again: first and third equal to 1e-5. (Forgotten reset: SpikingJelly #594.)"""
+    """logits(u), logits(v), logits(u) again: first and third equal to 1e-5. (Forgotten reset: SpikingJelly #594.)
+
+    Of a victim that draws noise, the scores after one stranger and after another, as `_apart` tells.
+    """
     if case.victim.random:
-        raise Skip("the victim draws noise: equal scores are not expected")
+        few = case.x[: min(32, case.batch)]
+        return _apart(
+            case,
+            {"after another batch": [_after(case, few, few.flip(3)), _after(case, few, 1 - few)]},
+            "reset every membrane and counter at the start of each forward",
+        )
     with torch.no_grad():
         u = case.victim.encode(case.x)
         a = case.victim.logits(u).float()
@@ -139,9 +158,9 @@ def determinism(case: Case) -> Outcome:
     random = not gap <= 1e-4
     declared = case.victim.random
     return Outcome(
-        graded(False, random and not declared),
+        graded(declared and not random, random and not declared),
         gap,
-        "1e-4 unless declared random",
+        "1e-4 unless declared random, and then more",
         f"5 forwards of {case.n} images differ by {gap:.2g}; declared {'random' if declared else 'deterministic'}",
         "declare Victim(random=True) and attack with eot > 1, or remove what draws (or what is not reset, see S3)",
     )
@@ -153,11 +172,20 @@ def batch_invariance(case: Case) -> Outcome:
 
     What rounding does is measured: the input changed in its last bit. A spike within rounding of the threshold may
     flip when a library sums in another order, as GPUs do from one batch size to the next, which is no fault: surely
-    more than one image in twenty (Wilson, 95 %) must change. (foolbox #243, TRADES #3.)
+    more than one image in twenty (Wilson, 95 %) must change. (foolbox #243, TRADES #3.) Of a victim that draws noise,
+    as `_apart` tells.
     """
-    if case.victim.random:
-        raise Skip("the victim draws noise: equal scores are not expected")
     axis, u = case.axis, case.u0.narrow(case.axis, 0, min(case.n, case.batch))
+    if case.victim.random:
+        few = u.narrow(axis, 0, min(8, u.shape[axis]))
+        whole = _draws(lambda: case.f(u).float()[: few.shape[axis]])
+        alone = _draws(lambda: torch.cat([case.f(part).float() for part in few.split(1, axis)]))
+        beside = _draws(lambda: case.f(torch.cat([few, case.boxed(1 - u)], axis)).float()[: few.shape[axis]])
+        return _apart(
+            case,
+            {"alone": [whole, alone], "beside strangers": [whole, beside]},
+            "use running statistics in eval mode, and nothing else that mixes the images of a batch",
+        )
     count = u.shape[axis]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(case.seed)).to(u.device)
     with torch.no_grad():
@@ -237,19 +265,35 @@ def ties(case: Case) -> Outcome:
 
 @check("S9", "scores are logits of the right classes")
 def kind_of_scores(case: Case) -> Outcome:
-    """One score a class, else fails; no probabilities, which warn: their loss saturates (AutoAttack's checks.py)."""
+    """One score a class, else fails; no probabilities, which warn: their loss saturates (AutoAttack's checks.py).
+
+    Scores that take no more different values than there are classes, over the images and four corners of the ball, to
+    a two-hundredth of the largest, fail: they tell a decision and no way to another one.
+    """
     with torch.no_grad():
         z = case.f(case.u0).detach().float()
     shaped = z.shape == (case.n, case.victim.classes)
     off = float((z.sum(1) - 1).abs().max()) if shaped else math.nan
     probabilities = shaped and bool((z >= 0).all()) and off < 1e-3
+    points, values = 5 * case.n, math.inf
+    if shaped and points >= 4 * case.victim.classes and bool(z.isfinite().all()):
+        corners = [case.within(case.u0 + case.corner * case.draw(case.u0, i, signs=True), case.u0) for i in range(4)]
+        seen = torch.cat([z, *map(case.scores, corners)]).nan_to_num()
+        size = seen.abs().amax().clamp(min=1e-30)
+        values = len((200 * seen / size).round().unique(dim=0))
+    decisions = values <= case.victim.classes
     return Outcome(
-        graded(probabilities, not shaped),
+        graded(probabilities, not shaped or decisions),
         z.shape[1] if z.ndim == 2 else None,
         f"{case.victim.classes} scores, not probabilities",
         f"scores {tuple(z.shape)} for {case.n} images and {case.victim.classes} classes"
-        + (f"; none negative, sums within {off:.1g} of 1" if probabilities else ""),
-        "return what goes into the softmax" if shaped else "let Victim(classes=...) be the number of scores",
+        + (f"; none negative, sums within {off:.1g} of 1" if probabilities else "")
+        + (f"; {values} different ones at {points} points: decisions, without degrees" if decisions else ""),
+        "return what the decision is made of"
+        if decisions
+        else "return what goes into the softmax"
+        if shaped
+        else "let Victim(classes=...) be the number of scores",
     )
 
 
@@ -291,6 +335,44 @@ def self_test(case: Case) -> Outcome:
         "1e-4",
         f"PGD ends {gap:.2g} from the closed form on {len(y)} points of a linear classifier",
         "the attack itself is broken on this machine: reinstall, run the tests",
+    )
+
+
+DRAWS = 16  # of a victim that draws noise, where means are compared
+FAR = 6.0  # standard errors between two means of DRAWS: about one in a million by chance
+
+
+def _draws(scores: Callable[[], Tensor]) -> Float[Tensor, "d n k"]:
+    with torch.no_grad():
+        return torch.stack([scores().detach() for _ in range(DRAWS)])
+
+
+def _after(case: Case, x: Tensor, other: Tensor) -> Float[Tensor, "d n k"]:
+    """Scores of `x`, each time right after others were scored."""
+
+    def once() -> Tensor:
+        case.victim.scores(other)
+        return case.victim.scores(x).float()
+
+    return _draws(once)
+
+
+def _apart(case: Case, pairs: dict[str, list[Tensor]], advice: str) -> Outcome:
+    """Images whose mean scores over DRAWS differ by more than FAR standard errors (Welch) between two circumstances;
+    surely more than one image in twenty (Wilson, 95 %) fails."""
+    said, worst, fails = [], 0, False
+    for name, (a, b) in pairs.items():
+        error = ((a.var(0) + b.var(0)) / DRAWS).sqrt()
+        slack = FAR * error + 1e-4 * a.abs().amax().clamp(min=1)
+        moved = int(((a.mean(0) - b.mean(0)).abs() > slack).any(1).sum())
+        said.append(f"{name} {moved} of {a.shape[1]} images")
+        worst, fails = max(worst, moved), fails or at_least(moved, a.shape[1]) > 0.05
+    return Outcome(
+        graded(False, fails),
+        worst,
+        f"lower end of the share of images whose mean of {DRAWS} draws moves by {FAR:g} standard errors 0.05",
+        "mean scores move: " + ", ".join(said),
+        advice,
     )
 
 

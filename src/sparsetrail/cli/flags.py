@@ -115,7 +115,12 @@ def model_at(target: str) -> tuple[Trained, Path]:
     """The model of a run folder or a file, and the folder it lies in."""
     path = Path(target)
     if not path.exists():
-        raise ValueError(f"{target}: expected a run folder or a model.safetensors, found nothing there")
+        own = ".py:" in target or target.endswith(".py")
+        raise ValueError(
+            f"{target}: expected a run folder or a model.safetensors, found "
+            + ("a Python file: `audit` and `theory audit` take one, in Python sparsetrail.attack and trail do" if own
+               else "nothing there")
+        )  # fmt: skip
     model = load_model(path)
     return model, path if path.is_dir() else path.parent
 

@@ -18,6 +18,7 @@ from sparsetrail.report import figure, write
 from sparsetrail.report.tables import ablations, share
 
 Targets = Annotated[list[str], Parameter(help="run folders or model.safetensors, of one data set")]
+IMAGES = 64
 Named = Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")]
 
 
@@ -25,7 +26,7 @@ def trail(
     targets: Targets,
     *,
     data_name: Named = None,
-    n: int = 64,
+    n: int = IMAGES,
     detail: Annotated[
         Literal["plain", "origin", "full"],
         Parameter(help="zeros and norms; also where zeros come from; also weight gradients and float64"),
@@ -43,12 +44,13 @@ def trail(
     """The sparsity trail of TARGETS: exact zeros in, and L2 norm of, the gradient at the input of every operation.
 
     Several models of one architecture stand side by side in one picture. Writes a page, CSVs, trail.svg and trail.pdf
-    into --out (default: trail/ or trail-train-mode/ beside the first model). --mode train uses batch statistics, as
-    the paper's code does; the models are left as they were. docs/trail.md says what every column means.
+    into --out (default: beside the first model trail/, with mode, other models and n in its name where they are not
+    the default). --mode train uses batch statistics, as the paper's code does; the models are left as they were.
+    docs/trail.md says what every column means.
     """
     where = common.where()
     models, test_set, first = _models(targets, data_name, None if example is not None else n, common.root, batch)
-    name = "trail" if mode == "eval" else "trail-train-mode"
+    name = _named("trail" if mode == "eval" else "trail-train-mode", models, n, example is None)
     command = f"sparsetrail trail {' '.join(targets)} --n {n} --detail {detail} --mode {mode}"
     if example is not None:
         test_set, per_step = data.pick(test_set, example), True
@@ -82,7 +84,7 @@ def ablate(
     targets: Targets,
     *,
     data_name: Named = None,
-    n: int = 64,
+    n: int = IMAGES,
     batch: int = 16,
     out: Path | None = None,
     common: Common = COMMON,
@@ -90,12 +92,13 @@ def ablate(
     """Where the zeros in the gradients of TARGETS come from: each part of the backward is replaced, zeros are counted.
 
     The scores stay the same to the bit and nothing is retrained. Writes a page, Markdown, CSVs, ablation.svg and
-    ablation.pdf into --out (default: ablation/ beside the first model). The same command continues.
+    ablation.pdf into --out (default: ablation/ beside the first model, named as `trail` names it). The same command
+    continues.
     """
     where = common.where()
     models, test_set, first = _models(targets, data_name, n, common.root, batch)
     with Screen(quiet=common.as_json) as screen:
-        place = output_folder(out or first / "ablation")
+        place = output_folder(out or first / _named("ablation", models, n))
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = run_ablation(
             bench, models, test_set, batch=batch, command=f"sparsetrail ablate {' '.join(targets)} --n {n}"
@@ -110,6 +113,12 @@ def ablate(
         print(f"{table.victim}\n{table.grid.text('simple')}\n{table.sentence}\n")
     print(f"figure   {', '.join(map(str, drawn))}")
     print(f"report   {files.get('html', place)}")
+
+
+def _named(name: str, models: Sequence[tuple[str, Trained]], n: int, counted: bool = True) -> str:
+    """The folder of a result: other models and n, where they are not the default, are in its name."""
+    others = [label for label, _ in models[1:]]
+    return "-".join([name, *(["with", *others] if others else []), *([f"n{n}"] if counted and n != IMAGES else [])])
 
 
 def _models(

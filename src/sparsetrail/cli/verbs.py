@@ -174,13 +174,10 @@ def train(
     train_set = data.load(data_name, "train", root=common.root)
     if images is not None and images < len(train_set.labels):
         train_set = data.take(train_set, images, seed=0)
-    detach = arch.startswith("sew") if detach_reset is None else detach_reset
     net = NetSpec(
         arch=arch, classes=len(train_set.classes), channels=train_set.images.shape[1], width=width, stem=stem,
         pool=pool, connect=connect, steps=steps,
-        neuron=NeuronSpec(kind=neuron, threshold=threshold, reset=None if soft_reset or neuron == "diet" else 0.0,
-                          detach_reset=detach or neuron == "diet",
-                          tau=tau, surrogate=Surrogate(surrogate, surrogate_width)),
+        neuron=_neuron_spec(arch, neuron, threshold, soft_reset, detach_reset, tau, surrogate, surrogate_width),
     )  # fmt: skip
     knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}
     spec = TrainSpec(
@@ -215,6 +212,17 @@ def train(
         print(f"model    {model.path}{tail}")
 
 
+def _neuron_spec(
+    arch: str, kind: Any, threshold: float, soft_reset: bool, detach_reset: bool | None, tau: float, surrogate: str,
+    surrogate_width: float,
+) -> NeuronSpec:  # fmt: skip
+    detach = arch.startswith("sew") if detach_reset is None else detach_reset
+    return NeuronSpec(
+        kind=kind, threshold=threshold, reset=None if soft_reset or kind == "diet" else 0.0,
+        detach_reset=detach or kind == "diet", tau=tau, surrogate=Surrogate(surrogate, surrogate_width),
+    )  # fmt: skip
+
+
 def import_(
     file: Path,
     *,
@@ -229,8 +237,11 @@ def import_(
     width: float = 1.0,
     steps: Annotated[int, Parameter(name=["--steps", "--T"])] = 10,
     encoder: Literal["phase", "direct", "poisson", "latency", "bit_plane"] = "phase",
+    neuron: Literal["if", "lif", "plif", "diet"] = "if",
+    threshold: float = 1.0,
     soft_reset: bool = False,
     detach_reset: bool | None = None,
+    tau: float = 2.0,
     surrogate: str = "atan",
     surrogate_width: float = 2.0,
     root: Path | None = None,
@@ -242,11 +253,9 @@ def import_(
     Reads tensors only; names and shapes must fit. What the file does not say (neuron, encoder, pool) you say here.
     """
     found = data.load(data_name, "test", root=root)
-    neuron = NeuronSpec(reset=None if soft_reset else 0.0,
-                        detach_reset=arch.startswith("sew") if detach_reset is None else detach_reset,
-                        surrogate=Surrogate(surrogate, surrogate_width))  # fmt: skip
+    spec = _neuron_spec(arch, neuron, threshold, soft_reset, detach_reset, tau, surrogate, surrogate_width)
     net = NetSpec(arch=arch, classes=len(found.classes), channels=found.images.shape[1], width=width, stem=stem,
-                  pool=pool, connect=connect, steps=steps, neuron=neuron)  # fmt: skip
+                  pool=pool, connect=connect, steps=steps, neuron=spec)  # fmt: skip
     knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}
     folder = output_folder(out, fresh)
     model = import_weights(file, net, build_encoder(encoder, **knobs), found.name, folder, trust_pickle=trust_pickle)
@@ -394,22 +403,14 @@ def audit(
     if what.model is None and data_name is None:
         raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")
     test_set = images_for(what.model, data_name, n, common.root)
-    if out is None:
-        home = Path(target) if what.model is not None else Path("runs") / what.name.replace(":", "-")
-        home = home if home.is_dir() or what.model is None else home.parent
-        out = home / "audit" / "_".join([*map(audits.short, threats), f"n{len(test_set.labels)}"])
+    place = audits.home(target, what) / "audit"
     if verify:
-        bench = measure.Bench(out=out, device=where, batch=batch, seed=seed)
-        wrong = 0
-        for threat in threats:
-            held, bad = audits.verify_again(bench, what, threat, test_set)
-            print(f"{threat}: {held.k} of {held.n} adversarials hold, shown alone to the model loaded anew")
-            for j, why in sorted(bad.items())[:10]:
-                print(f"  image {j}: {why}")
-            wrong += len(bad)
-        if wrong:
-            raise ValueError(f"{wrong} adversarials do not hold; see above")
+        _verify(target, what, threats, test_set, place, out, common.as_json, device=where, batch=batch, seed=seed)
         return
+    if what.model is None:
+        what.make()  # refused before a folder is made
+    if out is None:
+        out = place / "_".join([*map(audits.short, threats), f"n{len(test_set.labels)}"])
     with Screen(quiet=common.as_json) as screen:
         bench = measure.Bench(
             out=common.folder(out), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
@@ -436,6 +437,26 @@ def audit(
     for line in report.summary:
         console.print(line, markup=False, highlight=False)
     console.print(f"\nreport   {files['html']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _verify(
+    target: str, what: audits.Target, threats: list[Threat], test_set: data.Dataset, place: Path, out: Path | None,
+    as_json: bool, **more: Any,
+) -> None:  # fmt: skip
+    """Show kept adversarials to the model once more; ValueError where some do not hold."""
+    lines: list[dict[str, Any]] = []
+    for threat in threats:
+        folder = out or audits.kept_under(place, threat, len(test_set.labels))
+        held, bad = audits.verify_again(measure.Bench(out=folder, **more), what, threat, test_set)
+        lines.append({"threat": str(threat), "held": held.k, "n": held.n, "bad": bad, "folder": str(folder)})
+        if not as_json:
+            print(f"{threat}: {held.k} of {held.n} adversarials hold, shown alone to the model loaded anew")
+            for j, why in sorted(bad.items())[:10]:
+                print(f"  image {j}: {why}")
+    if as_json:
+        emit({"verified": lines})
+    if wrong := sum(len(line["bad"]) for line in lines):
+        raise ValueError(f"{target}: {wrong} adversarials do not hold; see above")
 
 
 def _audit_line(a: Audit) -> dict[str, Any]:
@@ -580,17 +601,16 @@ def report(
 ) -> None:
     """Draw the report in PATH (a folder or result.json) again; `table`, `latex` print, `svg`, `pdf` draw the trail."""
     from sparsetrail.report import figure as draw
-    from sparsetrail.report import table
-    from sparsetrail.report.tables import facts
+    from sparsetrail.report import text_tables
 
     found = load_report(path)
     place = out or (path if path.is_dir() else path.parent)
+    if format in ("table", "latex") and out is not None:
+        raise ValueError(f"--out: {format} is printed, not written; leave it out, or send the output to a file")
     if format == "table":
-        print(table(found, tablefmt="github"))
+        print(text_tables(found, "github"))
     elif format == "latex":
-        print(table(found, tablefmt="latex_booktabs"))
-        for fact in facts(found.runs):
-            print(f"% {fact}")
+        print(text_tables(found, "latex_booktabs"))
     elif format in ("svg", "pdf"):
         print(f"figure   {draw(found, place / f'trail.{format}')}")
     else:

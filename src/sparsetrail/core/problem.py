@@ -338,7 +338,7 @@ class Problem:
                 f"no gradient reaches the {self.ball.space} input; expected a differentiable path, found none: give "
                 "the encoder a backward rule (identity, weighted, secant), or use a gradient-free attack"
             )
-        return z.detach(), value.detach(), g
+        return z.detach(), value.detach().float(), g
 
     def project(self, u: Tensor) -> Tensor:
         """The nearest allowed point."""

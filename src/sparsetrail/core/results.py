@@ -20,7 +20,8 @@ class Run:
     """What one attack left standing, judged by a fresh fp32 forward of its best points.
 
     `clean` and `robust` are flags per example; an example is robust if it was right before and no point found makes a
-    wrong class strictly better than the true one (a tie is not a success; `ties` counts them). `zero_gradient` is the
+    wrong class strictly better than the true one (a tie is not a success; `ties` counts them, `tied` says which of the
+    images, by position). `zero_gradient` is the
     mean share of exactly zero entries in the gradients asked for, `dead_examples` counts examples whose gradient was
     once wholly zero, `nonfinite` those with a NaN or infinite gradient, `silent` those that were fooled on the way but
     not by the last point the attack asked about. `indices` are the images attacked, where not all of the data were.
@@ -51,6 +52,7 @@ class Run:
     silent: int = 0
     eot: int = 1
     votes: int = 1
+    tied: tuple[int, ...] = ()
     adversarial: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property

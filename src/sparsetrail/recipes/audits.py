@@ -28,7 +28,7 @@ from sparsetrail.recipes.measure import (
     identity,
     provenance,
 )
-from sparsetrail.report import pack, unpack
+from sparsetrail.report import load, pack, unpack
 from sparsetrail.snn.weights import load_weights, save_weights
 
 T = TypeVar("T")
@@ -88,7 +88,11 @@ def _foreign(path: Path, function: str) -> Target:
         if build is None:
             raise ValueError(f"{path}: expected a function {function}, found none of that name")
         if not isinstance(victim, Victim):
-            raise ValueError(f"{path}:{function}: expected a sparsetrail Victim, got {type(victim).__name__}")
+            raise ValueError(
+                f"{path}:{function}: expected a sparsetrail Victim, got {type(victim).__name__}; wrap a network: "
+                "sparsetrail.stateful(net, encode, classes=...) or Victim(encode=..., logits=..., steps=..., "
+                "classes=...)"
+            )
         return victim if victim.name != "victim" else replace(victim, name=f"{path.stem}:{function}")
 
     return Target(name=f"{path.stem}:{function}", make=make, identity=hashlib.sha256(code).hexdigest())
@@ -221,15 +225,36 @@ def adversarial_file(folder: Path, threat: Threat) -> Path:
     return folder / f"adversarial-{short(threat)}.safetensors"
 
 
+def home(text: str, what: Target) -> Path:
+    """Where the audits of a target lie: beside its model; of a Python file in runs/, by its path and function."""
+    if what.model is not None:
+        path = Path(text)
+        return path if path.is_dir() else path.parent
+    file, _, function = text.rpartition(":")
+    parts = [p for p in Path(file).with_suffix("").parts if p not in ("..", Path(file).anchor)]
+    return Path("runs") / "-".join([*parts, function])
+
+
+def kept_under(place: Path, threat: Threat, n: int) -> Path:
+    """The folder of audits of `n` images that holds adversarials of a threat, alone or among others.
+
+    ValueError where there is none.
+    """
+    found = sorted(p.parent for p in place.glob(f"*_n{n}/{adversarial_file(Path(), threat).name}"))
+    if not found:
+        raise ValueError(f"{place}: expected an audit of {n} images under {threat}, found none; run the audit first")
+    return min(found, key=lambda p: len(p.name))
+
+
 def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> tuple[Rate, dict[int, str]]:
     """Show every kept adversarial of an audit to the model made anew, one by one; how many hold, and why others do not.
 
-    ValueError where none are kept, or those of other data.
+    ValueError where none are kept, or those of other data, or others than the result beside them counts.
     """
     path = adversarial_file(bench.out, threat)
     if not path.exists():
         raise ValueError(f"{path}: expected the adversarials of an audit, found none; run the audit first")
-    held, about, _ = load_weights(path)
+    held, about, sha = load_weights(path)
     if about["victim"] != what.identity:
         raise ValueError(
             f"{path}: expected adversarials of {what.name} as it is now, found those of another model or code"
@@ -238,10 +263,26 @@ def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> t
         raise ValueError(f"{path}: expected adversarials of {threat}, found those of {about['threat']}")
     if about["data"] != data.sha256:
         raise ValueError(f"{path}: expected adversarials of {data.name} with this --n, found those of other images")
+    _as_told(bench.out / "result.json", threat, held, sha)
     points = dict(zip(held["indices"].tolist(), held["adversarial"], strict=True))
     x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
     bad = verify(what.make(), threat, x, y, points)
     return Rate(len(points) - len(bad), max(1, len(points))), bad
+
+
+def _as_told(result: Path, threat: Threat, held: Mapping[str, Tensor], sha: str) -> None:
+    """ValueError unless the adversarials are those that the result beside them counts."""
+    if not result.is_file():
+        raise ValueError(f"{result}: expected the result that the adversarials belong to, found none; audit again")
+    found = next((a for a in load(result).audits if a.threat == threat), None)
+    if found is None:
+        raise ValueError(f"{result}: expected an audit under {threat}, found none; audit again")
+    fallen = [j for j, (was, stands) in enumerate(zip(found.clean, found.worst, strict=True)) if was and not stands]
+    if held["indices"].tolist() != fallen or found.provenance.get("adversarial tensor sha256") != sha:
+        raise ValueError(
+            f"{result}: expected a result that follows from the {len(held['indices'])} adversarials kept beside it, "
+            f"found one with {len(fallen)} fallen images or of another file; one of the two was changed. Audit again"
+        )
 
 
 def _keep(bench: Bench, what: Target, data: Dataset, found: Audit, points: Mapping[int, Tensor]) -> Audit:

@@ -14,3 +14,4 @@ from sparsetrail.report.tables import compare as compare
 from sparsetrail.report.tables import table as table
 from sparsetrail.report.terminal import console as console
 from sparsetrail.report.terminal import show_audits as show_audits
+from sparsetrail.report.terminal import text_tables as text_tables

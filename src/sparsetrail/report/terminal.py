@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsetrail.core import Audit, Report
 from sparsetrail.report import audits as words
-from sparsetrail.report.tables import FIGURES, Grid, facts, kind_grid, per_setting, trail_groups
+from sparsetrail.report.tables import FIGURES, Grid, facts, kind_grid, per_setting, table, trail_groups
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,19 @@ def console(report: Report, console: "Console") -> None:
         head = tuple(grid.flat_head[i].removeprefix("zero, ") for i in keep)
         rows = tuple(tuple(row[i] for i in keep) for row in grid.rows)
         _print(Grid(f"{grid.caption}; {group.title}", head, rows), console)
+
+
+def text_tables(report: Report, tablefmt: str) -> str:
+    """All tables of a report in a format of tabulate: accuracy, audits and their batteries, zeros by kind."""
+    grids = [grid for here, held in words.summaries(report.audits) for grid in
+             (words.summary_grid(here, [a for _, a in held]), *(words.battery_grid(a) for _, a in held))]  # fmt: skip
+    figures = [claim for claim in report.claims if claim.figure in FIGURES]
+    grids += [kind_grid(group, figures) for group in trail_groups(report.trails)]
+    told = [table(report, tablefmt=tablefmt)] if report.runs or not grids else []
+    if report.runs and tablefmt.startswith("latex"):
+        told.append("\n".join(f"% {fact}" for fact in facts(report.runs)))
+    mark = "% " if tablefmt.startswith("latex") else ""
+    return "\n\n".join([*told, *(f"{mark}{grid.caption}\n\n{grid.text(tablefmt)}" for grid in grids)])
 
 
 def _audits_in_short(audits: Sequence[Audit], console: "Console") -> None:
