@@ -290,6 +290,10 @@ def test_doctor_and_data_list(tmp_path, capsys):
     assert facts["torch"] == torch.__version__
     code, out, _ = run("data", "list", "--root", tmp_path, capsys=capsys)
     assert code == 0 and "fashion-mnist-slice" in out
+    code, out, _ = run("data", "verify", "fashion-mnist-slice", "--root", tmp_path, capsys=capsys)
+    assert code == 0 and out == "fashion-mnist-slice/train: ok\nfashion-mnist-slice/test: ok\n"
+    code, _, err = run("data", "verify", "cifar11", "--root", tmp_path, capsys=capsys)
+    assert code == 4 and "cifar11: expected some of fashion-mnist-slice" in err
 
 
 def test_reproduce_without_data_says_how_to_get_it(tmp_path, capsys):

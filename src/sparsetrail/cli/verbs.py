@@ -720,10 +720,14 @@ def _say_import(found: Any) -> None:
         print(f"note: {line}")
 
 
-def data_verify(*, root: Path | None = None) -> None:
-    """Read every set in the cache and compare it with its recorded content hash."""
+def data_verify(*names: str, root: Path | None = None) -> None:
+    """Read every set in the cache, or those of these NAMES, and compare it with its recorded content hash."""
+    held = {e.name for e in data.available(root)}
+    if unknown := sorted(set(names) - held):
+        known = ", ".join(sorted(held)) or "no set, the cache is empty"
+        raise ValueError(f"{', '.join(unknown)}: expected some of {known}")
     bad = 0
-    for e in data.verify(root):
+    for e in (e for name in names or (None,) for e in data.verify(root, name=name)):
         print(f"{e.name}/{e.split}: {e.problem or 'ok'}")
         bad += bool(e.problem)
     if bad:

@@ -83,7 +83,7 @@ def _summary(runs: list[Run], trails: list[Trail]) -> tuple[str, ...]:
     lines = []
     for threat in (PIXEL, ENCODED):
         parts = [
-            f"{r.victim}: {r.clean_accuracy.value:.0%} clean, {r.accuracy.value:.0%} left by PGD"
+            f"{r.victim}: {r.clean_accuracy.value:.1%} clean, {r.accuracy.value:.1%} left by PGD"
             for r in runs
             if r.threat == threat and r.attack == "pgd"
         ]
