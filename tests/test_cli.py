@@ -269,8 +269,8 @@ def test_a_foreign_checkpoint_is_taken_in_without_running_it(model, tmp_path, ca
     assert code == 4 and "--fresh" in err
     lif = ("--neuron", "lif", "--tau", "1.5", "--threshold", "0.8", "--out", tmp_path / "lif")
     assert run("import", tmp_path / "best.pth", *flags, *lif, capsys=capsys)[0] == 0
-    spec = load_model(tmp_path / "lif").net.spec.neuron
-    assert (spec.kind, spec.tau, spec.threshold, spec.detach_reset) == ("lif", 1.5, 0.8, True)
+    spec = load_model(tmp_path / "lif").card["net"]["neuron"]
+    assert (spec["kind"], spec["tau"], spec["threshold"], spec["detach_reset"]) == ("lif", 1.5, 0.8, True)
     code, _, err = run("import", tmp_path / "best.pth", *flags[:-4], "--out", tmp_path / "in2", capsys=capsys)
     assert code == 4 and "other shape" in err and not (tmp_path / "in2" / "model.safetensors").exists()
     torch.save({"model_state_dict": net.state_dict(), "extra": Bomb()}, tmp_path / "bomb.pth")

@@ -344,9 +344,9 @@ def test_systems_are_as_their_sources_have_them():
     few = replace(cifar, images=torch.zeros(200, 3, 32, 32, dtype=torch.uint8), labels=torch.zeros(200).long())
     for name, how, match in (
         ("rat_vgg11", {"twin_epochs": 3}, "has no twin"),
-        ("rat_vgg11", {"epochs": 0}, "epochs: got 0"),
-        ("rat_vgg11", {"batch": 0}, "batch: got 0"),
-        ("hire_vgg11", {"twin_epochs": -1}, "epochs: got -1"),
+        ("rat_vgg11", {"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ("rat_vgg11", {"batch": 0}, "batch: expected at least 1 image, got 0"),
+        ("hire_vgg11", {"twin_epochs": -1}, "epochs: expected at least 1, got -1"),
         ("hire_vgg11", {"calibrate": 0}, "calibrate: expected at least 1"),
         ("hire_vgg11", {"batch": 190}, "batch: expected at most the 180 training images"),
     ):
