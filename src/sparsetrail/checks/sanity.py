@@ -268,7 +268,7 @@ def kind_of_scores(case: Case) -> Outcome:
     """One score a class, else fails; no probabilities, which warn: their loss saturates (AutoAttack's checks.py).
 
     Scores that take no more different values than there are classes, over the images and four corners of the ball, to
-    a two-hundredth of the largest, fail: they tell a decision and no way to another one.
+    a twentieth of the largest, fail: they tell a decision and no way to another one.
     """
     with torch.no_grad():
         z = case.f(case.u0).detach().float()
@@ -280,7 +280,7 @@ def kind_of_scores(case: Case) -> Outcome:
         corners = [case.within(case.u0 + case.corner * case.draw(case.u0, i, signs=True), case.u0) for i in range(4)]
         seen = torch.cat([z, *map(case.scores, corners)]).nan_to_num()
         size = seen.abs().amax().clamp(min=1e-30)
-        values = len((200 * seen / size).round().unique(dim=0))
+        values = len((20 * seen / size).round().unique(dim=0))
     decisions = values <= case.victim.classes
     return Outcome(
         graded(probabilities, not shaped or decisions),
