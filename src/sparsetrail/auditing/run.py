@@ -411,7 +411,8 @@ class _Work:
     def forgets(self, fresh: Victim | None) -> Finding:
         """Does the victim, after all it was asked, score points near the images as one made anew does?
 
-        A victim that remembers what it was shown can answer an attack's points by the clean image beside them.
+        A victim that remembers what it was shown can answer an attack's points by the clean image beside them. As much
+        as ten times what a change of the input in its last bit does is rounding, as in S5.
         """
         name, limit = "nothing is remembered from the attacks", "lower end of the share of images that change 0.05"
         if fresh is None or self.victim.random:
@@ -420,11 +421,13 @@ class _Work:
         case = self.case
         u = case.within(case.u0 + case.corner * case.draw(case.u0, 7, signs=True), case.u0)
         f, moved = fresh.of(self.threat.space), 0
-        with torch.no_grad():
+        with self.asking(), torch.no_grad():
             for part in u.split(self.batch, self.threat.axis):
                 a, b = case.f(part).float(), f(part).float()
+                bit = f(part * (1 + 2**-23 * case.draw(part, 1, signs=True))).float()
                 size = torch.maximum(a.abs(), b.abs()).nan_to_num().amax().clamp(min=1)
-                moved += int((~((a - b).abs().amax(1) <= 1e-4 * size) & a.isfinite().all(1)).sum())
+                slack = max(1e-4 * float(size), 10 * float((b - bit).abs().nan_to_num().max()))
+                moved += int((~((a - b).abs().amax(1) <= slack) & a.isfinite().all(1)).sum())
         fails = at_least(moved, case.n) > 0.05
         return Finding(
             id="S3f", name=name, level="fail" if fails else "pass", value=float(moved), limit=limit,
