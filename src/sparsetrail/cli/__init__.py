@@ -8,7 +8,9 @@ from cyclopts import App, CycloptsError
 from sparsetrail import __version__
 
 HOMES = {
-    "defend": "sparsetrail.cli.defend",
+    "train": "sparsetrail.cli.train",
+    "defend": "sparsetrail.cli.train",
+    "import": "sparsetrail.cli.train",
     "trail": "sparsetrail.cli.trails",
     "ablate": "sparsetrail.cli.trails",
     "design": "sparsetrail.cli.design",

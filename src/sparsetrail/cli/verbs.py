@@ -36,22 +36,13 @@ from sparsetrail.cli.flags import (
 )
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, as_fraction
-from sparsetrail.defend import DEFENCES
-from sparsetrail.models import import_weights
 from sparsetrail.recipes import audits, measure, paper
 from sparsetrail.recipes import quick as quick_recipe
 from sparsetrail.report import console as print_table
 from sparsetrail.report import load as load_report
 from sparsetrail.report import write
 from sparsetrail.snn import kernels
-from sparsetrail.snn.encode import build_encoder
 from sparsetrail.snn.engine import has_bf16
-from sparsetrail.snn.net import ARCHITECTURES, NetSpec
-from sparsetrail.snn.neuron import NeuronSpec
-from sparsetrail.snn.pools import POOLS
-from sparsetrail.snn.surrogate import Surrogate
-from sparsetrail.training import TrainSpec
-from sparsetrail.training import train as train_model
 
 
 def quick(
@@ -116,150 +107,6 @@ def _run_line(run: Run) -> dict[str, Any]:
         "nonfinite": run.nonfinite, "forwards": run.forwards, "backwards": run.backwards, "seed": run.seed,
         "seconds": round(run.seconds, 2), "note": run.note, "eot": run.eot, "votes": run.votes,
     }  # fmt: skip
-
-
-def train(
-    arch: Annotated[str, Parameter(help=f"one of {', '.join(ARCHITECTURES)}")] = "sew_resnet18",
-    *,
-    data_name: Annotated[
-        str, Parameter(name="--data", help="cifar10, cifar100, fashion-mnist, fashion-mnist-slice or a path")
-    ],
-    out: Path | None = None,
-    pool: Annotated[str | None, Parameter(help=f"{', '.join(POOLS)} or mix:0.25; default: max, in a VGG avg")] = None,
-    connect: Literal["add", "and", "iand"] = "add",
-    stem: Literal["imagenet", "cifar"] = "imagenet",
-    width: float = 1.0,
-    steps: Annotated[int, Parameter(name=["--steps", "--T"])] = 10,
-    encoder: Literal["phase", "direct", "poisson", "latency", "bit_plane"] = "phase",
-    neuron: Literal["if", "lif", "plif", "diet"] = "if",
-    threshold: float = 1.0,
-    soft_reset: bool = False,
-    detach_reset: bool | None = None,
-    tau: float = 2.0,
-    surrogate: str = "atan",
-    surrogate_width: float = 2.0,
-    images: int | None = None,
-    epochs: int = 100,
-    batch: int = 16,
-    lr: float = 1e-3,
-    optimizer: Literal["adam", "sgd"] = "adam",
-    weight_decay: float = 0.0,
-    schedule: Literal["none", "cosine"] = "none",
-    clip: float = 0.0,
-    flip: bool = True,
-    crop: int = 0,
-    cutout: Annotated[int, Parameter(help="side of a square blacked out in every image")] = 0,
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
-    validation: float = 0.1,
-    defence: Annotated[str | None, Parameter(help=f"one of {', '.join(DEFENCES)}; none by default")] = None,
-    sets: Annotated[
-        list[str] | None, Parameter(name="--set", negative="", help="a setting of the defence, e.g. eps=2/255")
-    ] = None,
-    seed: int = 3407,
-    common: Kept = KEPT,
-) -> None:
-    """Train ARCH on a data set; the same command continues.
-
-    Defaults are the paper's: Adam 1e-3, batch 16, 100 epochs, flip, seed 3407, IF neurons, arctan(2), phase code with
-    T=10. The reset is detached in SEW-ResNets and in the graph of Spiking-ResNets, unless --detach-reset says
-    otherwise. The best epoch is chosen on --validation of the training set. --defence trains with one of the defences
-    on this network; `defend` takes the networks and schedules of their sources instead.
-    """
-    where = common.where()
-    if defence is not None and defence not in DEFENCES:
-        raise ValueError(f"--defence: expected one of {', '.join(DEFENCES)}, got {defence!r}")
-    known = settings(DEFENCES[defence]) if defence else {}
-    given = chosen(defence or "no defence", known, sets or [])
-    seams = DEFENCES[defence](**given) if defence else None
-    train_set = data.load(data_name, "train", root=common.root)
-    if images is not None and images < len(train_set.labels):
-        train_set = data.take(train_set, images, seed=0)
-    net = NetSpec(
-        arch=arch, classes=len(train_set.classes), channels=train_set.images.shape[1], width=width, stem=stem,
-        pool=pool, connect=connect, steps=steps,
-        neuron=_neuron_spec(arch, neuron, threshold, soft_reset, detach_reset, tau, surrogate, surrogate_width),
-    )  # fmt: skip
-    knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}
-    spec = TrainSpec(
-        optimizer=optimizer, lr=lr, weight_decay=weight_decay, schedule=schedule, batch=batch, epochs=epochs, flip=flip,
-        crop=crop, cutout=cutout, clip=clip, precision=precision, validation=validation, seed=seed,
-    )  # fmt: skip
-    code = build_encoder(encoder, **knobs)
-    if seams is not None and seams.check is not None:
-        seams.check(net, code, spec)  # refused before anything is written
-    name = f"{train_set.name}-{arch}-{net.pool}{f'-{defence}' if defence else ''}".replace(":", "-")
-    folder = common.folder(out or Path("runs") / name)
-    with Screen() as screen:
-
-        def say(event: dict[str, Any]) -> None:
-            if event["event"] == "step":
-                screen.tick(
-                    "train", event["step"], event["of"], f"epoch {event['epoch'] + 1}/{epochs} loss {event['loss']:.3f}"
-                )
-            elif event["event"] == "epoch":
-                score = "" if event["validation"] is None else f", validation {event['validation']:.1%}"
-                screen.say(f"epoch {event['epoch'] + 1}/{epochs}: loss {event['loss']:.3f}{score}")
-            elif event["event"] == "resumed":
-                screen.say(f"continuing at epoch {event['epoch'] + 1}, step {event['step']}")
-
-        model = train_model(net, code, train_set, spec, folder, seams=seams, device=where, say=say, stop=screen.stop)
-    facts = {"model": str(model.path), "sha256": model.sha256, "validation": model.card["validation"]}
-    if common.as_json:
-        emit(facts)
-    else:
-        score = model.card["validation"]
-        tail = "" if score is None else f"   validation accuracy {score['k'] / score['n']:.1%} of {score['n']}"
-        print(f"model    {model.path}{tail}")
-
-
-def _neuron_spec(
-    arch: str, kind: Any, threshold: float, soft_reset: bool, detach_reset: bool | None, tau: float, surrogate: str,
-    surrogate_width: float,
-) -> NeuronSpec:  # fmt: skip
-    detach = arch.startswith("sew") if detach_reset is None else detach_reset
-    return NeuronSpec(
-        kind=kind, threshold=threshold, reset=None if soft_reset or kind == "diet" else 0.0,
-        detach_reset=detach or kind == "diet", tau=tau, surrogate=Surrogate(surrogate, surrogate_width),
-    )  # fmt: skip
-
-
-def import_(
-    file: Path,
-    *,
-    arch: Annotated[str, Parameter(help=f"one of {', '.join(ARCHITECTURES)}")],
-    data_name: Annotated[
-        str, Parameter(name="--data", help="the set it was trained on, for its shape and for later attacks")
-    ],
-    out: Path,
-    pool: Annotated[str | None, Parameter(help=f"{', '.join(POOLS)} or mix:0.25; default: max, in a VGG avg")] = None,
-    connect: Literal["add", "and", "iand"] = "add",
-    stem: Literal["imagenet", "cifar"] = "imagenet",
-    width: float = 1.0,
-    steps: Annotated[int, Parameter(name=["--steps", "--T"])] = 10,
-    encoder: Literal["phase", "direct", "poisson", "latency", "bit_plane"] = "phase",
-    neuron: Literal["if", "lif", "plif", "diet"] = "if",
-    threshold: float = 1.0,
-    soft_reset: bool = False,
-    detach_reset: bool | None = None,
-    tau: float = 2.0,
-    surrogate: str = "atan",
-    surrogate_width: float = 2.0,
-    root: Path | None = None,
-    trust_pickle: Annotated[bool, Parameter(negative="", help="let the file run code while it is read")] = False,
-    fresh: Fresh = False,
-) -> None:
-    """Take a foreign PyTorch checkpoint FILE of a known architecture into --out, so that it can be attacked and traced.
-
-    Reads tensors only; names and shapes must fit. What the file does not say (neuron, encoder, pool) you say here.
-    """
-    found = data.load(data_name, "test", root=root)
-    spec = _neuron_spec(arch, neuron, threshold, soft_reset, detach_reset, tau, surrogate, surrogate_width)
-    net = NetSpec(arch=arch, classes=len(found.classes), channels=found.images.shape[1], width=width, stem=stem,
-                  pool=pool, connect=connect, steps=steps, neuron=spec)  # fmt: skip
-    knobs = {"bits": steps} if encoder == "bit_plane" else {"steps": steps}
-    folder = output_folder(out, fresh)
-    model = import_weights(file, net, build_encoder(encoder, **knobs), found.name, folder, trust_pickle=trust_pickle)
-    print(f"model    {model.path}   sha256 {model.sha256[:12]}")
 
 
 def attack(
