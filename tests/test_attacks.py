@@ -22,8 +22,16 @@ QUICK = {  # settings under which an attack is through in a moment
     "square": {"queries": 60},
     "spsa": {"steps": 4, "samples": 8},
     "sda": {"steps": 3},
+    "rays": {"queries": 60},
 }
-WITHOUT_DRAWS = ("fgsm", "bim", "mifgsm", "codebook", "sda")  # from their first start, wherever a gradient is left
+WITHOUT_DRAWS = (
+    "fgsm",
+    "bim",
+    "mifgsm",
+    "codebook",
+    "sda",
+    "rays",
+)  # from their first start, wherever a gradient is left
 LOSS = [name for name, fn in ATTACKS.items() if "loss" in settings(fn)]
 
 

@@ -353,7 +353,8 @@ def test_the_battery_asks_only_what_the_victim_allows(snn):
     plain = replace(v, rewire=None, codebook=None)
     assert all(not s.routes for s in battery(plain, Linf(EPS, space="pixel")))
     blind = battery(v, Linf(EPS, space="pixel"), gradient=False)
-    assert {s.kind for s in blind} == {"black box", "noise"}
+    assert {s.kind for s in blind} == {"black box", "noise"} and "rays" in {s.attack for s in blind}
+    assert "rays" not in pixel + encoded
     sizes = [len(battery(v, Linf(EPS, space="pixel"), b)) for b in ("quick", "standard", "thorough")]
     assert sizes == sorted(sizes) and sizes[0] < sizes[2]
     labels = [s.label for s in battery(v, Linf(EPS, space="pixel"), "thorough", guides=[plain])]
@@ -386,10 +387,12 @@ def test_a_fraud_is_not_supported(name, verdict, unplotted):
     assert verdict == "inconclusive" or any(f.masking and f.level == "fail" for f in found.findings)
 
 
-@pytest.mark.parametrize("build, said", [(rejecting, "stand by a tie"), (hard_labels, "S9")])
-def test_what_no_attack_of_ours_gets_through_is_not_supported_for_that(build, said, unplotted):
+@pytest.mark.parametrize(
+    "build, budget, said", [(rejecting, "standard", "stand by a tie"), (hard_labels, "quick", "S9")]
+)
+def test_what_no_attack_of_ours_gets_through_is_not_supported_for_that(build, budget, said, unplotted):
     probe = case(build(), eps=4 / 255, n=120)
-    found, _ = audit(probe.victim, probe.threat, probe.x, probe.y, budget="standard", claim=0.0)
+    found, _ = audit(probe.victim, probe.threat, probe.x, probe.y, budget=budget, claim=0.0)
     assert found.verdict == "inconclusive" and said in found.reason, found.reason
 
 
@@ -464,3 +467,15 @@ def test_a_victim_of_your_own_from_the_command_line(tmp_path, monkeypatch, capsy
 def test_margin_is_what_decides():
     z = torch.tensor([[1.0, 1.0], [math.nan, 0.0]])
     assert margin(z, torch.tensor([0, 0])).tolist() == [0.0, -math.inf]
+
+
+def test_a_victim_that_tells_decisions_alone_falls_to_the_attack_that_asks_for_no_more(unplotted):
+    """No gradient, no degrees: RayS takes what Square leaves, and the worst case says so."""
+    base = honest("ann")
+    blind = replace(base, logits=lambda u: torch.eye(base.classes)[base.logits(u).argmax(1)], rewire=None, module=None)
+    probe = case(blind, eps=16 / 255, n=60)
+    found, _ = audit(probe.victim, probe.threat, probe.x, probe.y, budget="quick")
+    taken = {r.attack.split()[0]: sum(r.clean) - sum(r.robust) for r in found.runs}
+    assert taken["rays"] > 5 * taken["square"] or taken["rays"] > 10
+    assert found.accuracy.k == sum(found.clean) - sum(taken.values())
+    assert found.verdict == "inconclusive" and "S9" in found.reason

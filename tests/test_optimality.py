@@ -4,17 +4,33 @@ spiking ones; and what they do where there is no gradient, no score, or only a t
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from sparsetrail.attacks import ATTACKS, LOSSES, TARGETED, apgd, attack, codebook, mifgsm, noise, pgd, sda, settings
+from sparsetrail.attacks import (
+    ATTACKS,
+    LOSSES,
+    TARGETED,
+    apgd,
+    attack,
+    codebook,
+    mifgsm,
+    noise,
+    pgd,
+    rays,
+    sda,
+    settings,
+    square,
+)
 from sparsetrail.attacks.losses import loss_named
 from sparsetrail.attacks.moves import by_mean, checkpoints
 from sparsetrail.core import L0, L2, Linf, Problem, Streams, Victim, correct, margin
 from sparsetrail.snn.encode import latency, phase
 from sparsetrail.snn.neuron import NeuronSpec, fused
 
-QUICK = {"apgd": {"steps": 20}, "sapgd": {"steps": 20}, "square": {"queries": 60}, "spsa": {"steps": 4, "samples": 8}}
+QUICK = {"apgd": {"steps": 20}, "sapgd": {"steps": 20}, "square": {"queries": 60}, "spsa": {"steps": 4, "samples": 8},
+         "rays": {"queries": 200}}  # fmt: skip
 AXIS = {"pixel": 0, "encoded": 1}
 
 
@@ -333,3 +349,100 @@ def test_noise_in_every_ball_stays_in_it_and_reaches_its_edge():
         d = (run.adversarial - x).flatten(1)
         size = d.abs().amax(1) if ball.norm == "linf" else d.norm(dim=1)
         assert torch.allclose(size, torch.full((8,), 0.1), atol=1e-6)
+
+
+def shortest_rays(fools, draw, x, eps, box, queries, tolerance):
+    """RayS of one flat image, written out: final length, direction, queries asked; `draw` gives signs of k blocks."""
+    lo, hi = box
+    asked = 0
+
+    def ask(sign, length):
+        nonlocal asked
+        asked += 1
+        return fools((x + np.float32(length) * sign).clip(lo, hi))
+
+    sign, best, level, k, started = np.ones_like(x), hi - lo, 1, 0, False
+    while asked < queries and best > eps:
+        new = sign.copy()
+        if started:
+            new[k * len(x) // level : (k + 1) * len(x) // level] *= -1
+        else:
+            for b, s in enumerate(draw(level)):
+                new[b * len(x) // level : (b + 1) * len(x) // level] = s
+        k += 1
+        if k == level:
+            level, k = min(2 * level, len(x)), 0
+        if not ask(new, best):
+            continue
+        sign, started = new, True
+        if asked < queries and ask(sign, eps):
+            return eps, sign, asked
+        short = eps
+        while asked < queries and best - short > tolerance * (hi - lo):
+            middle = (short + best) / 2
+            short, best = (short, middle) if ask(sign, middle) else (middle, best)
+    return best, sign, asked
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_rays_is_the_published_search(space):
+    """Image by image the same as the search of one image at a time: same result, same queries, same point."""
+    w = torch.randn(16, 3, generator=torch.Generator().manual_seed(2))
+    x = torch.rand(30, 1, 2, 4, generator=torch.Generator().manual_seed(3))
+
+    def classes(u):  # decisions alone
+        return torch.nn.functional.one_hot((u.movedim(1, 0).flatten(1) @ w).argmax(1), 3).float()
+
+    v = Victim(encode=lambda x: torch.stack([x, 1 - x]), logits=classes, steps=2, classes=3)
+    y = v.scores(x).argmax(1)
+    threat, knobs = Linf(0.05, space=space), {"queries": 90, "tolerance": 2e-3}
+    run = attack(rays, v, threat, x, y, keep=True, seed=7, **knobs)
+    u0 = (x if space == "pixel" else v.encode(x)).movedim(AXIS[space], 0)
+    f, queries = v.of(space), 0
+    for i, image in enumerate(u0):
+
+        def fools(u, image=image, label=y[i]):
+            return int(f(torch.tensor(u).view(image.shape).unsqueeze(AXIS[space])).argmax()) != label
+
+        def draw(blocks, stream=Streams(7, [i])):  # noqa: B008
+            return stream.uniform(torch.zeros(1, blocks), 0)[0].sign().tolist()
+
+        best, sign, asked = shortest_rays(fools, draw, image.flatten().numpy(), 0.05, (0, 1), **knobs)
+        assert run.robust[i] == (best > 0.05)
+        found = run.adversarial.movedim(AXIS[space], 0)[i].flatten()
+        if best <= 0.05:
+            assert torch.equal(found, (image.flatten() + 0.05 * torch.tensor(sign)).clamp(0, 1))
+        queries += asked
+    assert 0 < sum(run.robust) < 30 and run.forwards == queries + 60  # and one call before, one after
+    assert run.backwards == 0
+
+
+@pytest.mark.parametrize("ball", [Linf, L2])
+def test_rays_finds_nearly_all_that_there_is_without_scores(ball):
+    """Two linear classes told as decisions: fooled where the closed-form distance is a little below the radius, never
+    above it. Square, which goes by scores, finds next to nothing here."""
+    w = torch.randn(12, generator=torch.Generator().manual_seed(4)).sign() * 0.25  # an L2 optimum is a corner too
+    x = torch.rand(60, 1, 3, 4, generator=torch.Generator().manual_seed(5)) * 0.2 + 0.4  # nothing is cut to the box
+
+    def logits(u):
+        s = u[0].flatten(1) @ w
+        return torch.nn.functional.one_hot((s > float(x.flatten(1).mean(0) @ w)).long(), 2).float()
+
+    v = Victim(encode=lambda x: x[None], logits=logits, steps=1, classes=2)
+    y = v.scores(x).argmax(1)
+    away = (x.flatten(1) @ w - x.flatten(1).mean(0) @ w).abs() / (w.abs().sum() if ball is Linf else w.norm())
+    eps = float(away.median())
+    run = attack(rays, v, ball(eps, space="pixel"), x, y, queries=400, keep=True)
+    held = torch.tensor(run.robust)
+    assert all(run.clean) and held[away > eps * 1.0001].all()
+    assert not held[away < eps * 0.99].any()
+    if ball is Linf:
+        blind = attack(square, v, ball(eps, space="pixel"), x, y, queries=400)
+        assert sum(blind.robust) > sum(run.robust) + 5
+
+
+def test_rays_refuses_a_ball_of_flips():
+    v, _ = linear("pixel")
+    x = torch.ones(2, 1, 3, 4)
+    with pytest.raises(ValueError, match=r"rays: expected an L-infinity or L2 ball.*use sda"):
+        attack(rays, v, L0(2, space="pixel"), x, v.scores(x).argmax(1))

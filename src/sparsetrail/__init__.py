@@ -54,6 +54,7 @@ _HOME = {  # public name: module; loaded at first use, so that `import sparsetra
     "pgd": "attacks",
     "square": "attacks",
     "spsa": "attacks",
+    "rays": "attacks",
     "sda": "attacks",
     "sapgd": "attacks",
     "rfgsm": "attacks",

@@ -9,6 +9,7 @@ from sparsetrail.attacks.losses import LOSSES, TARGETED
 from sparsetrail.attacks.mifgsm import mifgsm
 from sparsetrail.attacks.noise import noise
 from sparsetrail.attacks.pgd import pgd
+from sparsetrail.attacks.rays import rays
 from sparsetrail.attacks.rfgsm import rfgsm
 from sparsetrail.attacks.run import Attack, attack, settings
 from sparsetrail.attacks.sapgd import sapgd
@@ -29,9 +30,10 @@ ATTACKS: dict[str, Attack] = {
     "sda": sda,
     "square": square,
     "spsa": spsa,
+    "rays": rays,
 }
 
 __all__ = [
     "ATTACKS", "LOSSES", "TARGETED", "Attack", "apgd", "attack", "authors", "bim", "codebook", "fgsm", "mifgsm",
-    "noise", "pgd", "rfgsm", "sapgd", "sda", "settings", "spsa", "square",
+    "noise", "pgd", "rays", "rfgsm", "sapgd", "sda", "settings", "spsa", "square",
 ]  # fmt: skip

@@ -95,6 +95,9 @@ def battery(
         stages.append(_stage("square", "black box", queries={"quick": 200, "standard": 1000, "thorough": 5000}[budget]))
     if not gradient or not linf:  # Square knows L-infinity only
         stages.append(_stage("spsa", "black box", steps=n(20)))
+    if not gradient or budget == "thorough":  # scores that stop the gradient may tell a class and nothing else
+        queries = {"quick": 400, "standard": 2000, "thorough": 5000}[budget]
+        stages.append(_stage("rays", "black box", queries=queries))
     stages.append(_stage("noise", "noise", draws=n(100), corners=True))
     stages.append(_stage("noise", "noise", draws=n(100)))
     return [s for s in stages if all(_adds(victim, r, threat) for r in s.routes)]

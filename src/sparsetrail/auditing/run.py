@@ -108,6 +108,9 @@ def audit(
     stages = battery(victim, threat, budget, guides=guides, gradient=reaches)
     if broken:  # what is measured on a broken evaluation is worth nothing: the default attack shows what was claimed
         stages = stages[:1]
+    if [(f.id, f.value) for f in broken] == [("S9", victim.classes)]:  # but decisions alone can be attacked as such
+        blind = battery(victim, threat, budget, guides=guides, gradient=False)
+        stages += [s for s in blind if s not in stages and s.attack not in ("square", "spsa")]
     ledger, complete = work.play(stages, deadline)
     if not broken:
         for name in (c for c in CHECKS if c.startswith("C") and c not in WHOLE):

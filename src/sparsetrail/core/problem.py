@@ -94,12 +94,12 @@ class Guide:
 class Problem:
     """One batch posed to an attack: everything an attack learns, it asks of this oracle.
 
-    Attacks call `loss`, `losses`, `grad`, `value_and_grad`, `code_grad`, `ranked`, `lean`, `project`, `steepest`,
-    `sample`, `noise` and nothing else. The ledger keeps itself: the point of largest margin per example, forwards and
-    backwards, the mean margin of every call, the share of exactly zero gradient entries. Points outside the ball or not
-    finite never count; `left` remembers that they were asked for. With `drop` examples already fooled are left out of
-    further calls: exact, since every example is treated alone. The ledger stays in tensors; nothing is read back while
-    the attack runs, unless `drop` or `grid` asks for it.
+    Attacks call `loss`, `losses`, `grad`, `value_and_grad`, `code_grad`, `ranked`, `lean`, `decides`, `project`,
+    `steepest`, `sample`, `noise` and nothing else. The ledger keeps itself: the point of largest margin per example,
+    forwards and backwards, the mean margin of every call, the share of exactly zero gradient entries. Points outside
+    the ball or not finite never count; `left` remembers that they were asked for, but by `decides`. With `drop`
+    examples already fooled are left out of further calls: exact, since every example is treated alone. The ledger stays
+    in tensors; nothing is read back while the attack runs, unless `drop` or `grid` asks for it.
 
     `eot` evaluations stand behind every number (a victim that draws noise): gradients are their mean, a margin is
     their lower median, so it is positive where most of them are fooled; as many as fit share a batch. `grid` counts an
@@ -247,6 +247,19 @@ class Problem:
         self.best = torch.where(self.each(fewer), u, self.best)
         self.best_margin = torch.where(fewer, m, self.best_margin)
         return fools
+
+    def decides(self, u: Tensor, of: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Is the example misclassified at `u`? Asked of the examples `of`, the decision alone; false for all others.
+
+        `u` may lie outside the ball, where it counts for nothing; a dropped example is told to be fooled.
+        """
+        rows = self._alive()
+        asked = (of if rows is None else of & torch.zeros_like(of).index_fill(0, rows, True)).nonzero().squeeze(1)
+        m = torch.full_like(self.best_margin, -math.inf)
+        if len(asked):
+            seen = self._margins(u.index_select(self.axis, asked), self.y[asked])
+            m = m.index_copy(0, asked, self._see(u, seen, asked, strict=False)[asked])
+        return of & ((m > 0) | (self.fooled if rows is not None else False))
 
     def grad(self, u: Tensor, loss: Loss | None = None, aim: Int[Tensor, " n"] | None = None) -> Tensor:
         """Gradient of the loss at `u`, per example; zero for dropped examples.
@@ -430,15 +443,18 @@ class Problem:
         else:
             flags[rows] |= here
 
-    def _see(self, u: Tensor, m: Float[Tensor, " k"], rows: Tensor | None) -> Float[Tensor, " n"]:
-        """Take note of margins `m` at `u`; of the examples `rows`, or of all."""
+    def _see(
+        self, u: Tensor, m: Float[Tensor, " k"], rows: Tensor | None, *, strict: bool = True
+    ) -> Float[Tensor, " n"]:
+        """Take note of margins `m` at `u`; of the examples `rows`, or of all. `strict`: none may lie outside."""
         u = u.detach()
         self.forwards += len(m) * self.eot
-        self.trace.append(m.mean())
+        if strict:
+            self.trace.append(m.mean())
         if rows is not None:
             m = self.best_margin.index_copy(0, rows, m)
         inside = self.ball.contains(u, self.u0)
-        self.left |= ~inside.all()
+        self.left |= strict & ~inside.all()
         found = torch.where(inside, m, -math.inf)
         if self.grid:
             u, found = self._rounded(u, found)

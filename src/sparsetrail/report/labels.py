@@ -29,6 +29,7 @@ ATTACKS = {  # names as the literature prints them; any other attack keeps its o
     "spsa": "SPSA",
     "nes": "NES",
     "square": "Square",
+    "rays": "RayS",
     "hopskipjump": "HopSkipJump",
     "boundary": "Boundary",
     "codebook": "codebook",
