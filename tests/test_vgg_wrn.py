@@ -7,6 +7,7 @@ import torch
 from lively import lively
 from torch import nn
 
+from sparsetrail.models import import_weights
 from sparsetrail.snn.encode import direct, phase, poisson
 from sparsetrail.snn.engine import AvgPool2d
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNeuron, Normalise
@@ -237,3 +238,14 @@ def test_a_relu_twin_is_a_network_and_a_victim():
     z = net.fc(torch.relu(net.fc2(torch.relu(net.fc1(z.flatten(1))))))
     torch.testing.assert_close(v.scores(x), z, rtol=1e-4, atol=1e-5)
     assert len([m for m in net.modules() if isinstance(m, FoldedNeuron)]) == 5
+
+
+@pytest.mark.parametrize("arch", ["vgg5", "wrn16_4"])
+def test_a_checkpoint_is_taken_in_whatever_its_names_begin_with(arch, tmp_path):
+    spec = NetSpec(arch=arch, width=0.125, steps=2)
+    net = build(spec, seed=5)
+    for prefix in ("", "module.", "module.snn."):
+        file = tmp_path / f"{prefix}pth"
+        torch.save({"state_dict": {prefix + k: v for k, v in net.state_dict().items()}}, file)
+        model = import_weights(file, spec, direct(steps=2), "cifar10", tmp_path / f"run{prefix}")
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in model.net.state_dict().items())

@@ -99,10 +99,11 @@ def import_weights(
             held = held[key]
     if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
         raise CheckpointError(f"{file}: expected a state dict of tensors, found {type(held).__name__}")
-    prefix = next((k.removesuffix("conv1.weight") for k in held if k.endswith("conv1.weight") and "layer" not in k), "")
-    tensors = {k.removeprefix(prefix): v for k, v in held.items()}
     net = build(net_spec, seed=0)
-    want, got = net.state_dict(), tensors
+    want = net.state_dict()
+    first = next(iter(want))
+    prefix = min((k.removesuffix(first) for k in held if f".{k}".endswith(f".{first}")), key=len, default="")
+    tensors = got = {k.removeprefix(prefix): v for k, v in held.items()}
     wrong = [k for k in want if k in got and want[k].shape != got[k].shape]
     if set(want) != set(got) or wrong:
         raise CheckpointError(

@@ -41,7 +41,7 @@ def attack(
     by the mean of their gradients; `guide` is another victim whose gradient is followed instead (a transfer attack, its
     points asked of this victim at every step). `eot` gradients are averaged at every step (expectation over
     transformation, Athalye et al. 2018, arXiv:1707.07397), by default EOT of a victim that draws noise and one of any
-    other; points of the first are judged by the majority of `votes` fresh draws.
+    other; points of a victim that draws noise are judged by the majority of `votes` fresh draws.
 
     `drop` leaves out images as soon as they are fooled; the result is the same, faster. In pixel space, where `x` are
     images of 256 grey levels, a point counts only if it fools when rounded to them. `keep` stores the adversarial

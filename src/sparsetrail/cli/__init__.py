@@ -1,6 +1,7 @@
 """The command line: verbs are loaded when called, so that help does not wait for torch. Exit codes in `main`."""
 
 import sys
+from collections.abc import Sequence
 from keyword import iskeyword
 
 from cyclopts import App, CycloptsError
@@ -44,22 +45,26 @@ THEORY_VERBS = {
 }
 
 
-def app() -> App:
-    """The command tree."""
+def app(asked: Sequence[str] = ()) -> App:
+    """The command tree; a verb that is `asked` for is loaded anyway and shows its own docstring for help."""
+
+    def line(verb: str, text: str) -> str | None:
+        return None if verb in asked else text
+
     root = App(
         name="sparsetrail",
         version=__version__,
         help="Adversarial robustness of spiking neural networks, judged honestly.",
     )
-    for verb, line in VERBS.items():
-        root.command(f"{HOMES.get(verb, HOME)}:{verb}{'_' * iskeyword(verb)}", name=verb, help=line)
+    for verb, text in VERBS.items():
+        root.command(f"{HOMES.get(verb, HOME)}:{verb}{'_' * iskeyword(verb)}", name=verb, help=line(verb, text))
     data = App(name="data", help="Image sets: get, add, verify, list.")
-    for verb, line in DATA_VERBS.items():
-        data.command(f"{HOME}:data_{verb}", name=verb, help=line)
+    for verb, text in DATA_VERBS.items():
+        data.command(f"{HOME}:data_{verb}", name=verb, help=line(verb, text))
     root.command(data)
     theory = App(name="theory", help="The paper's theorems, put to the test: demo, audit.")
-    for verb, line in THEORY_VERBS.items():
-        theory.command(f"{THEORY}:{verb}", name=verb, help=line)
+    for verb, text in THEORY_VERBS.items():
+        theory.command(f"{THEORY}:{verb}", name=verb, help=line(verb, text))
     root.command(theory)
     return root
 
@@ -67,7 +72,9 @@ def app() -> App:
 def main(argv: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 our bug or failed training, 2 usage, 4 input refused, 130 interrupted."""
     try:
-        app()(argv, exit_on_error=False, print_error=True, result_action="return_value")
+        app(sys.argv[1:] if argv is None else argv)(
+            argv, exit_on_error=False, print_error=True, result_action="return_value"
+        )
     except CycloptsError:
         sys.exit(2)
     except KeyboardInterrupt:

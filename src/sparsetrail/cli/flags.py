@@ -31,6 +31,7 @@ Threads = Annotated[int | None, Parameter(help="CPU threads; default all cores")
 Json = Annotated[bool, Parameter(name="--json", negative="", help="print one JSON line instead of text")]
 Fresh = Annotated[bool, Parameter(negative="", help="move an older result in --out aside and start again")]
 Space = Literal["pixel", "encoded"]
+Norm = Literal["linf", "l2", "l0"]
 
 
 @Parameter(name="*")

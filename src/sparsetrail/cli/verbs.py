@@ -24,6 +24,7 @@ from sparsetrail.cli.flags import (
     Fresh,
     Json,
     Kept,
+    Norm,
     Number,
     Space,
     Threads,
@@ -35,7 +36,7 @@ from sparsetrail.cli.flags import (
     output_folder,
 )
 from sparsetrail.cli.screen import Screen
-from sparsetrail.core import L2, Audit, Linf, Report, Route, Run, Threat, as_fraction
+from sparsetrail.core import Audit, Report, Route, Run, Threat, as_fraction
 from sparsetrail.recipes import audits, measure, paper
 from sparsetrail.recipes import quick as quick_recipe
 from sparsetrail.report import console as print_table
@@ -59,7 +60,7 @@ def quick(
 ) -> None:
     """Train two small SEW-ResNets (max and average pool) on shipped Fashion-MNIST images, attack and trace both.
 
-    Writes report.html, report.md, result.json and the models into --out. About two minutes on two CPU cores; no
+    Writes report.html, report.md, result.json and the models into --out. About a minute and a half on two CPU cores; no
     network and no GPU needed. The same command continues or, when finished, shows the result again.
     """
     where = device_named(device, threads)
@@ -115,7 +116,7 @@ def attack(
     name: Annotated[str, Parameter(help=f"one of {', '.join(ATTACKS)}")] = "pgd",
     eps: Number | None = None,
     space: Space | None = None,
-    norm: Literal["linf", "l2"] = "linf",
+    norm: Norm = "linf",
     compat: Annotated[
         Literal["authors"] | None, Parameter(help="the paper's code: encoded 6/255, crafted in train mode")
     ] = None,
@@ -144,8 +145,9 @@ def attack(
 ) -> None:
     """Attack TARGET (a run folder or model.safetensors) on test images; eval mode, best point kept, judged afresh.
 
-    --eps and --space have no default: say what the adversary may do, e.g. --eps 8/255 --space pixel. Results are kept
-    beside the model and not computed twice.
+    --eps and --space have no default: say what the adversary may do, e.g. --eps 8/255 --space pixel, or with --name sda
+    --norm l0 the number of entries of a binary code that may be flipped. Results are kept beside the model and not
+    computed twice.
     """
     where = common.where()
     given = {"steps": steps, "step": step, "restarts": restarts, "draws": draws}
@@ -189,7 +191,7 @@ def attack(
             _say_run(run)
 
 
-def _threat(name: str, eps: float | None, space: Space | None, norm: str, knobs: dict[str, Any]) -> Threat:
+def _threat(name: str, eps: float | None, space: Space | None, norm: Norm, knobs: dict[str, Any]) -> Threat:
     if eps is None or space is None:
         raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
     if name not in ATTACKS:
@@ -202,15 +204,17 @@ def _threat(name: str, eps: float | None, space: Space | None, norm: str, knobs:
             raise ValueError(f"--{k}: {name} does not have it; expected {flags or 'no settings'}")
         if not isinstance(v, str) and v is not None and (v < 0 if k in ("momentum", "q") else v <= 0):
             raise ValueError(f"--{k}: expected a positive number, got {v}")
-    return (Linf if norm == "linf" else L2)(eps, space=space)
+    return Threat(eps, space=space, norm=norm)
 
 
 def audit(
     target: str,
     *,
-    eps: Annotated[list[Number], Parameter(negative="", help="radius, e.g. 8/255; one for every --space")],
+    eps: Annotated[
+        list[Number], Parameter(negative="", help="radius, e.g. 8/255 (l0: entries); one for every --space")
+    ],
     space: Annotated[list[Space], Parameter(negative="", help="pixel or encoded; repeat both flags for more threats")],
-    norm: Literal["linf", "l2"] = "linf",
+    norm: Norm = "linf",
     data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
     n: int | None = 1000,
     budget: Annotated[
@@ -222,7 +226,7 @@ def audit(
     transfer: Annotated[
         list[str] | None, Parameter(negative="", help="another model to transfer from: another seed, pool, an ANN")
     ] = None,
-    control: Annotated[str | None, Parameter(help="an undefended model that must fall to the same attacks")] = None,
+    control: Annotated[str | None, Parameter(help="an undefended model that must fall to the quick attacks")] = None,
     eot: Annotated[int | None, Parameter(help="gradients averaged a step; default 10 for a random encoder")] = None,
     precision: Annotated[
         Literal["fp32", "bf16"], Parameter(help="bf16 crafts with faster input gradients; judged in fp32 either way")
@@ -239,12 +243,12 @@ def audit(
 
     TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim (any PyTorch SNN;
     the file is run, so let it be yours). Writes a page, the machine-readable card and the adversarials into --out
-    (default: a folder per threat and n in audit/ beside the model); the same command continues.
+    (default: a folder in audit/ beside the model, named by threats and n); the same command continues.
     """
     where = common.where()
     if len(eps) != len(space):
         raise ValueError(f"expected one --eps for every --space, got {len(eps)} and {len(space)}")
-    threats = [(Linf if norm == "linf" else L2)(e, space=s) for e, s in zip(eps, space, strict=True)]
+    threats = [Threat(e, space=s, norm=norm) for e, s in zip(eps, space, strict=True)]
     refuse(threats, claim=claim, batch=batch, eot=eot, minutes=minutes, budget=budget)
     what = audits.target(target, device=where, precision=precision)
     if what.model is None and data_name is None:
@@ -340,8 +344,13 @@ def reproduce(
     figure: Literal["table1", "table2", "table3", "fig1", "fig3", "threats", "theorems"],
     *,
     scale: Literal["smoke", "small", "paper"] = "small",
-    rows: Annotated[list[str] | None, Parameter(help="networks or systems, e.g. sew_resnet18, rat_vgg11")] = None,
-    datasets: Annotated[list[str] | None, Parameter(help="image sets; default by figure and scale")] = None,
+    rows: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="networks or systems, e.g. sew_resnet18, rat_vgg11; repeat it for more"),
+    ] = None,
+    datasets: Annotated[
+        list[str] | None, Parameter(negative="", help="image sets; default by figure and scale")
+    ] = None,
     n: Annotated[int | None, Parameter(help="test images attacked and audited; default by scale")] = None,
     models: Annotated[
         Path | None, Parameter(help="a folder of trained networks to take instead of training, e.g. sew_resnet18-max/")

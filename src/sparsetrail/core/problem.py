@@ -94,10 +94,11 @@ class Guide:
 class Problem:
     """One batch posed to an attack: everything an attack learns, it asks of this oracle.
 
-    Attacks call `loss`, `losses`, `grad`, `value_and_grad`, `code_grad`, `ranked`, `lean`, `decides`, `project`,
-    `steepest`, `sample`, `noise` and nothing else. The ledger keeps itself: the point of largest margin per example,
-    forwards and backwards, the mean margin of every call, the share of exactly zero gradient entries. Points outside
-    the ball or not finite never count; `left` remembers that they were asked for, but by `decides`. With `drop`
+    Attacks ask by `loss`, `losses`, `grad`, `value_and_grad`, `code_grad`, `ranked`, `lean` and `decides`, move by
+    `project`, `steepest`, `sample`, `noise`, `fork` and `each`, start again by `restarts`, and read `u0`, `y`, `ball`,
+    `axis`, `best`, `fooled`, `over` and `room`; nothing else. The ledger keeps itself: the point of largest margin per
+    example, forwards and backwards, the mean margin of every call, the share of exactly zero gradient entries. Points
+    outside the ball or not finite never count; `left` remembers that they were asked for, but by `decides`. With `drop`
     examples already fooled are left out of further calls: exact, since every example is treated alone. The ledger stays
     in tensors; nothing is read back while the attack runs, unless `drop` or `grid` asks for it.
 

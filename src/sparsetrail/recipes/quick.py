@@ -17,7 +17,7 @@ from sparsetrail.training import TrainSpec
 
 @dataclass(frozen=True, kw_only=True)
 class QuickSpec:
-    """How much of everything. Defaults take about a minute on two cores."""
+    """How much of everything. Defaults take about a minute and a half on two cores."""
 
     images: int = 6000
     epochs: int = 2
