@@ -159,6 +159,21 @@ def test_radius_zero_changes_nothing(name, space):
         assert torch.equal(run.adversarial, x if space == "pixel" else v.encode(x))
 
 
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_exact_logits_judge_whatever_the_attack_was_shown(space):
+    v, _ = linear_victim(space)
+    x = pictures()
+    y = v.scores(x).argmax(1)
+    y[::2] = (y[::2] + 1) % 3
+    run = attack(pgd, dataclasses.replace(v, logits=lambda u: -v.logits(u), exact=v.logits), Linf(0.05, space=space),
+                 x, y, keep=True)  # fmt: skip
+    f = v.scores if space == "pixel" else v.logits
+    assert list(run.clean) == [bool(i % 2) for i in range(N)]
+    assert list(run.robust) == [
+        c and bool(m <= 0) for c, m in zip(run.clean, margin(f(run.adversarial), y), strict=True)
+    ]
+
+
 @pytest.fixture(scope="module")
 def snn():
     x = torch.randint(0, 256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255
@@ -338,9 +353,13 @@ def test_bad_input_is_refused(snn):
 
 def test_the_published_loop_as_it_was_coded(snn):
     """An independent transcription of the described loop: train-mode crafting, 6/255 on spikes, BatchNorm drifting."""
-    net, v, x, y = snn
+    net, _, x, y = snn
+    net, seen = copy.deepcopy(net), []
+    net.register_forward_pre_hook(lambda m, given: seen.append((m.training, given[0].detach().clone())))
     before = copy.deepcopy(net.state_dict())
     one, seven = authors(net, phase(steps=4), x, y, batch=4, seed=5)
+    ours = seen[3:]  # behind the clean images
+    seen.clear()
     assert all(torch.equal(before[k], t) for k, t in net.state_dict().items()) and not net.training
 
     twin = copy.deepcopy(net)
@@ -362,7 +381,10 @@ def test_the_published_loop_as_it_was_coded(snn):
         with torch.no_grad():
             flags[1] += (twin(single).argmax(1) == labels).tolist()
             flags[7] += (twin(now).argmax(1) == labels).tolist()
+    assert [m for m, _ in ours] == [m for m, _ in seen] == [*[True] * 8, False, False] * 3
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for (_, a), (_, b) in zip(ours, seen, strict=True))
     assert list(one.robust) == flags[1] and list(seven.robust) == flags[7]
+    assert 0 < sum(flags[1]) < 10 and 0 < sum(flags[7]) < 10
     assert f"{sum(flags[1])} of 10" in one.note and f"{sum(flags[7])} of 10" in seven.note
     assert one.mode == seven.mode == "train" and one.threat == Linf(6 / 255, space="encoded")
     assert not torch.equal(twin.bn1.running_mean, net.bn1.running_mean)  # the contamination is real

@@ -9,9 +9,10 @@ import torch
 from frauds import FRAUDS, case, hard_labels, honest, rejecting
 from lively import lively
 
-from sparsetrail.auditing import Forgetful, audit, battery, fingerprint, join, judge, run, verify
+from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify
+from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
-from sparsetrail.core import Finding, Linf, Rate, Run, Victim, margin
+from sparsetrail.core import Finding, Linf, Rate, Run, Streams, Victim, margin
 from sparsetrail.recipes.audits import Cells
 from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec, victim
@@ -70,6 +71,59 @@ def test_the_worst_case_of_a_line_is_exact():
     assert [f.id for f in found.findings if f.level == "fail"] == []
     parts = list(dict.fromkeys(task for task, *_ in told))
     assert parts[0] == "checks" and parts[-1] == "curves" and told[-1][1] == told[-1][2] > 10  # nothing is silent
+
+
+def test_every_fall_is_told_of_the_attack_it_fell_to_and_the_first_attack_is_the_default(brief, monkeypatch):
+    """One random point, then FGSM: whom each of them takes of a line is known beforehand."""
+    v, x, y = line()
+    stages = [
+        Stage(label="dice", attack="noise", kind="default", knobs={"draws": 1}),
+        Stage(label="sign", attack="fgsm", kind="gradient", knobs={}),
+    ]
+    monkeypatch.setattr(run, "battery", lambda *a, **k: stages)
+    found, points = audit(v, Linf(16 / 255, space="pixel"), x, y, budget="quick", batch=7)
+    level, draw = 255 * x.flatten(), Streams(0, range(64)).uniform(x, 0).flatten()
+    dice, sign = (level + 16 * draw).round() < 128, (level - 16).round() < 128
+    assert 0 < dice.sum() < sign.sum() == 16
+    assert found.default == tuple((~dice).tolist()) and found.worst == tuple((~sign).tolist())
+    assert found.broken_by == tuple("dice" if d else "sign" if s else None for d, s in zip(dice, sign, strict=True))
+    assert set(points) == set(sign.nonzero().flatten().tolist())
+    assert [r.n for r in found.runs] == [64, 64 - int(dice.sum())] and found.default_attack == "dice"
+    assert found.verdict == "overstated" and "too weak" in found.reason
+
+
+def test_the_curves_of_a_line_are_exact(monkeypatch):
+    v, x, y = line()
+    monkeypatch.setattr(run, "CHECKS", {k: run.CHECKS[k] for k in ("S0", "G3")})
+    monkeypatch.setattr(run, "battery", lambda *a, **k: battery(*a, **k)[:1])
+    found, _ = audit(v, Linf(EPS, space="pixel"), x, y, budget="quick")
+    loss, radius = found.curves["loss"], found.curves["eps"]
+    levels = [0, 1, 2, 4, 8, 16, 32, 64, 128, 255]
+    assert radius["n"] == 32 and radius["eps"] == [k / 255 for k in levels]
+    assert radius["accuracy"] == [max(0, 32 - k) / 32 for k in levels]
+    assert [c["label"] for c in loss] == ["pgd", "sapgd", "apgd"]
+    lowest = float(1 - 2 * (x[:32] - EPS).mean())
+    assert all(max(c["mean"]) == pytest.approx(lowest, abs=1e-5) for c in loss)
+    assert all(c["mean"][0] < lowest and c["steps"] == list(range(len(c["mean"]))) for c in loss)
+
+
+def constant(u):
+    """Scores of one class, whatever is shown."""
+    return u[0].flatten(1).sum(1, keepdim=True) * 0 + torch.tensor([1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "grey, logits, level, left", [(40, constant, "warn", 1.0), (40, None, "pass", 0.0), (8, None, "warn", 0.75)]
+)
+def test_an_undefended_control_must_fall(grey, logits, level, left, brief, tmp_path):
+    """To the same attacks as the victim, whose parts are not its own."""
+    v, x, y = line(n=32)
+    control = replace(v, logits=logits or v.logits)
+    found, _ = audit(v, Linf(grey / 255, space="pixel"), x, y, budget="quick", control=control, store=Cells(tmp_path))
+    (c18,) = (f for f in found.findings if f.id == "C18")
+    assert (c18.level, c18.value) == (level, left) and not c18.masking and bool(c18.advice) == (level == "warn")
+    alone, _ = audit(v, Linf(grey / 255, space="pixel"), x, y, budget="quick", store=Cells(tmp_path))
+    assert {f.id: f.level for f in alone.findings}["C18"] == "not applicable" and found.worst == alone.worst
 
 
 def test_it_does_not_depend_on_batch_size(snn, brief):
@@ -170,6 +224,21 @@ def test_parts_are_not_taken_from_another_victim_or_threat(snn, tmp_path, brief)
         audit(v, Linf(2 / 255, space="pixel"), x, y, budget="quick", store=store, identity="a")
 
 
+def test_every_part_is_made_anew_for_another_seed_count_of_gradients_version_or_route(tmp_path, brief, monkeypatch):
+    v, x, y = line(n=16)
+    monkeypatch.setattr(run, "battery", lambda *a, **k: battery(*a, **k)[:3])
+
+    def parts(v=v, **more):
+        audit(v, Linf(EPS, space="pixel"), x, y, budget="quick", store=Cells(tmp_path), identity="a", **more)
+        return len(list(tmp_path.glob("*.json")))
+
+    once = parts()
+    assert parts() == once == 5 + 3
+    assert [parts(seed=1), parts(eot=2), parts(replace(v, route="another"))] == [2 * once, 3 * once, 4 * once]
+    monkeypatch.setattr(run, "__version__", "0.0.0")
+    assert parts() == 5 * once
+
+
 def test_an_adversarial_that_does_not_hold_is_taken_back():
     v, x, y = line(n=32)
     threat = Linf(EPS, space="pixel")
@@ -220,6 +289,75 @@ def test_the_verdict_follows_its_rules():
     assert verdict(worst=few, default=few, clean=few) == "inconclusive"
     none = [False] * n
     assert verdict(worst=none, default=none, clean=none) == "inconclusive"
+    most = [i < 300 for i in range(n)]
+    assert verdict(claim=0.77, default=most, worst=most, clean=most) == "supported"  # 75 % are right, within chance
+
+
+@pytest.mark.parametrize("n, before, lost, claim, tied, expected", [
+    (1000, 500, 6, None, 0, "supported"),  # surely lower, by less than a point
+    (1000, 500, 10, None, 0, "supported"),
+    (1000, 500, 11, None, 0, "overstated"),
+    (100, 50, 2, None, 0, "supported"),  # two points, which chance may be
+    (100, 50, 4, None, 0, "supported"),
+    (100, 50, 5, None, 0, "overstated"),
+    (10_000, 4910, 0, 0.5, 0, "supported"),  # surely lower, by less than a point
+    (10_000, 4890, 0, 0.5, 0, "overstated"),
+    (100, 47, 0, 0.5, 0, "supported"),
+    (100, 40, 0, 0.5, 0, "overstated"),
+    (400, 200, 0, None, 3, "supported"),  # three ties, below a point
+    (100, 50, 0, None, 2, "supported"),  # two of them, above it
+    (250, 125, 0, None, 3, "inconclusive"),
+])  # fmt: skip
+def test_a_verdict_against_a_claim_takes_a_point_and_more_than_chance(n, before, lost, claim, tied, expected):
+    default, worst = ([i < k for i in range(n)] for k in (before, before - lost))
+    findings = [finding("S3", "pass"), finding("G1", "pass", True)]
+    verdict, why = judge(findings, default, worst, [True] * n, claim, True, "standard", range(tied))
+    assert verdict == expected, why
+
+
+def made(n):
+    """A run on so many images."""
+    return Run(
+        attack="pgd", knobs={}, threat=Linf(EPS, space="pixel"), victim="v", route="", mode="eval", data="", seed=0,
+        clean=(True,) * n, robust=(True,) * n, ties=0, forwards=0, backwards=0, zero_gradient=None, dead_examples=0,
+        nonfinite=0, trace=(), seconds=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, id", [("route", "C9"), ("code", "C15"), ("transfer", "C10"), ("black box", "C11")])
+@pytest.mark.parametrize("n, left, fell, route, other, hides", [
+    (1000, 900, 0, "pass", "pass", False),
+    (1000, 900, 2, "pass", "pass", False),
+    (1000, 900, 3, "pass", "warn", False),
+    (1000, 900, 10, "pass", "warn", False),
+    (1000, 900, 11, "warn", "fail", False),  # of 900 left to it no sign of a masked gradient
+    (1000, 900, 50, "warn", "fail", False),
+    (1000, 900, 51, "fail", "fail", False),
+    (1000, 20, 7, "pass", "warn", False),
+    (1000, 20, 8, "pass", "warn", True),  # of 20 left surely more than a fifth
+    (1000, 60, 60, "fail", "fail", True),
+    (1000, 3, 3, "pass", "warn", True),
+    (1000, 2, 2, "pass", "pass", False),  # two are chance
+    (20, 2, 2, "warn", "warn", False),
+])  # fmt: skip
+def test_what_a_kind_of_attack_takes_beyond_the_ones_before_it(kind, id, n, left, fell, route, other, hides):
+    """Masking is told of transfer and black box alone, where they surely take over a fifth of those left to them."""
+    stages = [
+        Stage(label=label, attack="pgd", kind=k, knobs={})
+        for label, k in (("first", "default"), ("one", kind), ("two", kind), ("rest", "noise"))
+    ]
+    two = fell // 2
+    broken_by = ["first"] * (n - left) + ["one"] * (fell - two) + ["two"] * two + [None] * (left - fell)
+    runs = [made(n), made(left), made(left - fell + two)]
+    found = {f.id: f for f in battery_findings(broken_by, runs, stages)}
+    masked = hides and kind in ("transfer", "black box")
+    level = "fail" if masked else route if kind == "route" else other
+    assert (found[id].level, found[id].masking, found[id].value) == (level, masked, fell / n)
+    assert f"{fell} of the {left} images" in found[id].evidence and bool(found[id].advice) == (level != "pass")
+    assert [f.level for f in found.values() if f.id != id] == ["not applicable"] * 3
+    assert {f.level for f in battery_findings([None] * n, runs[:1], stages)} == {"not applicable"}
+    said = judge(list(found.values()), [True] * 400, [True] * 400, [True] * 400, None, True)[0]
+    assert said == ("masked" if masked else "supported")
 
 
 def test_ties_and_a_blind_gradient_support_nothing():
@@ -359,6 +497,52 @@ def test_the_battery_asks_only_what_the_victim_allows(snn):
     assert sizes == sorted(sizes) and sizes[0] < sizes[2]
     labels = [s.label for s in battery(v, Linf(EPS, space="pixel"), "thorough", guides=[plain])]
     assert len(set(labels)) == len(labels) and any("from snn" in s for s in labels)
+
+
+ROUTES = ("assg", "hart", "rga", "bptr", "pdsg", "own+reset", "triangle:1", "rectangle:1", "exponential:2",
+          "sigmoid:4", "straight_through:1", "own + hart")  # fmt: skip
+FIRST = ["default: pgd (steps 7, step 0.01)", "gradient: fgsm"]
+BATTERIES = {
+    ("quick", "pixel"): [
+        *FIRST, "code: codebook (steps 4)", "code: codebook (steps 8, loss margin, restarts 3)",
+        "gradient: pgd (steps 8, step 0.003922, loss margin)", "code: pgd (steps 8, step 0.003922), encoder secant",
+        "route: sapgd (steps 20), assg, encoder secant", *(f"route: codebook (steps 4), {r}" for r in ROUTES),
+        "black box: square (queries 200)", "noise: noise (draws 20, corners True)", "noise: noise (draws 20)",
+    ],
+    ("quick", "encoded"): [
+        *FIRST, "gradient: pgd (steps 8, step 0.003922, loss margin)", "route: sapgd (steps 20), assg",
+        *(f"route: pgd (steps 4, step 0.007843, loss margin), {r}" for r in ROUTES),
+        "black box: square (queries 200)", "noise: noise (draws 20, corners True)", "noise: noise (draws 20)",
+    ],
+    ("standard", "pixel"): [
+        *FIRST, "code: codebook (steps 20)", "code: codebook (steps 40, loss margin, restarts 3)",
+        "gradient: pgd (steps 40, step 0.003922, loss margin)", "code: pgd (steps 40, step 0.003922), encoder secant",
+        "route: sapgd (steps 100), assg, encoder secant", *(f"route: codebook (steps 20), {r}" for r in ROUTES),
+        "route: sapgd (steps 100, loss margin, restarts 3), assg, encoder secant",
+        "time: pgd (steps 10, step 0.007843), T=2", "time: pgd (steps 10, step 0.007843), T=8",
+        "gradient: apgd (steps 100, loss ce), encoder secant",
+        "gradient: apgd (steps 50, loss targeted, targets 9), encoder secant",
+        "black box: square (queries 1000)", "noise: noise (draws 100, corners True)", "noise: noise (draws 100)",
+    ],
+    ("standard", "encoded"): [
+        *FIRST, "gradient: pgd (steps 40, step 0.003922, loss margin)", "route: sapgd (steps 100), assg",
+        *(f"route: pgd (steps 20, step 0.007843, loss margin), {r}" for r in ROUTES),
+        "route: sapgd (steps 100, loss margin, restarts 3), assg", "gradient: apgd (steps 100, loss ce)",
+        "gradient: apgd (steps 50, loss targeted, targets 9)", "black box: square (queries 1000)",
+        "noise: noise (draws 100, corners True)", "noise: noise (draws 100)",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("budget, space", list(BATTERIES))
+def test_the_battery_is_exactly_this(snn, budget, space):
+    stages = battery(snn[0], Linf(8 / 255, space=space), budget)
+    assert [f"{s.kind}: {s.label}" for s in stages] == BATTERIES[budget, space]
+    guided = battery(snn[0], Linf(8 / 255, space=space), budget, guides=[replace(snn[0], name="another")])
+    more = [s for s in guided if s.guide is not None]
+    assert {(s.kind, s.guide.name) for s in more} == {("transfer", "another")}
+    assert [s.attack for s in more] == (["codebook", "pgd"] if space == "pixel" else ["pgd"])
+    assert [s for s in guided if s.guide is None] == stages and guided[-3 - len(more) : -3] == more
 
 
 def test_runs_of_batches_join_to_one(snn):

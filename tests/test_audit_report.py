@@ -212,7 +212,7 @@ def test_a_report_from_before_audits_is_still_read():
 def test_what_does_not_belong_to_an_audit_is_refused_by_its_path():
     body = json.loads(to_json(report()))
     body["audits"][0]["verdict"] = "robust"
-    with pytest.raises(room.ReportError, match=r"at `\$\.audits\[0\]\.verdict`|audits"):
+    with pytest.raises(room.ReportError, match=r"at `\$\.audits\[0\]\.verdict`"):
         from_json(json.dumps(body))
 
 

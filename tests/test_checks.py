@@ -2,11 +2,12 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from frauds import case, honest
+from frauds import bent, case, honest
 from scipy.stats import binomtest, spearmanr
 
 from sparsetrail.attacks import attack, pgd
@@ -178,3 +179,132 @@ def test_batch_statistics_are_reported_and_put_back():
     assert found.level == "pass" and "batch statistics" in found.evidence
     assert not any(m.training for m in victim.module.modules())
     assert all(torch.equal(v, before[k]) for k, v in victim.module.state_dict().items())
+
+
+@pytest.mark.parametrize("asked, since, moved, off", [(False, 5, 0, 24), (True, 3, 24, 0), (False, 99, 0, 0)])
+def test_an_attack_of_radius_zero_that_changes_a_judgement_fails(asked, since, moved, off):
+    """A victim that answers otherwise from some call on: within the attack, or between it and the clean scores."""
+    base, calls = linear(), itertools.count(1)
+    probe = Case(
+        linear(logits=lambda u: base.logits(u) * (1 if next(calls) < since else -1)),
+        Linf(0.1, space="pixel"),
+        *sample(),
+    )
+    assert not asked or bool(probe.right.all())
+    found = CHECKS["S7"](probe)
+    assert (found.level, found.value) == ("fail" if moved + off else "pass", moved + off)
+    assert found.evidence.startswith(f"{moved} of 24") and f"; {off} not as first scored" in found.evidence
+
+
+def stood(left: int, **more):
+    """A run that leaves the first of 24 images standing."""
+    x, y = sample()
+    run = attack(pgd, linear(), Linf(0.1, space="pixel"), x, y, steps=1)
+    return replace(run, clean=(True,) * 24, robust=tuple(i < left for i in range(24)), **more)
+
+
+@pytest.mark.parametrize("id, less, more, level", [
+    ("C6", 4, 14, "fail"),  # the finer steps leave more
+    ("C6", 4, 9, "fail"),
+    ("C6", 4, 8, "pass"),  # four of four are chance
+    ("C6", 14, 4, "pass"),
+    ("C5", 14, 14, "pass"),
+    ("C5", 14, 13, "warn"),
+    ("C5", 14, 11, "warn"),
+    ("C5", 14, 10, "fail"),
+    ("C5", 10, 14, "pass"),
+    ("C7", 14, 13, "pass"),
+    ("C7", 14, 12, "warn"),
+    ("C7", 14, 10, "fail"),
+    ("C7", 10, 14, "pass"),
+])  # fmt: skip
+def test_more_of_an_attack_is_held_against_less_of_it(id, less, more, level, monkeypatch):
+    kinds = {"C5": ((40, 8), (80, 8)), "C6": ((20, 4), (40, 8)), "C7": ((20, 4), (20, 4, 5))}
+    made = dict(zip(kinds[id], (stood(less), stood(more)), strict=True))
+    monkeypatch.setattr(Case, "pgd", lambda self, steps=20, pace=4, **knobs: made[steps, pace, *knobs.values()])
+    found = CHECKS[id](Case(linear(), Linf(0.1, space="pixel"), *sample()))
+    assert found.level == level and found.value == ((more - less) if id == "C6" else max(0, less - more)) / 24
+    wavers = CHECKS[id](Case(linear(random=True), Linf(0.1, space="pixel"), *sample()))
+    assert wavers.level == (level if id == "C6" else "pass")  # up to four images may be the wavering of a random victim
+
+
+@pytest.mark.parametrize("count, level", [(0, "pass"), (3, "pass"), (4, "warn"), (24, "warn")])
+def test_images_fooled_on_the_way_only_are_reported(count, level, monkeypatch):
+    monkeypatch.setattr(Case, "pgd", lambda self, *, drop: None if drop else stood(0, silent=count))
+    found = CHECKS["C8"](Case(linear(), Linf(0.1, space="pixel"), *sample()))
+    assert (found.level, found.value) == (level, count / 24)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_an_image_fooled_on_the_way_and_not_at_the_end_counts_as_silent(drop):
+    """Every other image is shown clean last; with `drop` a fooled one is asked nothing after it fell."""
+    x, y = sample()
+    back = torch.arange(24) % 2 == 0
+
+    def leaves(p, g):
+        u = p.project(p.u0 + p.ball.eps * p.steepest(p.grad(p.u0)))
+        p.loss(u)
+        p.loss(torch.where(p.each(back), p.u0, u))
+
+    run = attack(leaves, linear(), Linf(0.05, space="pixel"), x, y, drop=drop)
+    fell = ~torch.tensor(run.robust)
+    assert 0 < int(fell.sum()) < 24 and 0 < int((fell & back).sum()) < int(fell.sum())
+    assert run.silent == (0 if drop else int((fell & back).sum()))
+
+
+@pytest.mark.parametrize(
+    "left, fallen, level, value", [("late", "early", "warn", 10 / 49), ("early", "late", "pass", 0.0)]
+)
+def test_an_attack_that_still_gains_has_not_converged(left, fallen, level, value, monkeypatch):
+    """Of survivors whose margin rises to the end or has risen long before, in two batches; the fallen say nothing."""
+    rise = {"late": torch.arange(50) / 49, "early": (torch.arange(50) / 20).clamp(max=1)}
+    run = stood(9)
+
+    def climbs(self, fn, *, best, steps, drop, **knobs):
+        path = torch.stack([rise[left if held else fallen] for held in run.robust], 1)
+        assert steps == 50 and not drop
+        best += [*path[:, :16], *path[:, 16:]]
+        return run
+
+    monkeypatch.setattr(Case, "run", climbs)
+    found = CHECKS["C4"](Case(linear(), Linf(0.1, space="pixel"), *sample()))
+    assert found.level == level and found.value == pytest.approx(value) and "9 survivors" in found.evidence
+
+
+def two_classes(rule) -> Victim:
+    """Linear scores of two classes, whose gradient a rule bends."""
+    w = torch.randn(16, generator=torch.Generator().manual_seed(2))
+
+    def logits(u):
+        z = (u if rule is None else bent(u, rule)).mean(0).flatten(1) @ w
+        return torch.stack([z, -z], 1)
+
+    return linear(logits=logits, classes=2)
+
+
+def spiked(g: torch.Tensor) -> torch.Tensor:
+    """All of a gradient in its largest entry, next to nothing in the others: the same change to the steepest corner."""
+    flat = g.flatten(2)
+    size, most = flat.abs(), flat.abs().amax(2, keepdim=True)
+    return torch.where(size == most, size.sum(2, keepdim=True), 1e-6).mul(flat.sign()).view(g.shape)
+
+
+@pytest.mark.parametrize("rule, level, value", [(None, "pass", 0.0), (lambda g: 1.5 * g, "pass", 0.5),
+                                                (lambda g: 3 * g, "warn", 2.0), (torch.neg, "warn", 2.0),
+                                                (spiked, "pass", 0.0)])  # fmt: skip
+def test_a_gradient_of_another_size_than_the_loss_is_not_linear(rule, level, value):
+    """Where the loss is a line the misprediction is what the gradient is bent by; in both directions, or it is none."""
+    x, _ = sample()
+    victim = two_classes(rule)
+    found = CHECKS["G6"](Case(victim, Linf(0.05, space="pixel"), x, victim.scores(x).argmax(1)))
+    assert found.level == level and found.value == pytest.approx(value, abs=1e-3)
+
+
+@pytest.mark.parametrize("lead, level, value", [(2.0, "pass", 0.125), (1.0, "pass", 0.25), (0.25, "warn", 0.75),
+                                                (0.05, "warn", 0.95)])  # fmt: skip
+def test_scores_that_noise_overturns_are_not_stable(lead, level, value):
+    """One pixel `lead` radii above a half: noise of half a radius changes the margin by |noise| / lead, at most 1."""
+    victim = linear(logits=lambda u: torch.stack([u[0].flatten(1)[:, 0], 1 - u[0].flatten(1)[:, 0]], 1), classes=2)
+    x = torch.full((24, 1, 1, 1), 0.5 + 0.1 * lead)
+    found = CHECKS["G8"](Case(victim, Linf(0.1, space="pixel"), x, torch.zeros(24, dtype=torch.long)))
+    assert found.level == level and found.value == pytest.approx(value, abs=0.04)

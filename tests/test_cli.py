@@ -1,6 +1,7 @@
 """The command line as a user meets it: verbs, exit codes, messages, and results that are kept."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 from sparsetrail import cli
 from sparsetrail.cli import DATA_VERBS, THEORY_VERBS, VERBS, main
 from sparsetrail.models import load_model
+
+WAY = "hard reset detached; phase encoder: identity"
 
 
 def run(*argv, capsys=None):
@@ -115,6 +118,31 @@ def test_an_attack_in_one_line(model, capsys):
         "attack", model, "--name", "fgsm", "--eps", "0.02", "--space", "encoded", "--n", "20", capsys=capsys
     )
     assert code == 0 and "encoded space" in out and "encoder" not in out.split("route")[1].split("\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--steps", 3, "--step", "3/255", "--restarts", 2), {"steps": 3, "step": 3 / 255, "restarts": 2}),
+        (("--set", "loss=margin", "--set", "steps=2"), {"loss": "margin", "steps": 2}),
+        (("--name", "noise", "--draws", 3, "--set", "corners=true"), {"draws": 3, "corners": True}),
+        (("--norm", "l2", "--steps", 1), {"norm": "l2"}),
+        (("--norm", "l0", "--eps", 2, "--space", "encoded", "--name", "sda"), {"norm": "l0", "eps": 2}),
+        (("--eot", 2, "--steps", 1), {"eot": 2}),
+        (("--route", "own", "--route", "triangle:1", "--steps", 1),
+         {"route": f"BPTT atan(2), {WAY} + BPTT triangle(1), {WAY}"}),
+        (("--transfer", "other", "--steps", 1), {"route": f"transfer from other: BPTT atan(2), {WAY}"}),
+    ],
+    ids=["steps", "set", "draws", "l2", "l0", "eot", "route", "transfer"],
+)  # fmt: skip
+def test_every_setting_of_an_attack_arrives(model, tmp_path, capsys, monkeypatch, flags, told):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "other", ignore=shutil.ignore_patterns("attacks"))
+    threat = () if "--eps" in flags else ("--eps", "8/255", "--space", "pixel")
+    code, out, err = run("attack", model, *threat, "--n", 4, *flags, "--json", capsys=capsys)
+    assert code == 0, err
+    facts = json.loads(out)
+    assert {k: (facts | facts["knobs"])[k] for k in told} == told
 
 
 def test_the_published_recipe_is_explicit(model, capsys):

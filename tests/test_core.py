@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from sparsetrail.core import Linf, Problem, Rate, Streams, Victim, as_fraction, correct, margin
+from sparsetrail.core import L0, L2, Linf, Problem, Rate, Streams, Victim, as_fraction, correct, margin
 
 
 def linear(w):
@@ -58,6 +58,19 @@ def test_contains_refuses_nan_and_the_outside_per_example():
     u[1, 0] = 0.2
     u[0, 1] = math.nan
     assert ball.contains(u, u0, 1).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("ball", "inside", "outside"),
+    [
+        (L2(0.5, space="encoded"), [(0.3, 0.4), (0.5, 0.0)], [(0.4, 0.4), (0.51, 0.0), (-0.1, 0.1)]),
+        (L0(1, space="encoded"), [(0.0, 0.0), (0.0, 1.0)], [(1.0, 1.0), (0.5, 0.0)]),
+    ],
+    ids=["l2", "l0"],
+)
+def test_contains_refuses_what_is_too_far_in_the_norm_of_the_ball(ball, inside, outside):
+    u = torch.tensor([*inside, *outside]).t().reshape(2, -1, 1, 1, 1)
+    assert ball.contains(u, torch.zeros_like(u)).tolist() == [True] * len(inside) + [False] * len(outside)
 
 
 def test_margin_counts_a_tie_as_zero_and_nan_as_never():

@@ -70,16 +70,28 @@ def strong_at_loss(net, x, y, g):
     return ce(net(CODE(ascend(net, x, y, 8 / 255, 3, 4 / 255, start))), y)
 
 
-def trades_loss(net, x, y, g):
+def rfgsm_loss(net, x, y, g):
+    start = (x + 1 / 255 * torch.randn(x.shape, generator=g).sign()).clamp(0, 1)
+    return ce(net(CODE(ascend(net, x, y, 2 / 255, 1, 1 / 255, start))), y)
+
+
+def trades_loss(net, x, y, g, temperature=1.0):
+    def soft(z):
+        return (z / temperature).softmax(1)
+
     z = net(CODE(x))
-    still = copy.deepcopy(net).eval()(CODE(x)).softmax(1).detach()
+    still = soft(copy.deepcopy(net).eval()(CODE(x))).detach()
     start = (x + 0.001 * torch.randn(x.shape, generator=g)).clamp(0, 1)
 
     def kl(p, q):
         return (p * (p.log() - q.log())).sum()
 
-    moved = ascend(net, x, y, 8 / 255, 3, 4 / 255, start, lambda s: kl(still, s.softmax(1)))
-    return ce(z, y) + 6 / len(x) * kl(z.softmax(1), net(CODE(moved)).softmax(1))
+    moved = ascend(net, x, y, 8 / 255, 3, 4 / 255, start, lambda s: kl(still, soft(s)))
+    return ce(z, y) + 6 / len(x) * temperature**2 * kl(soft(z), soft(net(CODE(moved))))
+
+
+def warm_trades_loss(net, x, y, g):
+    return trades_loss(net, x, y, g, 2.0)
 
 
 def sr_loss(net, x, y, g):
@@ -95,7 +107,7 @@ def sr_loss(net, x, y, g):
     return ce(z, y) + 0.004 * (((there - lead(z, js)) / 0.01) ** 2).mean()
 
 
-def mppd_loss(net, x, y, g):
+def mppd_loss(net, x, y, g, size=torch.square):
     seen = []
     handle = net.sn.register_forward_pre_hook(lambda m, given: seen.append(given[0]))
     z = net(CODE(x))
@@ -109,7 +121,11 @@ def mppd_loss(net, x, y, g):
     first = apart[0]
     second = 0.99 * first + apart[1]
     third = 0.99 * second + apart[2]
-    return 0.5 * ce(z, y) + 0.5 * ce(other, y) + torch.stack([first, second, third]).square().mean()
+    return 0.5 * ce(z, y) + 0.5 * ce(other, y) + size(torch.stack([first, second, third])).mean()
+
+
+def absolute_mppd_loss(net, x, y, g):
+    return mppd_loss(net, x, y, g, torch.abs)
 
 
 def tg_loss(net, x, y, g):
@@ -141,23 +157,27 @@ def retraction(net):
         (pgd_at(), at_loss, None),
         (pgd_at(eps=8 / 255, steps=3, step=4 / 255, start="uniform"), strong_at_loss, None),
         (trades(steps=3, step=4 / 255), trades_loss, None),
+        (trades(temperature=2.0, steps=3, step=4 / 255), warm_trades_loss, None),
         (snn_rat(attack="pgd"), at_loss, retraction),
+        (snn_rat(attack="rfgsm"), rfgsm_loss, retraction),
         (sr(eps=2 / 255), sr_loss, None),
         (mppd(), mppd_loss, None),
+        (mppd(norm="l1"), absolute_mppd_loss, None),
         (tg_reg(weight=3.0, at="pixel"), tg_loss, None),
         (tg_reg(weight=12.0), tg_loss, None),  # deviation 0.5: a gradient half as long behind the normalisation
     ],
-    ids=["plain", "pgd_at", "strong_at", "trades", "snn_rat", "sr_at", "mppd", "tg_reg_pixel", "tg_reg"],
-)
+    ids=["plain", "pgd_at", "strong_at", "trades", "warm_trades", "snn_rat", "rfgsm", "sr_at", "mppd", "l1_mppd",
+         "tg_reg_pixel", "tg_reg"],
+)  # fmt: skip
 def test_twenty_steps_follow_the_loop_written_out(images, seams, loss, after):
     torch.manual_seed(0)
     spec = NET  # where noise flips no spike of an image, TRADES starts from a gradient that is rounding: smooth neurons
-    if loss is trades_loss:
+    if loss in (trades_loss, warm_trades_loss):
         spec = replace(NET, neuron=NeuronSpec(kind="relu"))
     ours, theirs = build(spec).double(), build(replace(spec, exact=True)).double()
     optimizer = Optimizer(ours, SPEC)
     plain = torch.optim.SGD(theirs.parameters(), SPEC.lr, momentum=0.9)
-    steps = 6 if loss is tg_loss else 20
+    steps = {tg_loss: 6, rfgsm_loss: 3, warm_trades_loss: 2, absolute_mppd_loss: 3}.get(loss, 20)
     for i in range(steps):
         x, y = data.pixels(images.images[8 * i : 8 * i + 8]).double(), images.labels[8 * i : 8 * i + 8]
         found = update(ours, CODE, optimizer, SPEC, seams, x, y, keyed(i))

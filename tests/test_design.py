@@ -4,16 +4,24 @@ import csv
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from lively import lively
 
+from sparsetrail import data
+from sparsetrail.attacks import pgd
 from sparsetrail.cli import main
-from sparsetrail.core import Linf, Rate, Report, Run, Trail, TrailRow
+from sparsetrail.core import Linf, Rate, Report, Route, Run, Trail, TrailRow
+from sparsetrail.models import Trained
 from sparsetrail.recipes import design as recipe
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import ATTACKS, SIZES, designs, sweep
 from sparsetrail.report import charts, figure, load, write
 from sparsetrail.report.tables import rank_correlation, tradeoff, tradeoff_csv, tradeoff_sentences, undominated
+from sparsetrail.snn.encode import phase
+from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.pools import POOLS
 
 ONE, TWO = (Linf(e / 255, space="pixel") for e in (1, 2))
@@ -69,6 +77,31 @@ def test_a_sweep_from_end_to_end(swept, capsys, monkeypatch):
     main([*args, "--json"])
     told = json.loads(capsys.readouterr().out)
     assert len(told["points"]) == len(points) and load(out).runs == report.runs
+
+
+def awake(name, seed, x):
+    """A model whose every layer fires, as if it lay in a folder."""
+    code = phase(steps=3)
+    net = lively(NetSpec(width=0.125, channels=1, steps=3), code(x), seed=seed)
+    card = {"encoder": {"name": code.name, "knobs": code.knobs}}
+    return Trained(net=net, encode=code, card=card, path=Path(name) / "model.safetensors", sha256=name)
+
+
+def test_routes_and_guides_arrive_and_are_cells_of_their_own(tmp_path):
+    few = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=0)
+    x, bench, ball = data.pixels(few.images), measure.Bench(out=tmp_path), Linf(2 / 255, space="pixel")
+    model, other = awake("m", 1, x), awake("other", 2, x)
+    v, guide, route = measure.as_victim(model, "m"), measure.as_victim(other, "other"), (Route(neuron="triangle:1"),)
+    y = v.scores(x).argmax(1)
+    few, found = replace(few, labels=y), []
+    for ours, theirs in (({}, {}), ({"route": route}, {"route": route}), ({"guide": other}, {"guide": guide})):
+        run = measure.strike(bench, model, "m", "pgd", ball, few, steps=2, **ours)
+        alone = measure.attack(pgd, v, ball, x, y, steps=2, keep=True, **theirs)
+        assert run.route == alone.route and torch.equal(run.adversarial, alone.adversarial)
+        assert measure.strike(bench, model, "m", "pgd", ball, few, steps=2, **ours) == run
+        found.append(run)
+    assert len(list((tmp_path / "cells").glob("*.json"))) == len({run.route for run in found}) == 3
+    assert not any(torch.equal(found[0].adversarial, run.adversarial) for run in found[1:])
 
 
 def test_a_sweep_that_cannot_be_is_refused(tmp_path, monkeypatch):

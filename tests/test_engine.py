@@ -331,6 +331,18 @@ def rules():
     yield direct(steps=5)
 
 
+def test_the_rules_that_are_tried():
+    names: dict[str, list[str]] = {}
+    for encode in rules():
+        names.setdefault(encode.name, []).append(encode.backward)
+    assert names == {
+        "phase": ["identity", "weighted", "secant", "none", "identity"],
+        "bit_plane": ["identity", "weighted", "secant", "none"],
+        "latency": ["identity", "secant", "none"],
+        "direct": ["true"],
+    }
+
+
 @needs_kernels
 @pytest.mark.parametrize("encode", list(rules()), ids=lambda e: f"{e.name}-{e.backward}-{e.knobs.get('bits', '')}")
 def test_frames_shown_again_go_through_the_first_layer_once(encode):

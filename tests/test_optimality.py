@@ -21,6 +21,7 @@ from sparsetrail.attacks import (
     rays,
     sda,
     settings,
+    spsa,
     square,
 )
 from sparsetrail.attacks.losses import loss_named
@@ -74,6 +75,17 @@ def test_linf_reaches_the_corner_cut_to_the_box(space, loss):
             assert (found <= best + 1e-4).all() and (found >= best - 2 * 0.01 * 0.2 * s.abs().sum(1) - 1e-4).all()
         else:
             assert torch.allclose(found, best, atol=1e-4), name
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_spsa_climbs_nearly_to_the_corner(space):
+    v, rows = linear(space)
+    x = torch.rand(10, 1, 3, 4, generator=torch.Generator().manual_seed(1)) * 0.4 + 0.3  # the box is out of reach
+    u0, f, y = posed(v, space, x)
+    most = 0.05 * slopes(rows, y).abs().sum(1)
+    run = attack(spsa, v, Linf(0.05, space=space), x, y, keep=True, drop=False, steps=20, samples=32)
+    share = (margin(f(run.adversarial), y) - margin(f(u0), y)) / most
+    assert (share <= 1 + 1e-4).all() and (share > 0.9).all()
 
 
 @pytest.mark.parametrize("space", ["pixel", "encoded"])

@@ -1,5 +1,6 @@
 """Experiments: cells are kept and never mixed, quick runs whole, paper rows stay in their threat's column."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 
 from sparsetrail import data
 from sparsetrail.attacks.run import EOT
-from sparsetrail.cli import main
-from sparsetrail.core import Audit, Linf, Rate, Report, Run
+from sparsetrail.auditing import battery
+from sparsetrail.auditing import run as auditing
+from sparsetrail.cli import main, verbs
+from sparsetrail.core import L2, Audit, Linf, Rate, Report, Run
 from sparsetrail.models import compact, load_model
-from sparsetrail.recipes import measure, paper, systems
+from sparsetrail.recipes import audits, measure, paper, systems
 from sparsetrail.recipes.quick import QuickSpec, quick
 from sparsetrail.report import claims, load, table, write
 from sparsetrail.report.tables import comparisons
@@ -414,3 +417,74 @@ def test_one_failure_stops_the_others_at_a_step_from_which_they_go_on(tmp_path, 
         measure.fit_all(bench, jobs(epochs=200), side_by_side=True)
     states = list(tmp_path.glob("models/*/state.safetensors"))
     assert len(states) == 2 and not list(tmp_path.glob("models/*/last.safetensors"))
+
+
+def test_the_audit_of_a_trained_model_is_made_as_it_was_asked_for(done, tmp_path, monkeypatch):
+    """Claim, transfer, control, budget, seed, gradients a step and the time it may take arrive."""
+    monkeypatch.setattr(auditing, "CHECKS", {"G3": auditing.CHECKS["G3"]})
+    monkeypatch.setattr(auditing._Work, "curves", lambda self, gradient: {})
+
+    def few(*args, **more):
+        stages = [s for s in battery(*args, **more) if s.kind in ("default", "transfer")]
+        return [replace(s, knobs=s.knobs | {"steps": 2}) for s in stages]
+
+    monkeypatch.setattr(auditing, "battery", few)
+    what, guide = (audits.target(str(done[0] / "models" / pool)) for pool in ("max", "avg"))
+    images = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=0)
+    with torch.no_grad():
+        images = replace(images, labels=what.make().scores(data.pixels(images.images)).argmax(1))
+    bench, threat = measure.Bench(out=tmp_path, seed=3, batch=8), Linf(8 / 255, space="pixel")
+
+    def asked(**more):
+        report, _ = audits.run(bench, what, [threat], images, budget="quick", eot=2, traced=4, **more)
+        (found,) = report.audits
+        return report, found, {f.id: f for f in found.findings}
+
+    report, found, told = asked(claim=0.99, claim_source="a paper", guides=[guide], control=guide, command="audit it")
+    assert (found.claim, found.claim_source, found.budget, found.n) == (0.99, "a paper", "quick", 8)
+    assert found.verdict == "overstated" and "99.0 % were claimed" in found.reason
+    stages = few(what.make(), threat, "quick", guides=[guide.make()])
+    assert [s.kind for s in stages] == ["default", "transfer", "transfer"] and 0 < sum(found.default) < 8
+    assert [r.attack for r in found.runs] == [s.label for s in stages[: len(found.runs)]] and len(found.runs) > 1
+    assert "from avg" in found.runs[1].attack and "transfer from avg" in found.runs[1].route
+    assert {(r.seed, r.eot, r.data) for r in found.runs} == {(3, 2, measure.identity(images))}
+    assert told["C18"].level != "not applicable" and told["C18"].evidence.startswith("avg keeps")
+    assert told["S3f"].level == told["S6"].level == "pass"  # by the model loaded anew
+    assert found.victim == "max" and found.card == report.models[0]
+    assert found.card["weights sha256"] == what.model.sha256
+    assert (report.trails[0].victim, report.trails[0].n) == ("max", 4)
+    assert found.provenance["command"] == report.provenance["command"] == "audit it"
+    assert audits.adversarial_file(tmp_path, threat).is_file()
+    _, late, told = asked(minutes=0.0)
+    assert not late.complete and not late.runs and late.verdict == "inconclusive"
+    assert late.claim is None and told["C18"].level == "not applicable"
+
+
+def test_the_command_line_hands_an_audit_over_as_it_was_asked_for(done, tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def run(bench, what, threats, images, **more):
+        asked.update(more | {"bench": bench, "what": what, "threats": threats, "images": images})
+        return judged(bench, what, threats, images, budget=more["budget"])
+
+    monkeypatch.setattr(verbs.audits, "run", run)
+    monkeypatch.setattr(verbs, "write", lambda report, out, images: {"html": out / "report.html"})
+    most, mean = (str(done[0] / "models" / pool) for pool in ("max", "avg"))
+    main(["audit", most, "--eps", "8/255", "--space", "pixel", "--norm", "l2", "--n", "8", "--budget", "thorough",
+          "--claim", "0.5", "--claim-source", "a paper", "--transfer", mean, "--transfer", most, "--control", mean,
+          "--eot", "2", "--minutes", "7", "--seed", "3", "--batch", "5", "--out", str(tmp_path), "--json"])  # fmt: skip
+    assert asked["threats"] == [L2(8 / 255, space="pixel")] and len(asked["images"].labels) == 8
+    assert (asked["what"].name, [g.name for g in asked["guides"]], asked["control"].name) == (
+        "max", ["avg", "max"], "avg"
+    )  # fmt: skip
+    assert {k: asked[k] for k in ("budget", "claim", "claim_source", "eot", "minutes")} == {
+        "budget": "thorough", "claim": 0.5, "claim_source": "a paper", "eot": 2, "minutes": 7
+    }  # fmt: skip
+    bench = asked["bench"]
+    assert (bench.seed, bench.batch, bench.out) == (3, 5, tmp_path)
+    (line,) = json.loads(capsys.readouterr().out)["audits"]
+    assert (line["norm"], line["budget"], line["n"], line["verdict"]) == ("l2", "thorough", 8, "supported")
+    flags = "--norm l2 --data fashion-mnist-slice --n 8 --budget thorough --seed 3 --precision fp32 --claim 0.5 --eot 2"
+    assert flags in asked["command"] and asked["command"].endswith(
+        f"--transfer {mean} --transfer {most} --control {mean}"
+    )

@@ -1,6 +1,7 @@
 """The same net, the same start: our attacks beside foolbox 3.3.4, torchattacks 3.5.1 and pyautoattack 0.2.0."""
 
 import contextlib
+import copy
 import importlib.util
 import math
 import sys
@@ -14,7 +15,7 @@ from lively import lively
 from torch import nn
 from torch.nn import functional as F
 
-from sparsetrail.attacks import apgd, bim, fgsm, mifgsm, pgd, square
+from sparsetrail.attacks import apgd, bim, fgsm, mifgsm, pgd, sapgd, square
 from sparsetrail.attacks.moves import surface
 from sparsetrail.core import L2, Linf, Problem, Streams, correct
 from sparsetrail.snn.encode import direct
@@ -195,6 +196,37 @@ def test_apgd_is_that_of_pyautoattack(posed, norm, loss, monkeypatch):
     assert same_path.float().mean() >= (0.7 if spiking else 0.95)
     assert (p.fooled != ~right).float().mean() <= 0.1
     assert same_path.all() or spiking or norm == "L2"
+
+
+def stable(net, x, y, start, eps, steps):
+    """SA-PGD as its authors' code has it, written out: every point asked about."""
+    u, asked, m, v = start, [], None, None
+    length, window, seen = eps, max(int(0.22 * steps), 1), 0
+    for _ in range(steps):
+        asked.append(u)
+        u = u.detach().requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(net(u), y, reduction="sum"), u)
+        d, d2 = (t / t.abs().mean((1, 2, 3), keepdim=True) for t in (g, g**2))
+        m, v = (d, d2) if m is None else (0.5 * m + d, 0.8 * v + d2)
+        u = u.detach() + (length * m / (v**0.5 + 1e-12)).clamp(-length, length)
+        u = (x + (u - x).clamp(-eps, eps)).clamp(0, 1)
+        seen += 1
+        if seen == window:
+            length, seen = length / 2, 0
+            window = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+    return [*asked, u]
+
+
+def test_sapgd_is_the_published_rule(posed, monkeypatch):
+    """The same points from the same start, in float64, where no spike flips by rounding."""
+    net, x, y, scale = posed
+    net, x, y = copy.deepcopy(net).double(), x[:8].double(), y[:8]
+    ball = Linf(EPS * scale, space="pixel")
+    start = surface(Problem(net, x, y, ball), Streams(5, range(len(y))))
+    monkeypatch.setattr(sys.modules["sparsetrail.attacks.sapgd"], "surface", lambda q, g: start)
+    ours, _ = played(sapgd, net, x, y, ball, steps=20)
+    theirs = stable(net, x, y, start, ball.eps, 20)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_targeted_apgd_fools_what_that_of_pyautoattack_fools(posed):

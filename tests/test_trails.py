@@ -1,5 +1,6 @@
 """The trail against gradients computed another way, geometry against brute force, and no hook left behind."""
 
+import copy
 import gc
 
 import pytest
@@ -71,6 +72,30 @@ def test_against_gradients_taken_by_retaining_them():
     assert t["pool"].zero == pytest.approx(float((by_hand == 0).double().mean()), abs=1e-12)
     steps = (by_hand == 0).double().unflatten(0, (T, -1)).mean((1, 2, 3, 4))
     assert t["pool"].per_step == pytest.approx(steps.tolist(), abs=1e-12)
+
+
+def test_train_mode_is_a_gradient_through_batch_statistics():
+    v, x, _ = model()
+    net, u = copy.deepcopy(v.module).train(), v.encode(x).requires_grad_()
+    z = net(u)
+    y = z.argmax(1)
+    y[0] = (y[0] + 1) % 10
+    (g,) = torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), u)
+    flat = g.double().movedim(1, 0).flatten(1)
+    found, other = (trail(v, x, y, mode=mode) for mode in ("train", "eval"))
+    first = found.rows[0]
+    assert first.zero == pytest.approx(float((flat == 0).double().mean()), abs=1e-12)
+    assert first.norm == pytest.approx(float(flat.norm(dim=1).mean()), rel=1e-5)
+    assert found.clean_accuracy == pytest.approx(2 / 3) and found.mode == "train"
+    assert abs(other.rows[0].norm / first.norm - 1) > 0.01
+
+
+def test_clean_accuracy_is_the_share_of_images_that_are_scored_right():
+    v, x, _ = model()
+    with torch.no_grad():
+        y = v.scores(x).argmax(1)
+    y[0] = (y[0] + 1) % 10
+    assert trail(v, x, y, batch=2).clean_accuracy == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("arch", ["sew_resnet18", "spiking_resnet18", "sew_resnet50"])

@@ -1,5 +1,6 @@
 """Training: resumable to the bit, honest about its validation, loud about NaN, and refusing what it cannot trust."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from sparsetrail import data
+from sparsetrail.core import Rate
 from sparsetrail.models import load_model
 from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec, build
@@ -149,6 +151,13 @@ def test_the_best_epoch_is_chosen_on_held_out_training_images(images, tmp_path):
     assert model.card["epochs_done"] == seen.index(best) + 1
     _, held_out = data.split_validation(images, 0.25, 3407)
     assert accuracy(model.net, model.encode, held_out).value == best
+    with torch.no_grad():
+        guesses = model.net(model.encode(data.pixels(held_out.images))).argmax(1)
+    right = int((guesses == held_out.labels).sum())
+    model.net.train()
+    for size in (128, 5):
+        assert accuracy(model.net, model.encode, held_out, batch=size) == Rate(right, 32) and 0 < right < 32
+    assert model.net.training
     last = train(NET, ENCODE, images, replace(SPEC, validation=0.0), tmp_path / "v0")
     assert last.card["chosen_by"] == "last epoch" and last.card["validation"] is None and last.card["epochs_done"] == 2
 
@@ -227,9 +236,11 @@ def test_idle_seams_are_bit_equal_to_plain_training(images, finished, tmp_path):
     assert same_weights(idle.path, finished.path)
 
 
-def test_bf16_trains_too(images, tmp_path):
-    model = train(NET, ENCODE, images, replace(SPEC, precision="bf16", epochs=1), tmp_path / "r")
+def test_bf16_trains_too_and_is_not_fp32(images, finished, tmp_path):
+    model = train(NET, ENCODE, images, replace(SPEC, precision="bf16"), tmp_path / "r")
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.net.parameters())
+    ours, theirs = (load_weights(m.path.parent / "last.safetensors")[0] for m in (model, finished))
+    assert not torch.equal(ours["conv1.weight"], theirs["conv1.weight"])
 
 
 def test_a_loaded_model_gives_the_same_scores(images, finished):
@@ -302,15 +313,48 @@ def test_a_lone_previous_snapshot_of_another_experiment_is_refused(images, tmp_p
         train(replace(NET, pool="avg"), ENCODE, images, SPEC, tmp_path / "r")
 
 
-def test_every_epoch_is_augmented_afresh(images, tmp_path):
-    flips = []
+def watched(images, out, spec, **more):
+    """The first weights of a run, and of every step the pixels, the labels and the seed of its draws."""
+    weights, steps = [], []
 
     def inputs(net, encode, x, y, generator):
-        flips.append(generator.initial_seed())
+        weights.extend([] if weights else [p.detach().clone() for p in net.parameters()])
+        steps.append((x, y, generator.initial_seed()))
         return x
 
-    train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=Seams(inputs=inputs))
-    assert len(set(flips)) == len(flips) == 12
+    with contextlib.suppress(TrainingStopped):
+        train(NET, ENCODE, images, spec, out, seams=Seams(inputs=inputs), **more)
+    return weights, steps
+
+
+def test_every_epoch_shows_every_image_once_in_another_order_augmented_afresh(images, tmp_path, monkeypatch):
+    images, asked = data.take(images, 48, seed=0), []
+    monkeypatch.setattr(Optimizer, "set_rate", lambda _, step, total: asked.append((step, total)))
+    spec, plain = replace(SPEC, validation=0.0, flip=False), data.pixels(images.images)
+    _, steps = watched(images, tmp_path / "plain", spec)
+    rows = [(x[:, None] == plain).flatten(2).all(2).nonzero()[:, 1] for x, _, _ in steps]
+    first, second = (torch.cat(rows[i : i + 3]) for i in (0, 3))
+    assert torch.equal(first.sort().values, torch.arange(48)) and torch.equal(second.sort().values, torch.arange(48))
+    assert not torch.equal(first, second) and asked == [(i, 6) for i in range(6)]
+    assert all(torch.equal(y, images.labels[r]) for (_, y, _), r in zip(steps, rows, strict=True))
+    _, steps = watched(images, tmp_path / "augmented", replace(spec, flip=True, crop=2, cutout=4))
+    for (x, _, seed), r in zip(steps, rows, strict=True):
+        g = torch.Generator().manual_seed(seed)
+        assert torch.equal(x, data.pixels(data.cutout(data.flip(data.crop(images.images[r], 2, g), g), 4, g)))
+        assert not torch.equal(x, plain[r])
+    assert len({seed for _, _, seed in steps}) == 6
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_seed_decides_first_weights_order_and_draws(images, finished, tmp_path, begun):
+    """Weights only where there is no model to begin from."""
+    spec = replace(SPEC, validation=0.0, flip=False)
+    more = {"start": finished if begun else None, "stop": lambda: True}
+    runs = [watched(images, tmp_path / str(seed), replace(spec, seed=seed), **more) for seed in (1, 2)]
+    (weights, [(x, _, seed)]), (others, [(z, _, other)]) = runs
+    first = next(finished.net.parameters())
+    assert torch.equal(weights[0], others[0]) == torch.equal(weights[0], first) == begun
+    assert not torch.equal(x, z) and seed != other
 
 
 def test_weights_that_are_not_finite_are_refused(finished, tmp_path):
@@ -366,11 +410,12 @@ def test_the_optimiser_follows_parameters_to_other_memory():
     """`p.data = ...`, gradients in another memory order, and none at all, as torch.optim takes them."""
     for name in ("adam", "sgd"):
         net, twin = (build(NetSpec(width=0.25, steps=2), seed=0) for _ in range(2))
-        ours = Optimizer(net, TrainSpec(optimizer=name, lr=0.01))
+        spec = TrainSpec(optimizer=name, lr=0.01, betas=(0.8, 0.99), momentum=0.7, weight_decay=0.3)
+        ours = Optimizer(net, spec)
         if name == "adam":
-            theirs = torch.optim.Adam(twin.parameters(), 0.01)
+            theirs = torch.optim.Adam(twin.parameters(), 0.01, betas=(0.8, 0.99), weight_decay=0.3)
         else:
-            theirs = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.9)
+            theirs = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.7, weight_decay=0.3)
         g = torch.Generator().manual_seed(0)
         for step in range(3):
             for i, (p, q) in enumerate(zip(net.parameters(), twin.parameters(), strict=True)):
@@ -383,3 +428,14 @@ def test_the_optimiser_follows_parameters_to_other_memory():
                     p.data, q.data = p.data.clamp(-0.3, 0.3), q.data.clamp(-0.3, 0.3)
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             assert torch.allclose(p, q, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [("none", (1, 1, 1, 1, 1)), ("cosine", (1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0))],
+)  # fmt: skip
+def test_the_learning_rate_is_constant_or_falls_by_half_a_cosine(schedule, shares):
+    optimizer = Optimizer(nn.Linear(2, 1), TrainSpec(lr=0.2, schedule=schedule))
+    for step, share in zip((0, 2, 4, 6, 8), shares, strict=True):
+        optimizer.set_rate(step, 8)
+        assert optimizer.inner.param_groups[0]["lr"] == optimizer.rate == pytest.approx(0.2 * share, abs=1e-12)
