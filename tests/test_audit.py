@@ -224,7 +224,7 @@ def test_parts_are_not_taken_from_another_victim_or_threat(snn, tmp_path, brief)
         audit(v, Linf(2 / 255, space="pixel"), x, y, budget="quick", store=store, identity="a")
 
 
-def test_every_part_is_made_anew_for_another_seed_count_of_gradients_version_or_route(tmp_path, brief, monkeypatch):
+def test_every_part_is_made_anew_for_another_seed_eot_version_or_route(tmp_path, brief, monkeypatch):
     v, x, y = line(n=16)
     monkeypatch.setattr(run, "battery", lambda *a, **k: battery(*a, **k)[:3])
 
@@ -308,7 +308,7 @@ def test_the_verdict_follows_its_rules():
     (100, 50, 0, None, 2, "supported"),  # two of them, above it
     (250, 125, 0, None, 3, "inconclusive"),
 ])  # fmt: skip
-def test_a_verdict_against_a_claim_takes_a_point_and_more_than_chance(n, before, lost, claim, tied, expected):
+def test_a_verdict_takes_more_than_a_point_and_more_than_chance(n, before, lost, claim, tied, expected):
     default, worst = ([i < k for i in range(n)] for k in (before, before - lost))
     findings = [finding("S3", "pass"), finding("G1", "pass", True)]
     verdict, why = judge(findings, default, worst, [True] * n, claim, True, "standard", range(tied))

@@ -425,8 +425,8 @@ def test_the_audit_of_a_trained_model_is_made_as_it_was_asked_for(done, tmp_path
     monkeypatch.setattr(auditing._Work, "curves", lambda self, gradient: {})
 
     def few(*args, **more):
-        stages = [s for s in battery(*args, **more) if s.kind in ("default", "transfer")]
-        return [replace(s, knobs=s.knobs | {"steps": 2}) for s in stages]
+        stages = [s for s in battery(*args, **more) if s.kind in ("default", "transfer") and s.attack == "pgd"]
+        return [replace(s, knobs=s.knobs | {"steps": 1}) for s in stages]
 
     monkeypatch.setattr(auditing, "battery", few)
     what, guide = (audits.target(str(done[0] / "models" / pool)) for pool in ("max", "avg"))
@@ -444,8 +444,8 @@ def test_the_audit_of_a_trained_model_is_made_as_it_was_asked_for(done, tmp_path
     assert (found.claim, found.claim_source, found.budget, found.n) == (0.99, "a paper", "quick", 8)
     assert found.verdict == "overstated" and "99.0 % were claimed" in found.reason
     stages = few(what.make(), threat, "quick", guides=[guide.make()])
-    assert [s.kind for s in stages] == ["default", "transfer", "transfer"] and 0 < sum(found.default) < 8
-    assert [r.attack for r in found.runs] == [s.label for s in stages[: len(found.runs)]] and len(found.runs) > 1
+    assert [s.kind for s in stages] == ["default", "transfer"] and 0 < sum(found.default) < 8
+    assert [r.attack for r in found.runs] == [s.label for s in stages]
     assert "from avg" in found.runs[1].attack and "transfer from avg" in found.runs[1].route
     assert {(r.seed, r.eot, r.data) for r in found.runs} == {(3, 2, measure.identity(images))}
     assert told["C18"].level != "not applicable" and told["C18"].evidence.startswith("avg keeps")
