@@ -27,7 +27,7 @@ def zero_gradients(case: Case) -> Outcome:
         lost / n,
         "0; lower end of the share 0.01",
         f"{zero} of {n} images have a gradient of exactly zero, {tiny} one below 1e-30",
-        "attack with a wider surrogate, a smooth stand-in of the operation, or no gradient at all (square, spsa, rays)",
+        "attack with a wider surrogate, a smooth stand-in for the operation, or no gradient (square, spsa, rays)",
     )
 
 
