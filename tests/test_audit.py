@@ -561,6 +561,34 @@ def test_runs_of_batches_join_to_one(snn):
     assert isinstance(one, Run) and Forgetful().get({}, Run) is None
 
 
+def test_means_over_images_do_not_depend_on_the_batch():
+    from sparsetrail.attacks import attack, authors, pgd
+
+    v, x, y = line(n=33)
+    clear = lambda u: torch.where(u < 0.601, u, u.detach())  # noqa: E731  # no gradient reaches the brighter images
+    v = replace(v, logits=lambda u, own=v.logits: own(clear(u)))
+    dead = float((x > 0.601).float().mean())
+    assert 0.1 < dead < 0.9
+
+    def play(first=0, last=33, batch=33, drop=False):
+        some = range(33)[first:last]
+        threat, knobs = Linf(0.01, space="pixel"), {"steps": 4, "step": 0.0025}
+        return attack(pgd, v, threat, x[some], y[some], batch=batch, drop=drop, indices=some, **knobs)
+
+    for batch in (7, 8, 32):
+        for drop in (False, True):
+            run, whole = play(batch=batch, drop=drop), play(drop=drop)
+            assert run.zero_gradient == pytest.approx(whole.zero_gradient, abs=1e-6)
+            assert run.trace == pytest.approx(whole.trace, abs=1e-5)
+        one, whole = join([play(i, i + batch) for i in range(0, 33, batch)]), play()
+        assert one.zero_gradient == pytest.approx(whole.zero_gradient, abs=1e-6)
+        assert one.trace == pytest.approx(whole.trace, abs=1e-5)
+        net = torch.nn.Sequential()
+        net.forward = v.logits
+        fast, _ = authors(net, lambda x: x[None], x, y, batch=batch)
+        assert fast.zero_gradient == pytest.approx(dead, abs=1e-6)
+
+
 @pytest.mark.parametrize("name, verdict", [("scores x 1000", "masked"), ("layer with zero gradient", "masked"),
                                            ("surrogate of the wrong sign", "masked"), ("k winners take all", "masked"),
                                            ("membrane not reset", "inconclusive")])  # fmt: skip

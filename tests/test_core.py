@@ -164,7 +164,7 @@ def test_dropping_fooled_examples_changes_no_result():
 def test_zero_and_broken_gradients_are_counted():
     p = Problem(lambda u: torch.stack([u.flatten(1)[:, 0] * 0, u.flatten(1)[:, 1]], 1), X, Y, Linf(0.1, space="pixel"))
     p.grad(X)
-    assert float(p.zero_share[0]) == 0.75 and not p.dead.any()
+    assert (float(p.zero_share[0][0]), p.zero_share[0][1]) == (0.75, len(X)) and not p.dead.any()
     q = Problem(lambda u: u.flatten(1)[:, :2] * 0, X, Y, Linf(0.1, space="pixel"))
     q.grad(X)
     assert q.dead.all()

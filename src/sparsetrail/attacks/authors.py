@@ -49,7 +49,8 @@ def authors(
         net.eval()
         clean = torch.cat([correct(net(encode(x[i : i + batch])), y[i : i + batch]) for i in range(0, len(y), batch)])
     flags: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
-    ties, zero = {"fgsm": 0, "pgd": 0}, {"fgsm": [], "pgd": []}
+    ties = {"fgsm": 0, "pgd": 0}
+    zero: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}  # share of zeros, per example
     small = {"fgsm": 0, "pgd": 0}
     nonfinite = {"fgsm": 0, "pgd": 0}
     counted = {"fgsm": 0, "pgd": 0}
@@ -58,7 +59,7 @@ def authors(
     def gradient(u: Tensor, labels: Tensor, kind: str, first: int) -> Tensor:
         u = u.detach().requires_grad_()
         (grad,) = torch.autograd.grad(F.cross_entropy(net(u), labels), u)
-        zero[kind].append(float((grad == 0).float().mean()))
+        zero[kind].append((grad == 0).float().mean(dim=(0, *range(2, grad.ndim))))
         dead[kind].update((first + (grad == 0).movedim(1, 0).flatten(1).all(1).nonzero().squeeze(1)).tolist())
         small[kind] += int(not grad.norm() >= 1e-6)
         nonfinite[kind] += int((~grad.movedim(1, 0).flatten(1).isfinite()).any(1).sum())
@@ -101,7 +102,7 @@ def authors(
             ties=ties[kind],
             forwards=(calls + 1) * len(y),
             backwards=calls * len(y),
-            zero_gradient=sum(zero[kind]) / len(zero[kind]),
+            zero_gradient=float(torch.cat(zero[kind]).mean()),
             dead_examples=len(dead[kind]),
             nonfinite=nonfinite[kind],
             trace=(),

@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ def attack(
     tied: list[int] = []
     y = y.long()
     forwards = backwards = dead = nonfinite = silent = 0
-    zero: list[Tensor] = []
-    traces: list[Tensor] = []
+    zero: list[tuple[Tensor, int]] = []
+    traces: list[list[tuple[Tensor, int]]] = []
     for i in range(0, len(y), batch):
         if stop is not None and stop():
             raise KeyboardInterrupt
@@ -110,8 +111,7 @@ def attack(
             dead += int(p.dead.sum())
             nonfinite += int(p.nonfinite.sum())
             zero += p.zero_share
-            if p.trace:
-                traces.append(torch.stack(p.trace).float().cpu())
+            traces.append(p.trace)
         clean.append(right.cpu())
         robust.append(held.cpu())
         if keep:
@@ -132,10 +132,10 @@ def attack(
         ties=len(tied),
         forwards=forwards,
         backwards=backwards,
-        zero_gradient=float(torch.stack(zero).mean()) if zero else None,
+        zero_gradient=_mean(zero) if zero else None,
         dead_examples=dead,
         nonfinite=nonfinite,
-        trace=_mean_trace(traces),
+        trace=tuple(_mean([c for c in call if c is not None]) for call in zip_longest(*traces)),
         seconds=time.perf_counter() - started,
         note=f"random victim: mean of {eot} gradients a step, points judged by the majority of {votes} fresh draws"
         if victim.random
@@ -209,12 +209,10 @@ def _name(fn: Attack) -> str:
     return getattr(fn, "__name__", str(fn))
 
 
-def _mean_trace(traces: list[Tensor]) -> tuple[float, ...]:
-    """Mean margin per call over batches, as far as every batch got."""
-    if not traces:
-        return ()
-    length = min(len(t) for t in traces)
-    return tuple(torch.stack([t[:length] for t in traces]).mean(0).tolist())
+def _mean(parts: Sequence[tuple[Tensor, int]]) -> float:
+    """Mean of all examples from the means of parts of them and how many those are."""
+    means = torch.stack([mean for mean, _ in parts]).double().cpu()
+    return float(means @ torch.tensor([count for _, count in parts]).double()) / sum(count for _, count in parts)
 
 
 def _refuse(victim: Victim, threat: Threat, x: Tensor, y: Tensor, batch: int) -> None:

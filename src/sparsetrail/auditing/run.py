@@ -507,9 +507,9 @@ def join(parts: Sequence[Run]) -> Run:
     first = parts[0]
     if len(parts) == 1:
         return first
-    zero = [(p.zero_gradient, p.n) for p in parts if p.zero_gradient is not None]
-    length = min(len(p.trace) for p in parts)
-    total = sum(p.n for p in parts)
+    zero = [(p.zero_gradient, p.backwards) for p in parts if p.zero_gradient is not None]
+    traces = [(p.trace, sum(p.clean)) for p in parts if any(p.clean)]
+    total, length = sum(count for _, count in traces), min((len(t) for t, _ in traces), default=0)
     axis = first.threat.axis
     return replace(
         first,
@@ -526,7 +526,7 @@ def join(parts: Sequence[Run]) -> Run:
             i + at for at, p in zip(accumulate((p.n for p in parts), initial=0), parts, strict=False) for i in p.tied
         ),
         zero_gradient=sum(z * n for z, n in zero) / sum(n for _, n in zero) if zero else None,
-        trace=tuple(sum(p.trace[i] * p.n for p in parts) / total for i in range(length)),
+        trace=tuple(sum(t[i] * n for t, n in traces) / total for i in range(length)),
         seconds=sum(p.seconds for p in parts),
         adversarial=torch.cat([p.adversarial for p in parts if p.adversarial is not None], axis)
         if first.adversarial is not None

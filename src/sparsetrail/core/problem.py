@@ -129,8 +129,8 @@ class Problem:
         self.fooled = torch.zeros_like(y, dtype=torch.bool)
         self.left = torch.zeros((), dtype=torch.bool, device=u0.device)
         self.forwards = self.backwards = 0
-        self.trace: list[Tensor] = []
-        self.zero_share: list[Tensor] = []
+        self.trace: list[tuple[Tensor, int]] = []  # of every call: mean margin, of how many examples
+        self.zero_share: list[tuple[Tensor, int]] = []  # of every gradient: share of zeros, over how many examples
         self.dead = torch.zeros_like(self.fooled)
         self.nonfinite = torch.zeros_like(self.fooled)
         self.whose: Tensor | None = None  # of a problem of copies: the image behind each row
@@ -326,7 +326,7 @@ class Problem:
         self._see(u, _vote(margins), rows)
         self.backwards += len(y) * count
         flat = g.movedim(axis, 0).flatten(1)
-        self.zero_share.append((flat == 0).float().mean())
+        self.zero_share.append(((flat == 0).float().mean(), len(y)))
         self._mark(self.dead, (flat == 0).all(1), rows)
         self._mark(self.nonfinite, ~flat.isfinite().all(1), rows)
         if rows is None:
@@ -451,7 +451,7 @@ class Problem:
         u = u.detach()
         self.forwards += len(m) * self.eot
         if strict:
-            self.trace.append(m.mean())
+            self.trace.append((m.mean(), len(m)))
         if rows is not None:
             m = self.best_margin.index_copy(0, rows, m)
         inside = self.ball.contains(u, self.u0)
