@@ -23,6 +23,8 @@ QUICK = {  # settings under which an attack is through in a moment
     "spsa": {"steps": 4, "samples": 8},
     "sda": {"steps": 3},
     "rays": {"queries": 60},
+    "fab": {"steps": 20},
+    "autoattack": {"steps": 5, "queries": 20},
 }
 WITHOUT_DRAWS = (
     "fgsm",
@@ -31,6 +33,7 @@ WITHOUT_DRAWS = (
     "codebook",
     "sda",
     "rays",
+    "fab",
 )  # from their first start, wherever a gradient is left
 LOSS = [name for name, fn in ATTACKS.items() if "loss" in settings(fn)]
 

@@ -12,7 +12,7 @@ from lively import lively
 from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify
 from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
-from sparsetrail.core import Finding, Linf, Rate, Run, Streams, Victim, margin
+from sparsetrail.core import L2, Finding, Linf, Rate, Run, Streams, Victim, margin
 from sparsetrail.recipes.audits import Cells
 from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec, victim
@@ -497,6 +497,16 @@ def test_the_battery_asks_only_what_the_victim_allows(snn):
     assert sizes == sorted(sizes) and sizes[0] < sizes[2]
     labels = [s.label for s in battery(v, Linf(EPS, space="pixel"), "thorough", guides=[plain])]
     assert len(set(labels)) == len(labels) and any("from snn" in s for s in labels)
+    for space in ("pixel", "encoded"):  # all four of AutoAttack, as long as there
+        of = {
+            s.attack: s.knobs for s in battery(v, Linf(EPS, space=space), "thorough") if s.attack in ("fab", "square")
+        }
+        apgd = [s.knobs for s in battery(v, Linf(EPS, space=space), "thorough") if s.attack == "apgd"]
+        assert of["fab"] == {"steps": 100, "targets": 9} and of["square"] == {"queries": 5000}
+        assert [k["steps"] for k in apgd] == [200, 100] and [k["loss"] for k in apgd] == ["ce", "targeted"]
+    assert "fab" not in pixel + encoded
+    euclidean = [s.attack for s in battery(v, L2(0.5, space="pixel"))]
+    assert "square" in euclidean and "spsa" in euclidean and "codebook" not in euclidean
 
 
 ROUTES = ("assg", "hart", "rga", "bptr", "pdsg", "own+reset", "triangle:1", "rectangle:1", "exponential:2",

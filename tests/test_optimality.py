@@ -15,6 +15,7 @@ from sparsetrail.attacks import (
     apgd,
     attack,
     codebook,
+    fab,
     mifgsm,
     noise,
     pgd,
@@ -24,6 +25,7 @@ from sparsetrail.attacks import (
     spsa,
     square,
 )
+from sparsetrail.attacks.fab import nearest
 from sparsetrail.attacks.losses import loss_named
 from sparsetrail.attacks.moves import by_mean, checkpoints
 from sparsetrail.core import L0, L2, Linf, Problem, Streams, Victim, correct, margin
@@ -31,7 +33,7 @@ from sparsetrail.snn.encode import latency, phase
 from sparsetrail.snn.neuron import NeuronSpec, fused
 
 QUICK = {"apgd": {"steps": 20}, "sapgd": {"steps": 20}, "square": {"queries": 60}, "spsa": {"steps": 4, "samples": 8},
-         "rays": {"queries": 200}}  # fmt: skip
+         "rays": {"queries": 200}, "fab": {"steps": 20}, "autoattack": {"steps": 5, "queries": 20}}  # fmt: skip
 AXIS = {"pixel": 0, "encoded": 1}
 
 
@@ -249,7 +251,7 @@ def test_no_gradient_no_score_and_no_lead_are_survived(name, space, fault):
         x = torch.ones(4, 1, 2, 2)
     y = torch.zeros(4, dtype=torch.long)
     threat = L0(3, space=space) if name == "sda" else Linf(30 / 255, space=space)
-    balls = [threat] if name in ("sda", "square", "codebook") else [threat, L2(0.3, space=space)]
+    balls = [threat] if name in ("sda", "codebook") else [threat, L2(0.3, space=space)]
     for ball in balls:
         for loss in [None] if "loss" not in settings(ATTACKS[name]) else LOSSES | (TARGETED if name == "apgd" else {}):
             knobs = QUICK.get(name, {}) | ({} if loss is None else {"loss": loss})
@@ -282,6 +284,61 @@ def test_a_tiny_slope_moves_as_far_as_a_large_one(name):
         tiny = attack(ATTACKS[name], victim(2.0**-100), ball, x, y, keep=True, **knobs)  # 8e-31
         assert (one.adversarial != x).flatten(1).any(1).float().mean() > 0.5
         assert tiny.robust == one.robust and torch.allclose(tiny.adversarial, one.adversarial, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_shortest_move_to_a_hyperplane(norm):
+    """Against a search for the time, and against random other points beyond the hyperplane: none is nearer."""
+    g = torch.Generator().manual_seed(0)
+    ball = (Linf if norm == "linf" else L2)(1.0, space="pixel")
+    u, w = torch.rand(200, 12, generator=g), torch.randn(200, 12, generator=g)
+    w[:, :4] *= torch.randint(0, 2, (200, 4), generator=g)  # some entries do nothing, some images have no slope
+    u[:50, 4:] = u[:50, 4:].round()  # some begin at the box
+    w[0] = 0
+    most = torch.maximum(w * (1 - u), -w * u).sum(1)
+    least = torch.minimum(w * (1 - u), -w * u).sum(1)
+    need = (torch.rand(200, generator=g) * 2.4 - 1.2) * torch.where(torch.arange(200) % 2 == 0, most, -least)
+    need[1] = 0
+    d = nearest(u, w, need, ball)
+    gained = (w * d).sum(1)
+    out = (need > most) | (need < least)
+    assert out.any() and ((u + d >= -1e-6) & (u + d <= 1 + 1e-6)).all() and (d[w == 0] == 0).all()
+    assert torch.allclose(gained, torch.minimum(torch.maximum(need, least), most), atol=1e-5)
+    size = d.abs().amax(1) if norm == "linf" else d.norm(dim=1)
+    way, need = w.sign() * need.sign()[:, None], need.abs()
+    room, pace = torch.where(way > 0, 1 - u, u), (w.abs() if norm == "l2" else (w != 0).float())
+    low, high = torch.zeros(200), torch.full((200,), 1e4)
+    for _ in range(60):
+        time = (low + high) / 2
+        far = (w.abs() * torch.minimum(time[:, None] * pace, room)).sum(1) >= need
+        low, high = torch.where(far, low, time), torch.where(far, time, high)
+    assert torch.allclose(d, way * torch.minimum(high[:, None] * pace, room), atol=2e-4)
+    for k in range(300):
+        other = (u + (k / 100) * torch.randn(u.shape, generator=g)).clamp(0, 1) - u
+        reaches = (w.abs() * way * other).sum(1) >= need
+        length = other.abs().amax(1) if norm == "linf" else other.norm(dim=1)
+        assert (~reaches | out | (length >= size - 1e-5)).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_fab_decides_a_linear_victim_without_a_step_size(space, norm):
+    """Exactly the images whose nearest point of the other class lies in the ball, box and all."""
+    v, rows = linear(space)
+    x = torch.rand(60, 1, 3, 4, generator=torch.Generator().manual_seed(2))
+    u0, f, y = posed(v, space, x)
+    flat, w = u0.movedim(AXIS[space], 0).flatten(1), slopes(rows, y)
+    away = nearest(
+        flat, w, -(w * flat).sum(1) * 1.0001, L2(1.0, space=space) if norm == "l2" else Linf(1.0, space=space)
+    )
+    reached = margin(f((flat + away).view(u0.movedim(AXIS[space], 0).shape).movedim(0, AXIS[space])), y) > 0
+    size = away.norm(dim=1) if norm == "l2" else away.abs().amax(1)
+    eps = float(size.median())
+    sure = (size - eps).abs() > 1e-3 * eps
+    run = attack(fab, v, (L2 if norm == "l2" else Linf)(eps, space=space), x, y, steps=10)
+    expected = ~(reached & (size < eps))
+    assert 10 < expected.sum() < 50 and sure.sum() > 50
+    assert torch.equal(torch.tensor(run.robust)[sure], expected[sure])
 
 
 def test_gradients_over_their_mean():

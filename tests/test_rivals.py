@@ -15,7 +15,7 @@ from lively import lively
 from torch import nn
 from torch.nn import functional as F
 
-from sparsetrail.attacks import apgd, bim, fgsm, mifgsm, pgd, sapgd, square
+from sparsetrail.attacks import apgd, autoattack, bim, fab, fgsm, mifgsm, pgd, sapgd, square
 from sparsetrail.attacks.moves import surface
 from sparsetrail.core import L2, Linf, Problem, Streams, correct
 from sparsetrail.snn.encode import direct
@@ -76,11 +76,17 @@ def posed(request):
         return net, x, net(x).argmax(1), {"conv": 1.0, "spiking": 0.02}[request.param]
 
 
+def recorded(p):
+    """What a problem is asked about from now on."""
+    asked, see = [], p._see
+    p._see = lambda u, m, rows, **how: (asked.append(u.detach().clone()), see(u, m, rows, **how))[1]
+    return asked
+
+
 def played(fn, net, x, y, ball, start=None, **knobs):
     """Every point an attack of ours asks about, from a given start, with nothing dropped; and its problem."""
-    p, asked = Problem(net, x, y, ball), []
-    see = p._see
-    p._see = lambda u, m, rows: (asked.append(u.detach().clone()), see(u, m, rows))[1]
+    p = Problem(net, x, y, ball)
+    asked = recorded(p)
     if start is not None:
         p.sample = lambda g, **_: start
     fn(p, Streams(0, range(len(y))), **knobs)
@@ -244,7 +250,38 @@ def test_targeted_apgd_fools_what_that_of_pyautoattack_fools(posed):
     assert (p.fooled != ~right).sum() <= 1 and p.fooled.any()
 
 
-def test_square_is_that_of_pyautoattack(posed, monkeypatch):
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fab_is_that_of_pyautoattack(posed, norm):
+    """Every point asked about, in and out of the ball; on the spiking net up to where a last bit flips a spike."""
+    module = rival("pyautoattack.fab_pt")
+    net, x, y, scale = posed
+    spiking = isinstance(net, Spiking)
+    ball = (
+        Linf(EPS * scale / 4, space="pixel")
+        if norm == "linf"
+        else L2(EPS * scale * (16 if spiking else 2), space="pixel")
+    )
+    model, theirs = _watched(net)
+    fab_pt = module.FABAttack_PT(
+        model, norm="Linf" if norm == "linf" else "L2", n_iter=15, eps=ball.eps, targeted=True, n_target_classes=1,
+        device="cpu",
+    )  # fmt: skip
+    found = fab_pt.perturb(x, y)
+    p = Problem(net, x, y, ball)
+    asked = recorded(p)
+    fab(p, Streams(0, range(len(y))), steps=15, targets=1)
+    with torch.no_grad():
+        right = correct(net(found), y) | ~ball.contains(found, x)
+    assert len(asked) == 31 and p.fooled.any() and not p.fooled.all()  # the last of ours is one more, on the surface
+    assert (~p.fooled & ~right).sum() <= (1 if spiking else 0)
+    theirs = theirs[-1 - 30 : -1]  # before them the labels, the ranks; after them the verdict
+    for ours, other in zip(asked[:30], theirs, strict=True):
+        near = (ours - other).flatten(1).abs().amax(1) <= 1e-5
+        assert near.float().mean() >= (0.8 if spiking else 1.0), float(near.float().mean())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_square_is_that_of_pyautoattack(posed, norm, monkeypatch):
     """Given the same draws, image by image: every query the same, so also the number until an image falls.
 
     Their draws are replaced by ours: they draw one position for all images of a batch, from 0 to below h - s, which
@@ -252,8 +289,8 @@ def test_square_is_that_of_pyautoattack(posed, monkeypatch):
     """
     module = rival("pyautoattack.square")
     net, x, y, scale = posed
-    eps, queries = EPS * scale / 3, 60
-    ball = Linf(eps, space="pixel")
+    queries, linf = 60, norm == "linf"
+    ball = (Linf if linf else L2)(EPS * scale / 3 if linf else EPS * scale * 20, space="pixel")
     fallen = 0
     for i in range(3 if isinstance(net, Spiking) else 16):
         draws = []
@@ -264,31 +301,69 @@ def test_square_is_that_of_pyautoattack(posed, monkeypatch):
             return draws[-1]
 
         monkeypatch.setattr(Problem, "noise", noise)
-        p, asked = Problem(net, x[i : i + 1], y[i : i + 1], ball, drop=True), []
-        see = p._see
-        p._see = lambda u, m, rows, see=see, asked=asked: (asked.append(u.clone()), see(u, m, rows))[1]
+        p = Problem(net, x[i : i + 1], y[i : i + 1], ball, drop=True)
+        asked = recorded(p)
         square(p, Streams(0, [i]), queries=queries)
         monkeypatch.setattr(Problem, "noise", real)
         model, theirs = _watched(net)
+        if linf:
+            signs = [draws[0], *(d[:, 2:] for d in draws[1:])]
+            places = [d[:, k] for d in draws[1:] for k in (0, 1)]
+            turned = []
+        else:
+            tiles, whole = draws[0], x.shape[-1] // max(x.shape[-1] // 5, 1)
+            laid = [  # theirs lays further tiles outside the image
+                tiles[:, :, r, c] if max(r, c) < tiles.shape[-1] else tiles[:, :, 0, 0]
+                for r in range(whole)
+                for c in range(whole)
+            ]
+            signs = [t[:, 1:] for t in laid] + [d[:, 5:] for d in draws[1:]]
+            turned = [t[:, 0] for t in laid] + [d[:, 4] for d in draws[1:]]
+            places = [d[:, k] for d in draws[1:] for k in range(4)]
+        signs, places, turned = iter(signs), iter(places), iter(turned)
 
         class Fed(module.SquareAttack):
-            turn, axis = 0, 0
+            def random_choice(self, shape, signs=signs):
+                return next(signs).sign().view(shape)
 
-            def random_choice(self, shape, draws=draws):
-                values = draws[self.turn] if self.turn == 0 else draws[self.turn][:, 2:]
-                self.turn += 1
-                return values.sign().view(shape)
+            def random_int(self, low=0, high=1, shape=(1,), places=places):
+                return ((next(places) + 1) / 2 * (high + 1)).long().clamp(max=high)
 
-            def random_int(self, low=0, high=1, shape=(1,), draws=draws):
-                unit = (draws[self.turn][:, self.axis % 2] + 1) / 2
-                self.axis += 1
-                return (unit * (high + 1)).long().clamp(max=high)
-
-        fed = Fed(model, norm="Linf", n_queries=queries, eps=eps, device="cpu")
+        fed = Fed(model, norm="Linf" if linf else "L2", n_queries=queries, eps=ball.eps, device="cpu")
         fed.init_hyperparam(x[i : i + 1])
-        fed.attack_single_run(x[i : i + 1], y[i : i + 1])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *_, turned=turned: (next(turned) + 1) / 2)
+            fed.attack_single_run(x[i : i + 1], y[i : i + 1])
         assert len(theirs) == len(asked) and bool(p.fooled) == (len(asked) < queries + 1 or bool(p.best_margin > 0))
-        assert torch.stack([(a - b).abs().amax() for a, b in zip(asked, theirs, strict=True)]).amax() <= 2e-6
+        apart = torch.stack([(a - b).abs().amax() for a, b in zip(asked, theirs, strict=True)]).amax()
+        assert apart <= (2e-6 if linf else 2e-5), apart
         fallen += int(p.fooled)
     assert fallen > 0
     assert math.isfinite(float(p.best_margin))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_autoattack_leaves_what_that_of_pyautoattack_leaves(posed, norm):
+    """The same four attacks, 15 steps and 60 queries each, with other draws: the same images stand, but for one."""
+    module = rival("pyautoattack")
+    net, x, y, scale = posed
+    spiking, linf = isinstance(net, Spiking), norm == "linf"
+    x, y, targets = (x[:8], y[:8], 3) if spiking else (x, y, 6)
+    ball = (Linf if linf else L2)(EPS * scale / (4 if spiking else 3) * (1 if linf else 15), space="pixel")
+    aa = module.AutoAttack(
+        net, attacks=["apgd-ce", "apgd-t", "fab-t", "square"], version="custom", norm="Linf" if linf else "L2",
+        eps=ball.eps, device="cpu", seed=0,
+    )  # fmt: skip
+    aa.apgd.n_iter = aa.apgd_targeted.n_iter = aa.fab.n_iter = 15
+    aa.apgd.n_restarts = aa.fab.n_restarts = 1
+    aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = targets
+    aa.square.n_queries = 60
+    found = aa.run_standard_evaluation(x, y, batch_size=len(y))
+    with torch.no_grad():
+        right = correct(net(found[0] if isinstance(found, tuple) else found), y)
+    p = Problem(net, x, y, ball, drop=True)
+    autoattack(p, Streams(0, range(len(y))), steps=15, targets=targets, queries=60)
+    print(
+        f"\n{type(net).__name__}, {norm}: ours {int(p.fooled.sum())}, theirs {int((~right).sum())} of {len(y)} fooled"
+    )
+    assert (p.fooled == right).sum() <= 1 and p.fooled.any() and not p.fooled.all()

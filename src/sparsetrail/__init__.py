@@ -61,6 +61,8 @@ _HOME = {  # public name: module; loaded at first use, so that `import sparsetra
     "mifgsm": "attacks",
     "codebook": "attacks",
     "bim": "attacks",
+    "fab": "attacks",
+    "autoattack": "attacks",
     "apgd": "attacks",
     "stateful": "adapt",
     "spikingjelly": "adapt",

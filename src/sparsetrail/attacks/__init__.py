@@ -2,8 +2,10 @@
 
 from sparsetrail.attacks.apgd import apgd
 from sparsetrail.attacks.authors import authors
+from sparsetrail.attacks.autoattack import autoattack
 from sparsetrail.attacks.bim import bim
 from sparsetrail.attacks.codebook import codebook
+from sparsetrail.attacks.fab import fab
 from sparsetrail.attacks.fgsm import fgsm
 from sparsetrail.attacks.losses import LOSSES, TARGETED
 from sparsetrail.attacks.mifgsm import mifgsm
@@ -28,12 +30,14 @@ ATTACKS: dict[str, Attack] = {
     "sapgd": sapgd,
     "codebook": codebook,
     "sda": sda,
+    "fab": fab,
     "square": square,
     "spsa": spsa,
     "rays": rays,
+    "autoattack": autoattack,
 }
 
 __all__ = [
-    "ATTACKS", "LOSSES", "TARGETED", "Attack", "apgd", "attack", "authors", "bim", "codebook", "fgsm", "mifgsm",
-    "noise", "pgd", "rays", "rfgsm", "sapgd", "sda", "settings", "spsa", "square",
+    "ATTACKS", "LOSSES", "TARGETED", "Attack", "apgd", "attack", "authors", "autoattack", "bim", "codebook", "fab",
+    "fgsm", "mifgsm", "noise", "pgd", "rays", "rfgsm", "sapgd", "sda", "settings", "spsa", "square",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsetrail.attacks.losses import LOSSES, TARGETED, loss_named
-from sparsetrail.attacks.moves import checkpoints, surface
+from sparsetrail.attacks.moves import checkpoints, restarted, surface
 from sparsetrail.core import Problem, Streams
 
 Ask = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -31,17 +31,8 @@ def apgd(
     """
     of = loss_named(loss, LOSSES | TARGETED)
     classes = p.ranked(p.u0, targets) if loss in TARGETED else None
-    count = restarts if classes is None else restarts * classes.shape[1]
-    done = 0
-    while done < count:
-        with p.restarts(count - done) as (q, played):
-            aim = None
-            if classes is not None:
-                own = classes if q.whose is None else classes[q.whose]
-                rank = done + torch.arange(len(own), device=own.device) // (len(own) // played)
-                aim = own.gather(1, (rank % classes.shape[1])[:, None]).squeeze(1)
-            _climb(q, surface(q, g), steps, lambda u, q=q, aim=aim: q.value_and_grad(u, of, aim), rho, momentum)
-        done += played
+    for q, aim, _ in restarted(p, restarts, classes):
+        _climb(q, surface(q, g), steps, lambda u, q=q, aim=aim: q.value_and_grad(u, of, aim), rho, momentum)
 
 
 def _climb(q: Problem, u: Tensor, steps: int, ask: Ask, rho: float, momentum: float) -> None:

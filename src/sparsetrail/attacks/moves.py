@@ -1,8 +1,11 @@
-"""What several attacks share: gradients freed of their size, starts on the surface, the checkpoints of APGD."""
+"""What several attacks share: gradients freed of their size, starts on the surface, restarts, checkpoints of APGD."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from sparsetrail._shapes import Int
 from sparsetrail.core import Problem, Streams
 
 
@@ -23,6 +26,28 @@ def surface(p: Problem, g: Streams) -> Tensor:
         return p.sample(g, corners=True)
     noise = p.noise(g)
     return p.project(p.u0 + p.ball.eps * noise / p.each(_or_one(noise.movedim(p.axis, 0).flatten(1).abs().amax(1))))
+
+
+def restarted(
+    p: Problem, restarts: int, classes: Int[Tensor, "n c"] | None = None
+) -> Iterator[tuple[Problem, Int[Tensor, " n"] | None, Int[Tensor, " n"]]]:
+    """The problems to play for so many restarts, with `classes` so many towards each of an image's classes.
+
+    Gives each problem, the class that every example of it aims at (None without `classes`), and the number of the
+    restart that it is; as many run at once as images left out leave room for.
+    """
+    each = 1 if classes is None else classes.shape[1]
+    done = 0
+    while done < restarts * each:
+        with p.restarts(restarts * each - done) as (q, played):
+            n = len(q.y)
+            turn = done + torch.arange(n, device=q.y.device) // max(n // played, 1)
+            aim = None
+            if classes is not None:
+                own = classes if q.whose is None else classes[q.whose]
+                aim = own.gather(1, (turn % each)[:, None]).squeeze(1)
+            yield q, aim, turn // each
+        done += played
 
 
 def checkpoints(steps: int) -> dict[int, int]:

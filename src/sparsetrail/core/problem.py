@@ -98,9 +98,9 @@ class Problem:
     `project`, `steepest`, `sample`, `noise`, `fork` and `each`, start again by `restarts`, and read `u0`, `y`, `ball`,
     `axis`, `best`, `fooled`, `over` and `room`; nothing else. The ledger keeps itself: the point of largest margin per
     example, forwards and backwards, the mean margin of every call, the share of exactly zero gradient entries. Points
-    outside the ball or not finite never count; `left` remembers that they were asked for, but by `decides`. With `drop`
-    examples already fooled are left out of further calls: exact, since every example is treated alone. The ledger stays
-    in tensors; nothing is read back while the attack runs, unless `drop` or `grid` asks for it.
+    outside the ball or not finite never count; `left` remembers that they were asked for where they may not. With
+    `drop` examples already fooled are left out of further calls: exact, since every example is treated alone. The
+    ledger stays in tensors; nothing is read back while the attack runs, unless `drop` or `grid` asks for it.
 
     `eot` evaluations stand behind every number (a victim that draws noise): gradients are their mean, a margin is
     their lower median, so it is positive where most of them are fooled; as many as fit share a batch. `grid` counts an
@@ -272,10 +272,13 @@ class Problem:
         return self._differentiate(u, loss, code=False, aim=aim)[1]
 
     def value_and_grad(
-        self, u: Tensor, loss: Loss | None = None, aim: Int[Tensor, " n"] | None = None
+        self, u: Tensor, loss: Loss | None = None, aim: Int[Tensor, " n"] | None = None, *, outside: bool = False
     ) -> tuple[Float[Tensor, " n"], Tensor]:
-        """The loss per example beside its gradient, from one pass; -inf and zero for dropped examples."""
-        return self._differentiate(u, loss, code=False, aim=aim)
+        """The loss per example beside its gradient, from one pass; -inf and zero for dropped examples.
+
+        `outside`: `u` may lie outside the ball, where it counts for nothing.
+        """
+        return self._differentiate(u, loss, code=False, aim=aim, outside=outside)
 
     def code_grad(self, u: Tensor, loss: Loss | None = None) -> Float[Tensor, "t n c h w"]:
         """Gradient of the loss with respect to the code of the pixels `u`: what an exact step over `codebook` needs.
@@ -290,7 +293,7 @@ class Problem:
         return self._differentiate(u, loss, code=True)[1]
 
     def _differentiate(
-        self, u: Tensor, loss: Loss | None, *, code: bool, aim: Tensor | None = None
+        self, u: Tensor, loss: Loss | None, *, code: bool, aim: Tensor | None = None, outside: bool = False
     ) -> tuple[Tensor, Tensor]:
         rows = self._alive()
         aims = () if aim is None else (aim if rows is None else aim[rows],)
@@ -323,7 +326,7 @@ class Problem:
         assert total is not None and worth is not None
         count = self.eot * len(self.guides)
         g, value = (total, worth) if count == 1 else (total / count, worth / count)
-        self._see(u, _vote(margins), rows)
+        self._see(u, _vote(margins), rows, strict=not outside)
         self.backwards += len(y) * count
         flat = g.movedim(axis, 0).flatten(1)
         self.zero_share.append(((flat == 0).float().mean(), len(y)))

@@ -22,6 +22,7 @@ ATTACKS = {  # names as the literature prints them; any other attack keeps its o
     "apgd": "APGD",
     "apgdt": "APGD-T",
     "fab": "FAB",
+    "autoattack": "AutoAttack",
     "cw": "C&W",
     "ddn": "DDN",
     "fmn": "FMN",

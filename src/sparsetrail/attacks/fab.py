@@ -1,0 +1,93 @@
+"""FAB. Croce & Hein 2020, arXiv:1907.02044, alg. 1; constants and order of operations of its published code."""
+
+import torch
+from torch import Tensor
+
+from sparsetrail._shapes import Float, Int
+from sparsetrail.attacks.moves import restarted, surface
+from sparsetrail.core import Problem, Streams, Threat
+
+
+def fab(
+    p: Problem,
+    g: Streams,
+    *,
+    steps: int = 100,
+    targets: int = 9,
+    restarts: int = 1,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+) -> None:
+    """Onto the linearised boundary, where it is nearest: FAB-T, towards the `targets` best wrong classes of each image.
+
+    Every step mixes the way to the boundary from the iterate with that from the image (at most `alpha_max` of it), both
+    `eta` times as long; an iterate that fools goes back to `beta` of its distance. Iterates leave the ball, only those
+    in it count: an image close to a boundary is found without a step size, and whatever the scale of the scores. For
+    L-infinity and L2 balls. Where we differ: an image is
+    left at its first point in the ball instead of seeking the nearest, the last iterate is asked about on the ball's
+    surface too, and later restarts begin half way to that surface, cut to the box before instead of after.
+    """
+    if p.ball.norm == "l0":
+        raise ValueError(f"fab: expected an L-infinity or L2 ball, got {p.ball}; use sda")
+    for q, aim, restart in restarted(p, restarts, p.ranked(p.u0, targets)):
+        u = q.u0
+        if restarts > 1:
+            u = torch.where(q.each(restart > 0), (u + surface(q, g)) / 2, u)
+        _approach(q, u, aim, steps, alpha_max, eta, beta)
+
+
+def _approach(
+    q: Problem, u: Tensor, aim: Int[Tensor, " n"], steps: int, alpha_max: float, eta: float, beta: float
+) -> None:
+    axis, (lo, hi), everyone = q.axis, q.ball.box, torch.ones_like(q.fooled)
+    image = q.u0.movedim(axis, 0)
+    u0 = image.flatten(1)
+    for _ in range(steps):
+        if q.over:
+            return
+        lead, grad = (t.nan_to_num(0.0, 0.0, 0.0) for t in q.value_and_grad(u, _lead, aim, outside=True))
+        at, w = u.movedim(axis, 0).flatten(1), grad.movedim(axis, 0).flatten(1)
+        own = nearest(at, w, -lead, q.ball)
+        back = nearest(u0, w, (w * (at - u0)).sum(1) - lead, q.ball)
+        far, near = (_length(d, q.ball).clamp(min=1e-8) for d in (own, back))
+        alpha = (far / (far + near)).clamp(max=alpha_max)[:, None]
+        at = ((at + eta * own) * (1 - alpha) + (u0 + eta * back) * alpha).clamp(lo, hi)
+        fooled = q.decides(at.view(image.shape).movedim(0, axis), everyone)
+        u = torch.where(fooled[:, None], u0 + beta * (at - u0), at).view(image.shape).movedim(0, axis)
+    q.loss(q.project(u))
+
+
+def nearest(
+    u: Float[Tensor, "n d"], w: Float[Tensor, "n d"], need: Float[Tensor, " n"], ball: Threat
+) -> Float[Tensor, "n d"]:
+    """The shortest move, in the norm of the ball, by which `w` gains `need` within the box; all the way if it cannot.
+
+    Croce & Hein 2020, eq. 4. Every entry moves at its own pace (one in L-infinity, |w| in L2) until it meets the box:
+    the gain grows in pieces that are straight, so one sort finds how long they move.
+    """
+    lo, hi = ball.box
+    way = w.sign() * need.sign()[:, None]
+    room = torch.where(way > 0, hi - u, u - lo).double()
+    pace = (w.abs() if ball.norm == "l2" else (w != 0)).double()
+    gain = w.abs().double() * pace  # per unit of time
+    ends = torch.where(pace > 0, room / pace.clamp(min=1e-300), 0.0)
+    ends, order = ends.sort(1)
+    gain = gain.gather(1, order)
+    done, rest = (gain * ends).cumsum(1), gain.flip(1).cumsum(1).flip(1)  # of those that ended, of those that go on
+    need = need.abs().double()[:, None]
+    before = torch.searchsorted(done + (rest - gain) * ends, need)  # how many meet the box before the need is met
+    last = before.clamp(max=u.shape[1] - 1)
+    ended = torch.where(before > 0, done.gather(1, (last - 1).clamp(min=0)), 0.0)
+    time = (need - ended) / rest.gather(1, last).clamp(min=1e-300)
+    time = torch.where(before > last, ends[:, -1:], time)
+    return way * torch.minimum(time * pace, room).to(u.dtype)
+
+
+def _lead(z: Tensor, y: Tensor, aim: Tensor) -> Tensor:
+    gap = z.gather(1, torch.stack([aim, y], 1))
+    return gap[:, 0] - gap[:, 1]
+
+
+def _length(d: Tensor, ball: Threat) -> Tensor:
+    return d.norm(dim=1) if ball.norm == "l2" else d.abs().amax(1)
