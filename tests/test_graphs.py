@@ -90,9 +90,20 @@ def test_results_are_not_overwritten_by_the_next_call_and_old_gradients_are_righ
     grads = [torch.autograd.grad(z[:, 0].sum(), u)[0] for z, u in zip(zs, us, strict=True)]
     for u, z, k, g in zip(us, zs, kept, grads, strict=True):
         assert torch.equal(z, k) and torch.allclose(g, u.cos())
-    (g,) = torch.autograd.grad(f(us[0]).square().sum(), us[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+
+
+@pytest.mark.parametrize("loss", [lambda z: z.square().sum(), lambda z: z[:, 1].sum()], ids=["square", "linear"])
+def test_a_gradient_of_the_gradient_goes_through_the_function_itself(loss):
+    f, found = Plain(toy), []
+    u = torch.randn(3, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    f(u), f(u)
+    assert any(r is not None for r in f.made.values())
+    for scores in (f, toy):
+        (g,) = torch.autograd.grad(loss(scores(u)), u, create_graph=True)
+        assert g.requires_grad
+        found.append((g.detach(), torch.autograd.grad(g.pow(3).sum(), u)[0]))
+    (a, second), (b, want) = found
+    assert torch.allclose(a, b) and torch.allclose(second, want) and second.abs().min() > 0
 
 
 def test_a_second_backward_through_the_same_scores_begins_with_the_forward():

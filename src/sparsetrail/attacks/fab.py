@@ -63,25 +63,26 @@ def nearest(
 ) -> Float[Tensor, "n d"]:
     """The shortest move, in the norm of the ball, by which `w` gains `need` within the box; all the way if it cannot.
 
-    Croce & Hein 2020, eq. 4. Every entry moves at its own pace (one in L-infinity, |w| in L2) until it meets the box:
-    the gain grows in pieces that are straight, so one sort finds how long they move.
+    Croce & Hein 2020, eq. 4. Every entry moves at its own pace (one in L-infinity, |w| in L2) until it meets the box.
+    How long they move follows from those that met it; each round that finds more of them is a longer time, and the
+    last round's is exact.
     """
     lo, hi = ball.box
-    way = w.sign() * need.sign()[:, None]
-    room = torch.where(way > 0, hi - u, u - lo).double()
-    pace = (w.abs() if ball.norm == "l2" else (w != 0)).double()
-    gain = w.abs().double() * pace  # per unit of time
-    ends = torch.where(pace > 0, room / pace.clamp(min=1e-300), 0.0)
-    ends, order = ends.sort(1)
-    gain = gain.gather(1, order)
-    done, rest = (gain * ends).cumsum(1), gain.flip(1).cumsum(1).flip(1)  # of those that ended, of those that go on
-    need = need.abs().double()[:, None]
-    before = torch.searchsorted(done + (rest - gain) * ends, need)  # how many meet the box before the need is met
-    last = before.clamp(max=u.shape[1] - 1)
-    ended = torch.where(before > 0, done.gather(1, (last - 1).clamp(min=0)), 0.0)
-    time = (need - ended) / rest.gather(1, last).clamp(min=1e-300)
-    time = torch.where(before > last, ends[:, -1:], time)
-    return way * torch.minimum(time * pace, room).to(u.dtype)
+    way, size = w.sign() * need.sign()[:, None], w.abs().amax(1)
+    slope = w.abs() / torch.where(size > 0, size, 1.0)[:, None]
+    need = torch.where(size > 0, need.abs() / size, 0.0).double()
+    room = torch.where(way > 0, hi - u, u - lo)
+    pace = slope if ball.norm == "l2" else (slope > 0).to(u)
+    gain, most = slope * pace, slope * room  # of an entry per unit of time, and in all
+    time = torch.zeros_like(need)
+    while True:
+        met = room <= time.to(u)[:, None] * pace
+        rest = torch.where(met, 0.0, gain).sum(1, dtype=torch.float64)
+        done = torch.where(met, most, 0.0).sum(1, dtype=torch.float64)
+        longer = torch.where(rest > 0, (need - done) / rest, 1e30).clamp(max=1e30)
+        if not bool((longer.to(u) > time.to(u)).any()):
+            return way * torch.where(met, room, time.to(u)[:, None] * pace)
+        time = torch.maximum(time, longer)
 
 
 def _lead(z: Tensor, y: Tensor, aim: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class _Recording:
     """
 
     def __init__(self, f: Callable[[Tensor], Tensor], like: Tensor, record: Record, warm: Callable) -> None:
-        self.point = torch.zeros_like(like).requires_grad_()
+        self.f, self.point = f, torch.zeros_like(like).requires_grad_()
 
         def both() -> None:
             z = f(self.point)
@@ -110,10 +110,12 @@ class _Replayed(torch.autograd.Function):
         return z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         (u,) = ctx.saved_tensors
         r = ctx.recording
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: a recording has no graph
+            with products(tf32=False) if u.is_cuda else contextlib.nullcontext():
+                return torch.autograd.grad(r.f(u), u, grad, create_graph=True)[0], None
         if r.turn != ctx.turn:  # another input went through since: its maps lie where ours did
             r.run(u)
         with _on(grad.device):
@@ -126,8 +128,8 @@ class _Replayed(torch.autograd.Function):
 class Scores:
     """`f`, which treats every example alone, by recordings; batches are filled up to the next power of two.
 
-    `axis` counts the examples of the input. A size up to LARGEST is recorded when it comes for the second time. Only
-    first derivatives with respect to the input.
+    `axis` counts the examples of the input. A size up to LARGEST is recorded when it comes for the second time. A
+    gradient that is itself to be differentiated (`create_graph`) is taken through `f`, unrecorded.
     """
 
     def __init__(

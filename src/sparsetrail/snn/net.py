@@ -125,7 +125,7 @@ def victim(
     """A network and its encoder as a `Victim` in eval mode; a net in train mode is refused at every call.
 
     Scores are those of `net` as it is at the call, without gradients of its weights. On a GPU its steps are replayed as
-    CUDA graphs, which give first derivatives only.
+    CUDA graphs; a gradient that is differentiated again (`create_graph`) is computed without them.
 
     `precision="bf16"` crafts faster and judges in fp32 all the same: on a CPU only the products of the input gradient
     are bf16, the scores stay those of fp32 to the bit; on a GPU convolutions and the last layer run in bf16. ValueError
