@@ -503,6 +503,7 @@ def test_the_battery_asks_only_what_the_victim_allows(snn):
         }
         apgd = [s.knobs for s in battery(v, Linf(EPS, space=space), "thorough") if s.attack == "apgd"]
         assert of["fab"] == {"steps": 100, "targets": 9} and of["square"] == {"queries": 5000}
+        assert [s.calls for s in whole if s.attack in ("apgd", "fab")] == [200, 900, 900]
         assert [k["steps"] for k in apgd] == [200, 100] and [k["loss"] for k in apgd] == ["ce", "targeted"]
     assert "fab" not in pixel + encoded
     euclidean = [s.attack for s in battery(v, L2(0.5, space="pixel"))]

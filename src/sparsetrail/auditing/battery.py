@@ -31,7 +31,8 @@ class Stage:
     def calls(self) -> int:
         """Forward and backward passes an image can cost, about."""
         knobs = settings(ATTACKS[self.attack]) | dict(self.knobs)
-        names = ("steps", "restarts", "draws", "queries", *(["targets"] if knobs.get("loss") == "targeted" else []))
+        towards = ["targets"] if knobs.get("loss", "targeted") == "targeted" else []
+        names = ("steps", "restarts", "draws", "queries", *towards)
         count = math.prod(knobs[k] for k in names if knobs.get(k))
         return max(1, count) * max(1, len(self.routes)) * (2 if self.guide else 1)
 
