@@ -334,3 +334,17 @@ def test_reproduce_without_data_says_how_to_get_it(tmp_path, capsys):
 def test_a_bug_of_ours_is_not_hidden():
     assert cli.exit_code(RuntimeError("x")) == 1 and cli.exit_code(KeyError("x")) == 1
     assert cli.exit_code(ValueError("x")) == 4
+
+
+def test_a_second_task_of_the_same_name_has_a_clock_of_its_own(monkeypatch, capsys):
+    from sparsetrail.cli import screen
+
+    now = [0.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    with screen.Screen() as shown:
+        for start in (100.0, 1000.0):  # two audits in one command: ten checks each, ten seconds a check
+            for done in range(11):
+                now[0] = start + 10 * done
+                shown.tick("checks", done, 10, "")
+    left = [line.split()[-3] for line in capsys.readouterr().err.splitlines() if line.endswith("left")]
+    assert left == ["60", "20", "60", "20"]

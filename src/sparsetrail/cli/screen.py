@@ -21,6 +21,7 @@ class Screen:
         self.stopping = False
         self.last, self.started = 0.0, time.monotonic()
         self.begun: dict[str, tuple[float, int]] = {}  # per task: when it was first heard of, and how far it was
+        self.at: dict[str, int] = {}  # how far it is
         self.progress: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
 
@@ -50,18 +51,21 @@ class Screen:
         return self.stopping
 
     def tick(self, task: str, done: int, total: int, note: str) -> None:
-        """`done` of `total` of a task; done < 0 is a message about it."""
+        """`done` of `total` of a task; done < 0 is a message about it. One that goes back is another of that name."""
         if self.quiet:
             return
         if done < 0:
             self.say(f"{task}: {note}")
             return
-        fresh = task not in self.begun
+        fresh = done < self.at.get(task, sys.maxsize)
         if fresh:
             self.begun[task] = (time.monotonic(), done)
+        self.at[task] = done
         if self.progress is not None:
             if task not in self.tasks:
                 self.tasks[task] = self.progress.add_task(task, total=total, note=note)
+            elif fresh:
+                self.progress.reset(self.tasks[task], total=total)
             self.progress.update(self.tasks[task], completed=done, total=total, note=note)
         elif done == total or time.monotonic() - self.last > (1 if fresh else EVERY):
             now = time.monotonic()
