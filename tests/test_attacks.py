@@ -477,3 +477,13 @@ def test_scores_of_any_float_type_are_attacked_and_an_odd_code_is_refused(kind):
     with pytest.raises(ValueError, match="image of 0 and 1 alone"):
         attack(ATTACKS["sda"], plain, L0(3, space="pixel"), x, y)
     assert attack(pgd, plain, Linf(0.05, space="pixel"), x, y.to(torch.uint8)).clean == (True,) * 12
+
+
+def test_progress_is_told_from_the_start(snn):
+    net, v, x, y = snn
+    told = []
+    attack(fgsm, v, Linf(1 / 255, space="pixel"), x, y, batch=4, say=lambda *at: told.append(at))
+    assert told == [(0, 10), (4, 10), (8, 10), (10, 10)]
+    told.clear()
+    authors(net, phase(steps=4), x, y, batch=5, steps=1, say=lambda *at: told.append(at))
+    assert told == [(0, 10), (5, 10), (10, 10)]

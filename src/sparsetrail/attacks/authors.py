@@ -65,6 +65,8 @@ def authors(
         nonfinite[kind] += int((~grad.movedim(1, 0).flatten(1).isfinite()).any(1).sum())
         return grad
 
+    if say is not None:
+        say(0, len(y))
     for i in range(0, len(y), batch):
         if stop is not None and stop():
             raise KeyboardInterrupt

@@ -47,8 +47,9 @@ def attack(
     `drop` leaves out images as soon as they are fooled; the result is the same, faster. In pixel space, where `x` are
     images of 256 grey levels, a point counts only if it fools when rounded to them. `keep` stores the adversarial
     points, on the CPU. `indices` are the places of the images in their data set: random streams are keyed by them.
-    `say(done, n)` is called after every batch, `stop()` asked before it (KeyboardInterrupt follows). The result does
-    not depend on `batch`, up to float rounding of the matrix products. Bad input is refused before anything runs.
+    `say(done, n)` is called at the start and after every batch, `stop()` asked before it (KeyboardInterrupt follows).
+    The result does not depend on `batch`, up to float rounding of the matrix products. Bad input is refused before
+    anything runs.
     """
     _refuse(victim, threat, x, y, batch)
     knobs = settings(fn) | knobs
@@ -81,6 +82,8 @@ def attack(
     forwards = backwards = dead = nonfinite = silent = 0
     zero: list[tuple[Tensor, int]] = []
     traces: list[list[tuple[Tensor, int]]] = []
+    if say is not None:
+        say(0, len(y))
     for i in range(0, len(y), batch):
         if stop is not None and stop():
             raise KeyboardInterrupt
