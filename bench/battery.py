@@ -5,8 +5,9 @@
 Pixel space, radius eps/255, eval mode, the standard version but for the queries of Square: 100 steps of APGD on
 cross-entropy, 100 of APGD and of FAB towards each of the nine other classes, then Square. Both sides call the same
 function of the pixels, so the engine is in both columns and the ratio is that of the attacks alone: ours leave an image
-out as soon as it is fooled, in the middle of an attack. How many images stand at the end is printed for both. Without
-`--weights` a model is trained on shipped images in about a minute.
+out as soon as it is fooled, in the middle of an attack, and count it only if its point rounded to grey levels is. How
+many images stand at the end is printed for both. Without `--weights` a model is trained on shipped images in about a
+minute.
 """
 
 import importlib.util

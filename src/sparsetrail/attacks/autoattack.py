@@ -11,7 +11,8 @@ def autoattack(p: Problem, g: Streams, *, steps: int = 100, targets: int = 9, qu
 
     The defaults are the standard version's: 100 steps, nine classes, 5000 queries, one run of each; fewer are another
     attack of the same name. For L-infinity and L2 balls. Of a victim that draws noise nothing is dropped, and every
-    gradient is a mean over draws: the published version for those has other members.
+    gradient is a mean over draws: the published version for those has other members. In pixel space an image of 256
+    grey levels counts as fooled when its point rounded to them is, which the published version does not ask.
     """
     if p.ball.norm == "l0":
         raise ValueError(f"autoattack: expected an L-infinity or L2 ball, got {p.ball}; use sda")

@@ -24,9 +24,10 @@ def fab(
     Every step mixes the way to the boundary from the iterate with that from the image (at most `alpha_max` of it), both
     `eta` times as long; an iterate that fools goes back to `beta` of its distance. Iterates leave the ball, only those
     in it count: an image close to a boundary is found without a step size, and whatever the scale of the scores. For
-    L-infinity and L2 balls. Where we differ: an image is
-    left at its first point in the ball instead of seeking the nearest, the last iterate is asked about on the ball's
-    surface too, and later restarts begin half way to that surface, cut to the box before instead of after.
+    L-infinity and L2 balls. Where we differ: an image is left at its first point in the ball instead of seeking the
+    nearest; at the end the way of the last iterate is asked about as far as the ball goes, since of an image of 256
+    levels the nearest point, rounded, seldom fools; later restarts begin half way to the surface of the ball, cut to
+    the box before, not after.
     """
     if p.ball.norm == "l0":
         raise ValueError(f"fab: expected an L-infinity or L2 ball, got {p.ball}; use sda")
@@ -55,7 +56,9 @@ def _approach(
         at = ((at + eta * own) * (1 - alpha) + (u0 + eta * back) * alpha).clamp(lo, hi)
         fooled = q.decides(at.view(image.shape).movedim(0, axis), everyone)
         u = torch.where(fooled[:, None], u0 + beta * (at - u0), at).view(image.shape).movedim(0, axis)
-    q.loss(q.project(u))
+    way = u - q.u0
+    size = _length(way.movedim(axis, 0).flatten(1), q.ball)
+    q.loss(q.project(q.u0 + way * q.each(q.ball.eps / size.clamp(min=1e-30))))
 
 
 def nearest(

@@ -80,8 +80,8 @@ def attack(
     tied: list[int] = []
     y = y.long()
     forwards = backwards = dead = nonfinite = silent = 0
-    zero: list[tuple[Tensor, int]] = []
-    traces: list[list[tuple[Tensor, int]]] = []
+    zero: list[tuple[float, int]] = []
+    traces: list[list[tuple[float, int]]] = []
     if say is not None:
         say(0, len(y))
     for i in range(0, len(y), batch):
@@ -113,8 +113,8 @@ def attack(
             backwards += p.backwards
             dead += int(p.dead.sum())
             nonfinite += int(p.nonfinite.sum())
-            zero += p.zero_share
-            traces.append(p.trace)
+            zero += _read(p.zero_share)
+            traces.append(_read(p.trace))
         clean.append(right.cpu())
         robust.append(held.cpu())
         if keep:
@@ -138,7 +138,7 @@ def attack(
         zero_gradient=_mean(zero) if zero else None,
         dead_examples=dead,
         nonfinite=nonfinite,
-        trace=tuple(_mean([c for c in call if c is not None]) for call in zip_longest(*traces)),
+        trace=mean_trace(traces),
         seconds=time.perf_counter() - started,
         note=f"random victim: mean of {eot} gradients a step, points judged by the majority of {votes} fresh draws"
         if victim.random
@@ -212,10 +212,20 @@ def _name(fn: Attack) -> str:
     return getattr(fn, "__name__", str(fn))
 
 
-def _mean(parts: Sequence[tuple[Tensor, int]]) -> float:
+def _read(parts: Sequence[tuple[Tensor, int]]) -> list[tuple[float, int]]:
+    """Means that lie on a device, and of how many examples each is, read at once."""
+    means = torch.stack([mean for mean, _ in parts]).tolist() if parts else []
+    return [(mean, count) for mean, (_, count) in zip(means, parts, strict=True)]
+
+
+def mean_trace(traces: Sequence[Sequence[tuple[float, int]]]) -> tuple[float, ...]:
+    """Call by call, the mean of all examples asked about from the means of parts and how many those are."""
+    return tuple(_mean([part for part in call if part is not None]) for call in zip_longest(*traces))
+
+
+def _mean(parts: Sequence[tuple[float, int]]) -> float:
     """Mean of all examples from the means of parts of them and how many those are."""
-    means = torch.stack([mean for mean, _ in parts]).double().cpu()
-    return float(means @ torch.tensor([count for _, count in parts]).double()) / sum(count for _, count in parts)
+    return sum(mean * count for mean, count in parts) / sum(count for _, count in parts)
 
 
 def _refuse(victim: Victim, threat: Threat, x: Tensor, y: Tensor, batch: int) -> None:

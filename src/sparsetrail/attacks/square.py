@@ -86,7 +86,7 @@ def _search(p: Problem, u: Tensor, move: Callable[[Tensor, float], Tensor], quer
 def _maps(p: Problem) -> tuple[int, int, int, Callable[[Tensor], Tensor]]:
     """Channels, height and width of what is attacked, and the way back from [n c h w] to its shape."""
     image = p.u0.movedim(p.axis, 0)
-    *channels, h, w = image.shape[1:]
+    *channels, h, w = (1, 1, *image.shape[1:])[-max(2, image.ndim - 1) :]  # features alone: one row of them
     c = math.prod(channels)
     return c, h, w, lambda values: values.expand(-1, c, h, w).reshape(image.shape).movedim(0, p.axis)
 

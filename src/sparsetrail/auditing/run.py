@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsetrail import __version__
 from sparsetrail.attacks import ATTACKS, attack
-from sparsetrail.attacks.run import judged, samples
+from sparsetrail.attacks.run import judged, mean_trace, samples
 from sparsetrail.auditing.battery import Budget, Stage, battery
 from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
 from sparsetrail.checks import CHECKS, Case
@@ -508,8 +508,6 @@ def join(parts: Sequence[Run]) -> Run:
     if len(parts) == 1:
         return first
     zero = [(p.zero_gradient, p.backwards) for p in parts if p.zero_gradient is not None]
-    traces = [(p.trace, sum(p.clean)) for p in parts if any(p.clean)]
-    total, length = sum(count for _, count in traces), min((len(t) for t, _ in traces), default=0)
     axis = first.threat.axis
     return replace(
         first,
@@ -526,7 +524,7 @@ def join(parts: Sequence[Run]) -> Run:
             i + at for at, p in zip(accumulate((p.n for p in parts), initial=0), parts, strict=False) for i in p.tied
         ),
         zero_gradient=sum(z * n for z, n in zero) / sum(n for _, n in zero) if zero else None,
-        trace=tuple(sum(t[i] * n for t, n in traces) / total for i in range(length)),
+        trace=mean_trace([[(m, sum(p.clean)) for m in p.trace] for p in parts if any(p.clean)]),
         seconds=sum(p.seconds for p in parts),
         adversarial=torch.cat([p.adversarial for p in parts if p.adversarial is not None], axis)
         if first.adversarial is not None

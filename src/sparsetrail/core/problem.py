@@ -254,6 +254,7 @@ class Problem:
 
         `u` may lie outside the ball, where it counts for nothing; a dropped example is told to be fooled.
         """
+        u = self._fit(u)
         rows = self._alive()
         asked = (of if rows is None else of & torch.zeros_like(of).index_fill(0, rows, True)).nonzero().squeeze(1)
         m = torch.full_like(self.best_margin, -math.inf)
@@ -278,7 +279,7 @@ class Problem:
 
         `outside`: `u` may lie outside the ball, where it counts for nothing.
         """
-        return self._differentiate(u, loss, code=False, aim=aim, outside=outside)
+        return self._differentiate(self._fit(u) if outside else u, loss, code=False, aim=aim, outside=outside)
 
     def code_grad(self, u: Tensor, loss: Loss | None = None) -> Float[Tensor, "t n c h w"]:
         """Gradient of the loss with respect to the code of the pixels `u`: what an exact step over `codebook` needs.
@@ -360,6 +361,10 @@ class Problem:
     def project(self, u: Tensor) -> Tensor:
         """The nearest allowed point."""
         return self.ball.project(u, self.u0)
+
+    def _fit(self, u: Tensor) -> Tensor:
+        """Points that the ball holds but for rounding, put inside: the allowance is none for an attack to use."""
+        return torch.where(self.each(self.ball.contains(u, self.u0)), self.project(u), u)
 
     def steepest(self, g: Tensor) -> Tensor:
         """The direction of length one, in the norm of the ball, in which a loss of gradient `g` grows fastest."""

@@ -638,19 +638,24 @@ class _FireNormed(torch.autograd.Function):
         at = map(pointer, (y, mean, var, norm.weight, norm.bias))
         run.fire_normed(*at, norm.eps, pointer(plus), pointer(s), pointer(h), rows, c)
         ctx.norm, ctx.spec, ctx.steps, ctx.run = norm, spec, steps, run
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(h)
-        return s
+        return s, h  # the potentials too: what is saved of an output can be differentiated again
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor | None, grad_h: Tensor | None):
         (h,), norm, steps = ctx.saved_tensors, ctx.norm, ctx.steps
-        plus, (_, c, p, q) = grad if ctx.needs_input_grad[1] else None, h.shape
-        if not ctx.needs_input_grad[0]:
+        plus = grad if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0] or (grad is None and grad_h is None):
             return None, plus, None, None, None, None
-        if torch._C._are_functorch_transforms_active() or kernels.batched(grad) or torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected a first derivative; for others set SPARSETRAIL_KERNELS=0 or use kernels.plain()"
-            )
+        _, c, p, q = h.shape
+        transformed = torch._C._are_functorch_transforms_active() or any(map(kernels.batched, ctx.saved_tensors))
+        if grad is None or grad_h is not None or transformed or kernels.batched(grad) or torch.is_grad_enabled():
+            for_s, for_h = (None if g is None else g.unflatten(0, (steps, -1)) for g in (grad, grad_h))
+            g, _ = through_time(for_s, for_h, h.unflatten(0, (steps, -1)), None, None, ctx.spec)
+            inv = (norm.running_var + norm.eps).rsqrt()
+            scale = inv if norm.weight is None else inv * norm.weight
+            return g.flatten(0, 1) * scale.view(1, -1, 1, 1), plus, None, None, None, None
         grad, out = _last(grad), torch.empty_like(h)
         at = map(pointer, (grad, h, norm.running_var, norm.weight))
         ctx.run.back_normed(*at, norm.eps, pointer(out), len(h) // steps * p * q, c)
@@ -673,7 +678,7 @@ def _fire_normed(y: Tensor, norm: nn.Module, neuron: Neuron, steps: int, plus: T
     run = kernel(
         spec, y.permute(0, 2, 3, 1).unflatten(0, (steps, -1)), None, *constant, *([] if plus is None else [plus])
     )
-    return None if run is None else _FireNormed.apply(y, plus, norm, spec, steps, run)
+    return None if run is None else _FireNormed.apply(y, plus, norm, spec, steps, run)[0]
 
 
 def fire(
