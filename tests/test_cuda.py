@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsetrail.snn import cuda, kernels
-from sparsetrail.snn.engine import freeze
+from sparsetrail.snn.engine import _FireNormed, freeze
 from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.neuron import NeuronSpec, fused, steps_in_c, through_time
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
@@ -115,6 +115,47 @@ def test_source_with_batch_norm_and_another_map(built):
     at = [pointer(t) for t in (push, h, norm.running_var, norm.weight)]
     call(lib, "back", (*at, norm.eps, None, None, None, pointer(out), None), rows * c, c)
     assert torch.allclose(out, grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("plus", [True, False])
+def test_gradients_of_gradients_through_the_pass_with_batch_norm(built, affine, plus):
+    """The autograd around the kernels, which a C compiler's stand in for: first derivatives by them, others around."""
+    g, spec, steps, c = torch.Generator().manual_seed(0), NeuronSpec(detach_reset=False), 3, 4
+    norm = nn.BatchNorm2d(c, affine=affine).double().eval().requires_grad_(False)
+    for t in (norm.running_mean, norm.running_var, *([norm.weight, norm.bias] if affine else [])):
+        t.data = torch.rand(c, generator=g, dtype=torch.float64) + 0.3
+    lib, calls = built(spec, steps), []
+
+    class Run:
+        def fire_normed(self, y, mean, var, gamma, beta, eps, plus, s, h, rows, channels):
+            call(lib, "fire", (y, mean, var, gamma, beta, eps, plus, None, s, h), rows * channels, channels)
+
+        def back_normed(self, grad, h, var, gamma, eps, out, rows, channels):
+            calls.append("back")
+            call(lib, "back", (grad, h, var, gamma, eps, None, None, None, out, None), rows * channels, channels)
+
+    y, more = (torch.randn(steps * 2, c, 3, 2, generator=g, dtype=torch.float64) for _ in range(2))
+    y, more = (t.to(memory_format=torch.channels_last).requires_grad_() for t in (y, more))
+    leaves = [y, more] if plus else [y]
+
+    def ours():
+        return _FireNormed.apply(y, more if plus else None, norm, spec, steps, Run())[0]
+
+    def reference():
+        with kernels.plain():
+            s = fused(norm(y).unflatten(0, (steps, -1)), spec).flatten(0, 1)
+        return s + more if plus else s
+
+    found = []
+    for f in (ours, reference):
+        out = f()
+        first = torch.autograd.grad(out.pow(3).sum(), leaves, retain_graph=True)
+        linear = torch.autograd.grad(out.sum(), y, create_graph=True)[0]
+        again = torch.autograd.grad(linear.pow(2).sum(), y)[0]
+        found.append((out.detach(), *first, linear.detach(), again))
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))
+    assert found[1][-1].abs().max() > 1e-3 and calls == ["back"]
 
 
 class Driver:

@@ -833,3 +833,24 @@ def test_a_library_cut_off_is_made_again(tmp_path):
         path.write_bytes(path.read_bytes()[:4096])
     again, said = program(tmp_path)
     assert again == value and said == [] and len(list((tmp_path / "sparsetrail").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "spec", [NeuronSpec(detach_reset=False), NeuronSpec(kind="plif", tau=2.0)], ids=lambda s: s.kind
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_steps_taken_plainly_may_be_differentiated_by_the_kernel(spec, last):
+    """Whatever the memory order that the plain steps left behind."""
+    g = torch.Generator().manual_seed(0)
+    y, push = (torch.randn(6, 4, 3, 2, generator=g, dtype=torch.float64) for _ in range(2))
+    y = y.to(memory_format=torch.channels_last) if last else y
+    leak = torch.tensor(0.4, dtype=torch.float64, requires_grad=True) if spec.kind == "plif" else None
+    found = []
+    for there, back in ((True, True), (True, False), (False, True), (False, False)):
+        leaf = y.clone(memory_format=torch.preserve_format).requires_grad_()
+        with kernels.plain() if there else contextlib.nullcontext():
+            s = fused(leaf.unflatten(0, (3, -1)), spec, leak).flatten(0, 1)
+        with kernels.plain() if back else contextlib.nullcontext():
+            found.append(torch.autograd.grad(s, [leaf] if leak is None else [leaf, leak], push))
+    for other in found[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(found[0], other, strict=True))

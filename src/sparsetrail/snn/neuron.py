@@ -151,7 +151,8 @@ class _Fused(torch.autograd.Function):
         k = kernel(ctx.spec, charged, leak, grad_s) if plain and grad_s is not None else None
         if k is None or grad_s is None:
             return (*through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
-        grad_s, out, size = grad_s.contiguous(), torch.empty_like(charged), charged.numel() // len(charged)
+        grad_s, charged = grad_s.contiguous(), charged.contiguous()  # of plain steps they lie as the input did
+        out, size = torch.empty_like(charged), charged.numel() // len(charged)
         frame, last = kernels.frames(tuple(range(len(charged))))
         x = None if x is None else x.contiguous()
         rooms = cuda.GRID if charged.is_cuda else torch.get_num_threads()
