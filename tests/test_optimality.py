@@ -341,6 +341,52 @@ def test_fab_decides_a_linear_victim_without_a_step_size(space, norm):
     assert torch.equal(torch.tensor(run.robust)[sure], expected[sure])
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fab_finds_grey_images_behind_a_near_boundary(norm):
+    """The shortest way, rounded to grey levels, is often none at all."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(300, generator=g)
+    x = torch.randint(60, 200, (40, 3, 10, 10), generator=g) / 255
+    ball = (Linf if norm == "linf" else L2)(8 / 255 if norm == "linf" else 0.5, space="pixel")
+    reach = float((w.abs().sum() if norm == "linf" else w.norm()) / 255)  # of the score, by one level
+    near = (0.2 + torch.arange(40) / 15) * (1 if norm == "linf" else 10) * reach
+    offset = near - x.flatten(1) @ w
+
+    def logits(u):  # the image is told by its place: all are asked at once
+        z = u[0].flatten(1) @ w + offset[: u.shape[1]]
+        return torch.stack([z, -z], 1)
+
+    v = Victim(encode=lambda x: x[None], logits=logits, steps=1, classes=2, name="line")
+    run = attack(fab, v, ball, x, torch.zeros(40, dtype=torch.long), steps=20, drop=False, keep=True)
+    assert all(run.clean) and not any(run.robust)
+    assert ball.contains(run.adversarial, x).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_fab_gains_nothing_by_the_rounding_of_the_ball(norm, eps):
+    """Boundaries 8e-7 beyond the radius: what `contains` forgives is no room to attack."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(4, 12, generator=g, dtype=torch.float64)[0]
+    x = torch.rand(30, 1, 3, 4, generator=g, dtype=torch.float64) * 0.5 + 0.25
+    size = w.abs().sum() if norm == "linf" else w.norm()
+    offset = (eps + 8e-7) * size - x.flatten(1) @ w
+    v = Victim(encode=lambda x: x[None], steps=1, classes=2, name="line", logits=lambda u: torch.stack(
+        [u[0].flatten(1) @ w + offset, -(u[0].flatten(1) @ w + offset)], 1))  # fmt: skip
+    ball = (Linf if norm == "linf" else L2)(eps, space="pixel")
+    run = attack(fab, v, ball, x, torch.zeros(30, dtype=torch.long), steps=20, drop=False)
+    assert all(run.clean) and all(run.robust)
+
+
+@pytest.mark.parametrize("ball", [Linf(0.1, space="pixel"), L2(0.6, space="pixel")], ids=str)
+def test_square_takes_features_that_are_no_map(ball):
+    w = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(20, 24, generator=torch.Generator().manual_seed(1))
+    p = Problem(lambda u: u @ w, x, (x @ w).argmax(1), ball, drop=True)
+    square(p, Streams(0, range(20)), queries=100)
+    assert 0 < p.fooled.sum() < 20 and not p.left
+
+
 def test_gradients_over_their_mean():
     g = torch.tensor([[1e-30, -3e-30], [0.0, 0.0], [math.nan, 2.0], [math.inf, 1.0], [1e-44, 0.0], [3e38, -3e38]])
     d = by_mean(g, 0)
