@@ -1,6 +1,7 @@
 """The GPU's neuron kernels: their source run by a C compiler as one thread, against the plain steps; NVRTC on a GPU."""
 
 import contextlib
+import copy
 import ctypes
 import shutil
 import subprocess
@@ -10,15 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from sparsetrail.snn import cuda, kernels
-from sparsetrail.snn.engine import _FireNormed, freeze
+from sparsetrail.core.precision import products
+from sparsetrail.snn import cuda, kernels, unfold
+from sparsetrail.snn.engine import AvgPool2d, Conv2d, _FireNormed, _pooled, freeze
 from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.neuron import NeuronSpec, fused, steps_in_c, through_time
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
 
 STAND_IN = """
 #include <math.h>
+#define ALIGN(n)
 #define KERNEL
 #define DEVICE static inline
 #define SHARED static
@@ -47,12 +51,9 @@ def built(tmp_path_factory):
         pytest.skip("no C compiler on this machine to run the kernels' source")
     folder = tmp_path_factory.mktemp("cuda")
 
-    def make(spec: NeuronSpec, steps: int, *, given: bool = False) -> ctypes.CDLL:
-        text = cuda.source(steps_in_c(spec, given=given), torch.float64, steps).replace(
-            "#define BLOCK 128", "#define BLOCK 1"
-        )
+    def make(text: str) -> ctypes.CDLL:
         name = f"k{len(list(folder.glob('*.c')))}"
-        (folder / f"{name}.c").write_text(STAND_IN + text)
+        (folder / f"{name}.c").write_text(STAND_IN + text.replace("#define BLOCK 128", "#define BLOCK 1"))
         command = [gcc, "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-o", str(folder / f"{name}.so")]
         subprocess.run([*command, str(folder / f"{name}.c"), "-lm"], check=True)
         return ctypes.CDLL(str(folder / f"{name}.so"))
@@ -60,9 +61,13 @@ def built(tmp_path_factory):
     return make
 
 
-def call(lib, name, given, size, channels):
+def neuron_source(spec, steps, *, given=False):
+    return cuda.source(steps_in_c(spec, given=given), torch.float64, steps)
+
+
+def call(lib, name, given, size, *counts):
     values = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_void_p(v) for v in given]
-    getattr(lib, name)(*values, ctypes.c_longlong(size), ctypes.c_int(channels))
+    getattr(lib, name)(*values, ctypes.c_longlong(size), *map(ctypes.c_int, counts))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}-{s.surrogate.name}-{s.reset}-{s.detach_reset}")
@@ -75,7 +80,7 @@ def test_source_equals_the_plain_steps(built, spec):
         leaf = x.clone().requires_grad_()
         want = fused(leaf, spec, leak)
         grads = torch.autograd.grad(want, [leaf] if leak is None else [leaf, leak], push)
-    lib = built(spec, steps)
+    lib = built(neuron_source(spec, steps))
     s, h, out = torch.full_like(x, 7), torch.full_like(x, 7), torch.full_like(x, 7)
     rates = torch.zeros(1, dtype=torch.float64)
     at = [pointer(t) for t in (x, None, None, None, None)]
@@ -94,7 +99,7 @@ def test_given_slopes(built):
     want, _ = through_time(push, None, h, None, None, spec, slopes)
     out = torch.empty_like(h)
     at = pointer(push), pointer(h), None, None, 0.0, None, None, pointer(slopes)
-    call(built(spec, 4, given=True), "back", (*at, pointer(out), None), 30, 1)
+    call(built(neuron_source(spec, 4, given=True)), "back", (*at, pointer(out), None), 30, 1)
     assert torch.allclose(out, want, rtol=1e-13, atol=1e-15)
 
 
@@ -108,7 +113,7 @@ def test_source_with_batch_norm_and_another_map(built):
     with kernels.plain():
         want = fused(norm(leaf.flatten(0, 1)).view_as(x), spec) + plus
         (grad,) = torch.autograd.grad(want, leaf, push)
-    lib, s, h, out = built(spec, steps), *(torch.empty_like(x) for _ in range(3))
+    lib, s, h, out = built(neuron_source(spec, steps)), *(torch.empty_like(x) for _ in range(3))
     at = [pointer(t) for t in (x, norm.running_mean, norm.running_var, norm.weight, norm.bias)]
     call(lib, "fire", (*at, norm.eps, pointer(plus), None, pointer(s), pointer(h)), rows * c, c)
     assert torch.allclose(s, want.detach(), rtol=0, atol=1e-12)
@@ -125,7 +130,7 @@ def test_gradients_of_gradients_through_the_pass_with_batch_norm(built, affine, 
     norm = nn.BatchNorm2d(c, affine=affine).double().eval().requires_grad_(False)
     for t in (norm.running_mean, norm.running_var, *([norm.weight, norm.bias] if affine else [])):
         t.data = torch.rand(c, generator=g, dtype=torch.float64) + 0.3
-    lib, calls = built(spec, steps), []
+    lib, calls = built(neuron_source(spec, steps)), []
 
     class Run:
         def fire_normed(self, y, mean, var, gamma, beta, eps, plus, s, h, rows, channels):
@@ -156,6 +161,92 @@ def test_gradients_of_gradients_through_the_pass_with_batch_norm(built, affine, 
         found.append((out.detach(), *first, linear.detach(), again))
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))
     assert found[1][-1].abs().max() > 1e-3 and calls == ["back"]
+
+
+WINDOWS = [(3, 1, 1), (3, 2, 1), (1, 2, 0), (7, 2, 3), (2, 3, 0), (5, 3, 2)]
+
+
+def by_pytorch(kernel, stride, padding):
+    """Stand-ins of `unfolded` and `folded`: channels last in a row, as the kernels have them."""
+
+    def unfolded(x, weight, window):
+        found = F.unfold(x.detach(), kernel, padding=padding, stride=stride).transpose(1, 2)  # [n, cells, c k k]
+        return found.reshape(-1, x.shape[1], kernel**2).transpose(1, 2).flatten(1)
+
+    def folded(columns, size, weight, window):
+        n, c, h, w = size
+        if weight is not None:  # what is given is the gradient of the output
+            columns = columns @ weight.detach().permute(0, 2, 3, 1).flatten(1)
+        turned = columns.reshape(-1, kernel**2, c).transpose(1, 2).reshape(n, -1, c * kernel**2).transpose(1, 2)
+        return F.fold(turned, (h, w), kernel, padding=padding, stride=stride)
+
+    return unfolded, folded
+
+
+@pytest.mark.parametrize("kernel, stride, padding", WINDOWS)
+@pytest.mark.parametrize("channels, lanes", [(3, 1), (4, 2)])
+def test_source_of_unfolded_maps(built, kernel, stride, padding, channels, lanes):
+    lib = built(cuda.windows_source(torch.float64, kernel, stride, padding, lanes))
+    x = torch.randn(2, channels, 8, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unfolded, folded = by_pytorch(kernel, stride, padding)
+    want = unfolded(x, None, None)
+    p, q = ((side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:])
+    sizes = (channels // lanes, *x.shape[2:], p, q)
+    last, found = x.permute(0, 2, 3, 1).contiguous(), torch.full_like(want, 7)
+    call(lib, "unfold", (pointer(last), pointer(found)), 2 * p * q * sizes[0], *sizes)
+    assert torch.equal(found, want) and want.shape == (2 * p * q, kernel**2 * channels)
+    out = torch.full_like(last, 7)
+    call(lib, "fold", (pointer(want), pointer(out)), 2 * 8 * 9 * sizes[0], *sizes)
+    assert torch.allclose(out.permute(0, 3, 1, 2), folded(want, x.shape, None, None), rtol=1e-13)
+    if lanes == 1:
+        turned, found = want.T.contiguous(), torch.full_like(want.T, 7).contiguous()
+        call(lib, "unfold_few", (pointer(last), pointer(found)), kernel * 2 * p * q, *sizes)
+        assert torch.equal(found, turned)
+        out.fill_(7)
+        call(lib, "fold_few", (pointer(turned), pointer(out)), 2 * 8 * 9 * channels, *sizes)
+        assert torch.allclose(out.permute(0, 3, 1, 2), folded(want, x.shape, None, None), rtol=1e-13)
+
+
+@pytest.mark.parametrize("most", [True, False], ids=["max", "average"])
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)])
+@pytest.mark.parametrize("channels, lanes", [(3, 1), (4, 2)])
+def test_source_of_pools(built, most, kernel, stride, padding, channels, lanes):
+    lib = built(cuda.windows_source(torch.float64, kernel, stride, padding, lanes))
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, channels, 8, 9, generator=g, dtype=torch.float64)
+    for x in ((noise > 0.5).double(), noise, noise.masked_fill(noise > 1.5, torch.nan)):  # ties, none, not a number
+        leaf = x.clone().requires_grad_()
+        pool = F.max_pool2d if most else F.avg_pool2d
+        want = pool(leaf, kernel, stride, padding)
+        push = torch.randn(want.shape, generator=g, dtype=torch.float64)
+        (grad,) = torch.autograd.grad(want, leaf, push)
+        sizes = (channels // lanes, 8, 9, *want.shape[2:])
+        last, out, back = (t.permute(0, 2, 3, 1).contiguous() for t in (x, torch.empty_like(push), torch.empty_like(x)))
+        taps = torch.full(out.shape, 99, dtype=torch.uint8) if most else None
+        call(lib, "pool", (pointer(last), pointer(out), pointer(taps)), out.numel() // lanes, *sizes)
+        assert torch.allclose(out.permute(0, 3, 1, 2), want, rtol=1e-13, equal_nan=True)
+        last = push.permute(0, 2, 3, 1).contiguous()
+        call(lib, "unpool", (pointer(last), pointer(back), pointer(taps)), back.numel() // lanes, *sizes)
+        assert torch.allclose(back.permute(0, 3, 1, 2), grad, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("kernel, stride, padding", WINDOWS)
+@pytest.mark.parametrize("rough", [False, True])
+def test_convolutions_by_unfolded_maps(monkeypatch, kernel, stride, padding, rough):
+    for name, stand_in in zip(("unfolded", "folded"), by_pytorch(kernel, stride, padding), strict=True):
+        monkeypatch.setattr(unfold, name, stand_in)
+    g = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(4, 6, kernel, stride, padding, bias=False).double()
+    x = torch.randn(2, 4, 8, 9, generator=g, dtype=torch.float64).requires_grad_()
+    push = torch.randn(conv(x).shape, generator=g, dtype=torch.float64)
+    found = []
+    for f in (lambda: unfold._Unfolded.apply(x, conv.weight, (stride, padding), rough), lambda: conv(x)):
+        leaves, y = [x, conv.weight], f()
+        first = torch.autograd.grad(y, leaves, push, retain_graph=True)
+        (again,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        found.append((y.detach(), *first, *torch.autograd.grad(again.pow(2).sum(), leaves)))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*found, strict=True))
+    assert not unfold.suits(x, conv)  # on a CPU the engine has other kernels
 
 
 class Driver:
@@ -236,3 +327,47 @@ def test_a_frozen_network_on_a_gpu():
     assert torch.allclose(z, want, atol=1e-9)
     (a,), (b,) = torch.autograd.grad(z.sum(), leaf), torch.autograd.grad(want.sum(), other)
     assert torch.allclose(a, b, atol=1e-9 * b.abs().max())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("kernel, stride, padding", WINDOWS)
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_unfolded_maps_on_a_gpu(kernel, stride, padding, channels, tf32, dtype):
+    g = torch.Generator().manual_seed(0)
+    conv = Conv2d(channels, 24, kernel, stride, padding).double()
+    x = torch.randn(3, channels, 10, 9, generator=g, dtype=torch.float64)
+    push = torch.randn(conv(x).shape, generator=g, dtype=torch.float64)
+    found = []
+    for where, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        there, leaf = copy.deepcopy(conv).to(where, kind), x.to(where, kind).requires_grad_()
+        with products(tf32):
+            assert unfold.suits(leaf, there) == (where == "cuda")
+            y = there(leaf)
+            grads = torch.autograd.grad(y, [leaf, there.weight, there.bias], push.to(where, kind))
+        found.append([t.detach().cpu().double() for t in (y, *grads)])
+    close = 1e-12 if dtype == torch.float64 else 2e-3 if tf32 else 2e-6
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= close * b.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("most", [True, False], ids=["max", "average"])
+@pytest.mark.parametrize("channels", [3, 16])
+def test_pools_on_a_gpu(most, channels):
+    g = torch.Generator().manual_seed(0)
+    x = (torch.rand(6, channels, 9, 12, generator=g) > 0.5).double()
+    pool = (nn.MaxPool2d if most else AvgPool2d)(3, 2, 1)
+    found = []
+    for where in ("cpu", "cuda"):
+        leaf = x.to(where).contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = _pooled(leaf, pool) if where == "cuda" else pool(leaf)
+        assert where == "cpu" or type(y.grad_fn).__name__ == "_PooledBackward"
+        (first,) = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), leaf)
+        (plain,) = torch.autograd.grad(y.pow(3).sum(), leaf)
+        found.append([t.detach().cpu() for t in (y, first, second, plain)])
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(*found, strict=True))

@@ -214,6 +214,15 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
     assert all(t.isfinite().all() for t in tensors.values())
 
 
+def test_statistics_that_overflow_are_a_failure_though_every_loss_is_finite(images, tmp_path):
+    def poison(net, generator):
+        net.bn1.running_var[0] = math.inf
+
+    with pytest.raises(TrainingFailed, match=r"statistics not finite at epoch 0.*buffer bn1\.running_var"):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=Seams(after_step=poison))
+    assert not list((tmp_path / "r").glob("*.safetensors"))
+
+
 def test_the_first_broken_layer_is_named(finished):
     class Broken(nn.Module):
         def forward(self, x):

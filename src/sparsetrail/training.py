@@ -216,11 +216,15 @@ def train(
                             raise _failure(out, log, net, encode, x, epoch, j, optimizer.rate, loss)
                         done.step, done.loss, step = j + 1, loss, epoch * steps_per_epoch + j + 1
                         log("step", epoch=epoch, step=step, of=total, loss=loss, keep=step % 20 == 0)
-                    if stop is not None and stop():
+                    stopping, due = stop is not None and stop(), time.monotonic() - saved > checkpoint_seconds
+                    # statistics may overflow where no loss and no gradient does
+                    if (stopping or due or i + 1 == steps_per_epoch) and not _finite(net):
+                        raise _failure(out, log, net, encode, x, epoch, i, optimizer.rate, done.loss)
+                    if stopping:
                         save_state()
                         log("stopped", epoch=epoch, step=now + 1, of=total)
                         raise TrainingStopped(f"stopped at step {now + 1}/{total}; the same command continues")
-                    if time.monotonic() - saved > checkpoint_seconds:
+                    if due:
                         save_state()
                         saved = time.monotonic()
                 judge = _drawn(encode, spec.seed, -1)  # the same draws every epoch
@@ -629,14 +633,19 @@ def _failure(out, log, net, encode, x, epoch: int, step: int, rate: float, loss:
     found = {"epoch": epoch, "step": step, "lr": rate, "loss": str(loss), "first_nonfinite": first}
     write_atomic(out / "failure.json", json.dumps(found, indent=1).encode())
     log("failed", **found)
+    what = "weights or statistics not finite" if math.isfinite(loss) else f"loss or gradient {loss}"
     return TrainingFailed(
-        f"loss or gradient {loss} at epoch {epoch}, step {step} (first not finite: {first or 'a gradient'}); lower lr "
-        f"or set clip; see {out / 'failure.json'}" + ("; the last good checkpoint is kept" if kept else "")
+        f"{what} at epoch {epoch}, step {step} (first not finite: {first or 'a gradient'}); lower lr or set clip; see "
+        f"{out / 'failure.json'}" + ("; the last good checkpoint is kept" if kept else "")
     )
 
 
+def _finite(net: nn.Module) -> bool:
+    return all(bool(t.isfinite().all()) for t in net.state_dict().values())
+
+
 def first_nonfinite(net: nn.Module, u: Tensor) -> str | None:
-    """Name of the first parameter, or else first leaf module output, that is not finite; None if all are."""
+    """Name of the first parameter, leaf module by its output, or buffer that is not finite; None if all are."""
     for name, p in net.named_parameters():
         if not p.isfinite().all():
             return f"parameter {name}"
@@ -656,6 +665,7 @@ def first_nonfinite(net: nn.Module, u: Tensor) -> str | None:
     finally:
         for h in handles:
             h.remove()
+    found += [f"buffer {name}" for name, t in net.named_buffers() if not t.isfinite().all()]
     return found[0] if found else None
 
 

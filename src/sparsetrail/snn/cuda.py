@@ -1,4 +1,4 @@
-"""GPU kernels of neurons, from the same per-step functions as the CPU's: CUDA C compiled in the process by NVRTC.
+"""GPU kernels of neurons, from the same per-step functions as the CPU's, and of windows over maps: CUDA C, by NVRTC.
 
 NVRTC comes with PyTorch's CUDA builds; a kind of neuron compiles in a fraction of a second. Where it is not found, the
 plain path serves and one line says so.
@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,16 @@ PRELUDE = r"""
 #define THREADS blockDim.x
 #define PLACE blockIdx.x
 #define PLACES gridDim.x
+#define ALIGN(n) __align__(n)
+"""
+
+EACH = r"""
+typedef long long whole;
+#define EACH(i) for (whole i = PLACE * (whole)THREADS + THREAD; i < size; i += PLACES * (whole)THREADS)
 """
 
 SOURCE = r"""
 typedef REAL real;
-typedef long long whole;
 #define SQUARE(x) ((x) * (x))
 #define ABS(x) ((x) < 0 ? -(x) : (x))
 #define ATLEAST(x, low) ((x) > (low) ? (x) : (x) != (x) ? (x) : (low))
@@ -39,7 +44,6 @@ typedef long long whole;
 #define SINGLE (sizeof(real) == 4)
 #define EXP(x) (SINGLE ? (real)expf((float)(x)) : (real)exp((double)(x)))
 #define MULADD(a, b, c) (SINGLE ? (real)fmaf((float)(a), (float)(b), (float)(c)) : (real)fma(a, b, c))
-#define EACH(i) for (whole i = PLACE * (whole)THREADS + THREAD; i < size; i += PLACES * (whole)THREADS)
 
 /* BatchNorm in eval mode as one factor and one summand a channel; a missing gamma is one, a missing beta zero. */
 DEVICE real factor(const real *var, const real *gamma, double eps, int c) {
@@ -115,6 +119,118 @@ KERNEL void back(const real *grad, const real *h, const real *var, const real *g
 }
 """
 
+WINDOWS = r"""
+typedef REAL real;
+typedef unsigned char byte;
+typedef struct ALIGN(LANES * sizeof(REAL)) { REAL v[LANES]; } unit;
+typedef struct ALIGN(LANES) { byte v[LANES]; } bytes;
+#define TAPS(a, b) for (int a = 0; a < K; a++) for (int b = 0; b < K; b++)
+/* The place of output cell (p, q)'s tap (a, b) among the input's, and whether it is one. */
+#define SEEN(p, q, a, b) const int h = (int)(p) * STRIDE - PADDING + (a), w = (int)(q) * STRIDE - PADDING + (b); \
+    if (h >= 0 && h < H && w >= 0 && w < W)
+/* The output cell (p, q) that sees input cell (h, w) by tap (a, b), if there is one. */
+#define SEES(h, w, a, b) const int y = (int)(h) + PADDING - (a), x = (int)(w) + PADDING - (b), \
+    p = y / STRIDE, q = x / STRIDE; if (y >= 0 && x >= 0 && y % STRIDE == 0 && x % STRIDE == 0 && p < P && q < Q)
+
+/* Maps [n H W C] -> for each output cell what its taps see, [n P Q K K C], zero outside; size counts [n P Q C]. */
+KERNEL void unfold(const unit *in, unit *out, whole size, int C, int H, int W, int P, int Q) {
+    EACH(i) {
+        const unsigned c = (unsigned)i % C, cell = (unsigned)i / C, q = cell % Q, p = cell / Q % P, n = cell / Q / P;
+        unit *to = out + (whole)cell * (K * K * C) + c;
+        TAPS(a, b) {
+            unit x = {{0}};
+            SEEN(p, q, a, b) x = in[(((whole)n * H + h) * W + w) * C + c];
+            to[(a * K + b) * C] = x;
+        }
+    }
+}
+
+/* Back: each input cell's sum over the taps that see it; size counts [n H W C]. */
+KERNEL void fold(const unit *in, unit *out, whole size, int C, int H, int W, int P, int Q) {
+    EACH(i) {
+        const unsigned c = (unsigned)i % C, cell = (unsigned)i / C, w = cell % W, h = cell / W % H, n = cell / W / H;
+        unit sum = {{0}};
+        TAPS(a, b) {
+            SEES(h, w, a, b) {
+                const unit g = in[((((whole)n * P + p) * Q + q) * (K * K) + a * K + b) * C + c];
+                for (int l = 0; l < LANES; l++) sum.v[l] += g.v[l];
+            }
+        }
+        out[i] = sum;
+    }
+}
+
+/* The same for maps of few channels, [K K C n P Q], so that neighbours write and read next to each other; size counts
+   [K n P Q] and [C n H W]. */
+KERNEL void unfold_few(const real *in, real *out, whole size, int C, int H, int W, int P, int Q) {
+    EACH(i) {
+        const unsigned cells = (unsigned)size / K, cell = (unsigned)i % cells, q = cell % Q, p = cell / Q % P;
+        const unsigned n = cell / Q / P, a = (unsigned)i / cells;
+        for (int b = 0; b < K; b++)
+            for (int c = 0; c < C; c++) {
+                real x = 0;
+                SEEN(p, q, a, b) x = in[(((whole)n * H + h) * W + w) * C + c];
+                out[((whole)(a * K + b) * C + c) * cells + cell] = x;
+            }
+    }
+}
+KERNEL void fold_few(const real *in, real *out, whole size, int C, int H, int W, int P, int Q) {
+    EACH(i) {
+        const unsigned cells = (unsigned)size / C, cell = (unsigned)i % cells, w = cell % W, h = cell / W % H;
+        const unsigned n = cell / W / H, c = (unsigned)i / cells;
+        const whole places = (whole)(cells / H / W) * P * Q;
+        real sum = 0;
+        TAPS(a, b) {
+            SEES(h, w, a, b) sum += in[((a * K + b) * C + c) * places + ((whole)n * P + p) * Q + q];
+        }
+        out[(whole)cell * C + c] = sum;
+    }
+}
+
+/* Pools of maps [n H W C]: the largest of a window and which tap it was, the first of several; or, without `taps`, the
+   mean, padding included. Not-a-number is the largest. size counts [n P Q C]. */
+KERNEL void pool(const unit *in, unit *out, bytes *taps, whole size, int C, int H, int W, int P, int Q) {
+    EACH(i) {
+        const unsigned c = (unsigned)i % C, cell = (unsigned)i / C, q = cell % Q, p = cell / Q % P, n = cell / Q / P;
+        unit best = {{0}};
+        bytes at = {{0}};
+        int first = 1;
+        TAPS(a, b) {
+            SEEN(p, q, a, b) {
+                const unit x = in[(((whole)n * H + h) * W + w) * C + c];
+                for (int l = 0; l < LANES; l++) {
+                    if (!taps) best.v[l] += x.v[l];
+                    else if (first || x.v[l] > best.v[l] || x.v[l] != x.v[l]) best.v[l] = x.v[l], at.v[l] = a * K + b;
+                }
+                first = 0;
+            }
+        }
+        for (int l = 0; l < LANES && !taps; l++) best.v[l] /= K * K;
+        out[i] = best;
+        if (taps) taps[i] = at;
+    }
+}
+
+/* Back: each input cell's sum over the windows that took it; size counts [n H W C]. */
+KERNEL void unpool(const unit *grad, unit *out, const bytes *taps, whole size, int C, int H, int W, int P, int Q) {
+    EACH(i) {
+        const unsigned c = (unsigned)i % C, cell = (unsigned)i / C, w = cell % W, h = cell / W % H, n = cell / W / H;
+        unit sum = {{0}};
+        TAPS(a, b) {
+            SEES(h, w, a, b) {
+                const whole from = (((whole)n * P + p) * Q + q) * C + c;
+                const unit g = grad[from];
+                for (int l = 0; l < LANES; l++) {
+                    if (!taps) sum.v[l] += g.v[l] / (K * K);
+                    else if (taps[from].v[l] == a * K + b) sum.v[l] += g.v[l];
+                }
+            }
+        }
+        out[i] = sum;
+    }
+}
+"""
+
 
 class CudaError(Exception):
     """NVRTC or the driver is not there, or refused."""
@@ -169,11 +285,10 @@ def compile_source(source: str, capability: str) -> bytes:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-class NeuronKernels:
-    """`fire` and `back` with the arguments of the CPU's kernels, launched on the current stream.
+class Program:
+    """Kernels on one device, launched on the current stream: addresses, a size, and further whole numbers."""
 
-    Every step must have a frame of its own, and `rates` has room for GRID sums.
-    """
+    names: tuple[bytes, ...]
 
     def __init__(self, code: bytes, device: int) -> None:
         self.device, self.code = device, code
@@ -184,7 +299,7 @@ class NeuronKernels:
         _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(self.context), place))  # PyTorch's; never let go
         with self._current():
             _check(_driver().cuModuleLoadData(ctypes.byref(self.module), self.code))
-            for name in (b"fire", b"back"):
+            for name in self.names:
                 found = ctypes.c_void_p()
                 _check(_driver().cuModuleGetFunction(ctypes.byref(found), self.module, name))
                 self.functions[name] = found
@@ -197,6 +312,24 @@ class NeuronKernels:
             yield
         finally:
             _driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+    def _launch(self, name: bytes, given: tuple[int | float | None, ...], size: int, *counts: int) -> None:
+        values = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_void_p(v) for v in given]
+        values += [ctypes.c_longlong(size), *map(ctypes.c_int, counts)]
+        arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        grid = min(GRID, max(1, -(-size // BLOCK)))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        with self._current():
+            _check(_driver().cuLaunchKernel(self.functions[name], grid, 1, 1, BLOCK, 1, 1, 0, stream, arguments, None))
+
+
+class NeuronKernels(Program):
+    """`fire` and `back` with the arguments of the CPU's kernels.
+
+    Every step must have a frame of its own, and `rates` has room for GRID sums.
+    """
+
+    names = b"fire", b"back"
 
     def fire(self, y, _frame, _a, _b, plus, rate, s, h, _steps, rows, channels, _threads) -> None:
         self._launch(b"fire", (y, None, None, None, None, 0.0, plus, rate, s, h), rows * channels, channels)
@@ -215,14 +348,46 @@ class NeuronKernels:
         """`back`, through that BatchNorm too."""
         self._launch(b"back", (grad, h, var, gamma, eps, None, None, None, out, None), rows * channels, channels)
 
-    def _launch(self, name: bytes, given: tuple[int | float | None, ...], size: int, channels: int) -> None:
-        values = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_void_p(v) for v in given]
-        values += [ctypes.c_longlong(size), ctypes.c_int(channels)]
-        arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        grid = min(GRID, max(1, -(-size // BLOCK)))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        with self._current():
-            _check(_driver().cuLaunchKernel(self.functions[name], grid, 1, 1, BLOCK, 1, 1, 0, stream, arguments, None))
+
+class Windows(Program):
+    """Square windows over channels-last maps [n h w c], with p times q places: convolutions unfolded, and pools."""
+
+    names = b"unfold", b"fold", b"unfold_few", b"fold_few", b"pool", b"unpool"
+
+    def __init__(self, code: bytes, device: int, lanes: int) -> None:
+        super().__init__(code, device)
+        self.lanes = lanes
+
+    def unfold(self, x: int, out: int, size: tuple[int, int, int, int, int, int]) -> None:
+        """What every place sees [n p q k k c]; size n, c, h, w, p, q."""
+        self._over(b"unfold", (x, out), size, places=True)
+
+    def fold(self, columns: int, out: int, size: tuple[int, int, int, int, int, int]) -> None:
+        """The sums of that in the cells it came from."""
+        self._over(b"fold", (columns, out), size, places=False)
+
+    def unfold_few(self, x: int, out: int, size: tuple[int, int, int, int, int, int], kernel: int) -> None:
+        """What every place sees, as [k k c n p q]."""
+        n, c, h, w, p, q = size
+        self._launch(b"unfold_few", (x, out), kernel * n * p * q, c, h, w, p, q)
+
+    def fold_few(self, columns: int, out: int, size: tuple[int, int, int, int, int, int]) -> None:
+        """The sums of that in the cells it came from."""
+        n, c, h, w, p, q = size
+        self._launch(b"fold_few", (columns, out), n * c * h * w, c, h, w, p, q)
+
+    def pool(self, x: int, out: int, taps: int | None, size: tuple[int, int, int, int, int, int]) -> None:
+        """The largest and, in bytes, which it was; the mean without `taps`."""
+        self._over(b"pool", (x, out, taps), size, places=True)
+
+    def unpool(self, grad: int, out: int, taps: int | None, size: tuple[int, int, int, int, int, int]) -> None:
+        """The gradient of the map from that of its pool."""
+        self._over(b"unpool", (grad, out, taps), size, places=False)
+
+    def _over(self, name: bytes, given: tuple[int | None, ...], size: tuple[int, ...], *, places: bool) -> None:
+        n, c, h, w, p, q = size
+        c //= self.lanes
+        self._launch(name, given, n * c * (p * q if places else h * w), c, h, w, p, q)
 
 
 def _check(result: int) -> None:
@@ -243,16 +408,45 @@ def usable() -> bool:
 
 def source(parts: dict[str, Any], dtype: torch.dtype, steps: int) -> str:
     """CUDA C of a neuron given by its steps, `neuron.steps_in_c`, for sequences of one length."""
-    return f"#define REAL {REAL[dtype]}\n#define STEPS {steps}\n#define BLOCK {BLOCK}\n{defined(parts)}{SOURCE}"
+    return f"#define REAL {REAL[dtype]}\n#define STEPS {steps}\n#define BLOCK {BLOCK}\n{defined(parts)}{EACH}{SOURCE}"
 
 
 def neuron(parts: dict[str, Any], dtype: torch.dtype, steps: int, device: int) -> NeuronKernels | None:
     """The kernels of a neuron for sequences of one length on one device; None, and one line, where it cannot be."""
+    otherwise = "neurons on a GPU take the plain path, slower and the same"
+    return _made(lambda code: NeuronKernels(code, device), source(parts, dtype, steps), device, otherwise)
+
+
+def windows_source(dtype: torch.dtype, kernel: int, stride: int, padding: int, lanes: int) -> str:
+    """CUDA C of the kernels for one kind of window; `lanes` channels are moved at once."""
+    named = {"REAL": REAL[dtype], "K": kernel, "STRIDE": stride, "PADDING": padding, "LANES": lanes}
+    return "".join(f"#define {name} {value}\n" for name, value in named.items()) + EACH + WINDOWS
+
+
+def windows(dtype: torch.dtype, channels: int, kernel: int, stride: int, padding: int, device: int) -> Windows | None:
+    """Those kernels for so many channels on one device; None, and one line, where they cannot be."""
+    lanes = 16 // dtype.itemsize
+    return _windows(dtype, kernel, stride, padding, lanes if channels % lanes == 0 else 1, device)
+
+
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """The tensor where several channels can be moved at once: a view may begin anywhere."""
+    return t.clone() if t.data_ptr() % 16 else t
+
+
+@functools.cache
+def _windows(dtype: torch.dtype, kernel: int, stride: int, padding: int, lanes: int, device: int) -> Windows | None:
+    text = windows_source(dtype, kernel, stride, padding, lanes)
+    otherwise = "convolutions and pools on a GPU are PyTorch's, slower and the same"
+    return _made(lambda code: Windows(code, device, lanes), text, device, otherwise)
+
+
+def _made(load: Callable[[bytes], Any], text: str, device: int, otherwise: str) -> Any:
     if not usable():
         return None
     try:
         major, minor = torch.cuda.get_device_capability(device)
-        return NeuronKernels(compile_source(PRELUDE + source(parts, dtype, steps), f"{major}{minor}"), device)
+        return load(compile_source(PRELUDE + text, f"{major}{minor}"))
     except (CudaError, RuntimeError) as error:
-        say_once(f"{error}: neurons on a GPU take the plain path, slower and the same")
+        say_once(f"{error}: {otherwise}")
         return None

@@ -1,38 +1,35 @@
 """Convolutions on maps of at most 2x2 as the one dense product they are, on any device.
 
-Every output cell sees a fixed subset of the taps, so the whole map is one matrix: exactly the same sum, by an algorithm
-that suits small maps where no kernel of the engine serves (a GPU, or a CPU without a compiler).
+Every output cell sees a window of the taps, so the whole map is one matrix: exactly the same sum, by an algorithm that
+suits small maps where no kernel of the engine serves (a GPU, or a CPU without a compiler). Maps and matrices are
+channels last, so that nothing is copied but the matrix.
 """
 
 import functools
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from sparsetrail.snn import kernels
 
 TINY = 4  # cells of the input map up to which the dense product is taken: 1x1 and 2x2
+Span = tuple[slice, slice]
 
 
 @functools.cache
-def _taps(
-    size: tuple[int, int],
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    device: torch.device,
-) -> Tensor:
-    """For output cell o and input cell i the index of the kernel tap that joins them, or kernel area for none."""
-    (h, w), (kh, kw) = size, kernel
-    ho, wo = (h + 2 * padding[0] - kh) // stride[0] + 1, (w + 2 * padding[1] - kw) // stride[1] + 1
-    index = [kh * kw] * (ho * wo * h * w)
-    for o in range(ho * wo):
-        for i in range(h * w):
-            p = i // w - o // wo * stride[0] + padding[0]
-            q = i % w - o % wo * stride[1] + padding[1]
-            if 0 <= p < kh and 0 <= q < kw:
-                index[o * h * w + i] = p * kw + q
-    with torch.inference_mode(False):  # kept: must serve autograd later, whoever asks first
-        return torch.tensor(index, device=device)
+def _windows(
+    size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> tuple[tuple[int, int], list[tuple[Span, Span]]]:
+    """The output map's size and, of each of its cells, the input cells that it sees and the taps that join them."""
+    out = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
+    lines: list[list[tuple[slice, slice]]] = []
+    for n, k, s, p, many in zip(size, kernel, stride, padding, out, strict=True):
+        lines.append([])
+        for o in range(many):
+            first = o * s - p  # where tap 0 lies
+            low, high = max(first, 0), max(min(n, first + k), max(first, 0))
+            lines[-1].append((slice(low, high), slice(low - first, high - first)))
+    return (out[0], out[1]), [((a, b), (c, d)) for a, c in lines[0] for b, d in lines[1]]
 
 
 def suits(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -40,28 +37,100 @@ def suits(x: Tensor, conv: nn.Conv2d) -> bool:
     return (
         x.ndim == 4
         and x.shape[2] * x.shape[3] <= TINY
+        and min(x.shape) > 0
         and conv.kernel_size != (1, 1)
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and all(p < k for p, k in zip(conv.padding, conv.kernel_size, strict=True))
+        and min(n + 2 * p - k for n, p, k in zip(x.shape[2:], conv.padding, conv.kernel_size, strict=True)) >= 0
+        and x.shape[1] == conv.in_channels
+        and not kernels.overseen(x, conv.weight)
     )
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """`conv(x)` as one product."""
-    padding = conv.padding
-    assert not isinstance(padding, str)
-    (h, w), (kh, kw), (ph, pw) = x.shape[2:], conv.kernel_size, padding
-    ho, wo = (h + 2 * ph - kh) // conv.stride[0] + 1, (w + 2 * pw - kw) // conv.stride[1] + 1
-    if ho == wo == 1:  # each input cell meets one tap: slices
-        h, w = min(kh - ph, h), min(kw - pw, w)
-        matrix, cells = conv.weight[:, :, ph : ph + h, pw : pw + w], x[:, :, :h, :w]
-        return F.linear(cells.flatten(1), matrix.flatten(1), conv.bias)[:, :, None, None]
-    taps = _taps((h, w), (kh, kw), (conv.stride[0], conv.stride[1]), (ph, pw), x.device)
-    weight = conv.weight.flatten(2)
-    weight = torch.cat([weight, weight.new_zeros(*weight.shape[:2], 1)], 2).index_select(2, taps)  # [d c (p q h w)]
-    matrix = weight.unflatten(2, (ho * wo, -1)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # [(d p q) (c h w)]
-    bias = None if conv.bias is None else conv.bias.repeat_interleave(ho * wo)
-    return F.linear(x.flatten(1), matrix, bias).reshape(len(x), -1, ho, wo)
+    y = _Dense.apply(x, conv.weight, conv.stride, conv.padding)
+    return y if conv.bias is None else y + conv.bias.to(y.dtype).view(-1, 1, 1)
+
+
+class _Dense(torch.autograd.Function):
+    """y [m d p q] = x [m c h w] times the matrix of a weight [d c kh kw]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        device = x.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        m, _, h, w = x.shape
+        (p, q), windows = _windows((h, w), tuple(weight.shape[2:]), tuple(stride), tuple(padding))  # type: ignore[arg-type]
+        matrix = _matrix(weight.to(half), windows, (h, w))
+        y = _seen(x.to(half), windows) @ matrix.T
+        ctx.windows, ctx.knobs, ctx.size, ctx.half = windows, (stride, padding), x.shape, half
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight, matrix if ctx.needs_input_grad[0] else None
+        )
+        return y.view(m, p, q, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, weight, matrix), windows, wants = ctx.saved_tensors, ctx.windows, ctx.needs_input_grad
+        if kernels.differentiable(grad):
+            return *plain_backward(wants, grad, x, weight, ctx.size, *ctx.knobs), None, None
+        flat, (m, c, h, w) = grad.permute(0, 2, 3, 1).reshape(len(grad), -1).to(ctx.half), ctx.size
+        dx = dw = None
+        if wants[0]:
+            dx = flat @ matrix
+            if len(windows) == 1:
+                (rows, columns), _ = windows[0]
+                part = dx.view(m, rows.stop - rows.start, columns.stop - columns.start, c)
+                dx = part if part.shape[1:3] == (h, w) else part.new_zeros(m, h, w, c)
+                if dx is not part:
+                    dx[:, rows, columns] = part
+            dx = dx.view(m, h, w, c).permute(0, 3, 1, 2)
+        if wants[1]:
+            dw = torch.zeros_like(weight)
+            into, found = dw.permute(0, 2, 3, 1), flat.T @ _seen(x.to(ctx.half), windows)
+            if len(windows) == 1:
+                (rows, columns), (a, b) = windows[0]
+                into[:, a, b] = found.view(-1, rows.stop - rows.start, columns.stop - columns.start, c)
+            else:
+                for one, ((rows, columns), (a, b)) in zip(found.view(-1, len(weight), h, w, c), windows, strict=True):
+                    into[:, a, b] += one[:, rows, columns]
+        return dx, dw, None, None
+
+
+def _seen(x: Tensor, windows: list[tuple[Span, Span]]) -> Tensor:
+    """The cells of each example in a row [m (h w c)]: those that a single output cell sees, or all."""
+    cells = x.permute(0, 2, 3, 1)
+    if len(windows) == 1:
+        rows, columns = windows[0][0]
+        cells = cells[:, rows, columns]
+    return cells.reshape(len(x), -1)
+
+
+def _matrix(weight: Tensor, windows: list[tuple[Span, Span]], size: tuple[int, int]) -> Tensor:
+    """The taps as a matrix [(p q d) (h w c)], zero where an output cell does not see an input cell."""
+    taps = weight.detach().permute(0, 2, 3, 1)
+    if len(windows) == 1:
+        a, b = windows[0][1]
+        return taps[:, a, b].flatten(1)
+    d, c, every = len(weight), weight.shape[1], (slice(0, size[0]), slice(0, size[1]))
+    if all(cells == every for cells, _ in windows):
+        whole = torch.stack([taps[:, a, b] for _, (a, b) in windows])
+    else:
+        whole = taps.new_zeros(len(windows), d, *size, c)
+        for one, (cells, (a, b)) in zip(whole, windows, strict=True):
+            one[:, cells[0], cells[1]] = taps[:, a, b]
+    return whole.view(len(windows) * d, -1)
+
+
+def plain_backward(
+    wants: tuple[bool, ...], grad: Tensor, x: Tensor | None, weight: Tensor, size: tuple[int, ...], stride, padding
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a convolution's input and weight by differentiable operations, for second derivatives."""
+    knobs, kind = {"stride": stride, "padding": padding}, grad.dtype
+    dx = torch.nn.grad.conv2d_input(size, weight.to(kind), grad, **knobs) if wants[0] else None
+    dw = torch.nn.grad.conv2d_weight(x.to(kind), weight.shape, grad, **knobs) if wants[1] and x is not None else None
+    return dx, dw

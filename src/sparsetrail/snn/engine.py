@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn import dense, kernels
+from sparsetrail.snn import cuda, dense, kernels, unfold
+from sparsetrail.snn.cuda import aligned
+from sparsetrail.snn.dense import plain_backward
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, Rule, apart, fused, kernel, parts, through_time
@@ -126,11 +127,6 @@ def _serve(*tensors: Tensor | None) -> bool:
     return not torch.is_autocast_enabled("cpu") and kernels.available(there[0].dtype) and kernels.usable(*there)
 
 
-def _differentiable(grad: Tensor) -> bool:
-    """Must a backward be made of operations that can be differentiated, or mapped over many gradients, themselves?"""
-    return torch.is_grad_enabled() or kernels.batched(grad) or forward_ad._current_level >= 0
-
-
 # ---- convolution ---------------------------------------------------------------------------------------------------
 
 
@@ -171,8 +167,8 @@ class _SpikeConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         g, (m, cin, h, w) = ctx.geometry, ctx.size
-        if _differentiable(grad):
-            return _conv_backward(ctx, grad, x, weight, g, ctx.size)
+        if kernels.differentiable(grad):
+            return *plain_backward(ctx.needs_input_grad, grad, x, weight, ctx.size, g.stride, g.padding), None
         grad, lib = _last(grad), kernels.library(weight.dtype)
         z = g.shape(m, cin, h, w, len(weight))
         dx = dw = None
@@ -203,8 +199,9 @@ class _StemConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        if _differentiable(grad):
-            return _conv_backward(ctx, grad, x, weight, ctx.geometry, ctx.size)
+        if kernels.differentiable(grad):
+            g = ctx.geometry
+            return *plain_backward(ctx.needs_input_grad, grad, x, weight, ctx.size, g.stride, g.padding), None
         grad = _last(grad)
         dx = _stem_input(grad, weight, ctx.geometry, ctx.size) if ctx.needs_input_grad[0] else None
         dw = _weight_grad(grad, x, weight, ctx.geometry) if ctx.needs_input_grad[1] else None
@@ -232,14 +229,6 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, g: _Geometry) -> Tenso
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, *side, [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]
-
-
-def _conv_backward(ctx, grad: Tensor, x: Tensor | None, weight: Tensor, g: _Geometry, size: tuple[int, ...]):
-    """By differentiable operations, for second derivatives."""
-    knobs = {"stride": g.stride, "padding": g.padding}
-    dx = torch.nn.grad.conv2d_input(size, weight, grad, **knobs) if ctx.needs_input_grad[0] else None
-    dw = torch.nn.grad.conv2d_weight(x, weight.shape, grad, **knobs) if ctx.needs_input_grad[1] else None
-    return dx, dw, None
 
 
 def _last(t: Tensor) -> Tensor:
@@ -270,9 +259,12 @@ class Conv2d(nn.Conv2d):
             else:
                 y = _SpikeConv.apply(_last(x), _last(self.weight), self.geometry(x))
             return y if self.bias is None else y + self.bias.view(-1, 1, 1)
-        if not self.exact and dense.suits(x, self):
+        if self.exact:
+            return super().forward(x)
+        if dense.suits(x, self):
             return dense.convolve(x, self)
-        return super().forward(x)
+        x = _last(x) if x.is_cuda and x.ndim == 4 else x  # otherwise the gradient is turned round, and back, on its way
+        return unfold.convolve(x, self) if unfold.suits(x, self) else super().forward(x)
 
     def served(self, x: Tensor) -> bool:
         """Do the kernels serve this layer and input?"""
@@ -340,10 +332,11 @@ class _CodedConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, planes, weight, slope = ctx.saved_tensors
         g, (f, n, *rest) = ctx.geometry, planes.shape
-        if _differentiable(grad):
+        if kernels.differentiable(grad):
             if x.requires_grad:  # the frames again, as something that depends on the pixels
                 planes = ctx.encode(x)[[ctx.encode.frames.index(i) for i in range(f)]]
-            d_planes, dw, _ = _conv_backward(ctx, grad, planes.flatten(0, 1), weight, g, (f * n, *rest))
+            at = planes.flatten(0, 1), weight, (f * n, *rest), g.stride, g.padding
+            d_planes, dw = plain_backward(ctx.needs_input_grad, grad, *at)
             dx = None if d_planes is None else _through_code(d_planes.unflatten(0, (f, n)), slope)
             return dx, dw, None, None, None, None
         dx = dw = None
@@ -390,10 +383,19 @@ class _Pooling:
     def shape(self, m: int, c: int, h: int, w: int):
         return kernels.shape(m, h, w, c, c, self.kernel, self.stride, self.padding, torch.get_num_threads())
 
+    def on_gpu(self, x: Tensor) -> Any:
+        """The kernels for maps like `x`, or None."""
+        return cuda.windows(x.dtype, x.shape[1], self.kernel, self.stride, self.padding, x.device.index)
+
     def run(self, x: Tensor, space: Workspace | None) -> tuple[Tensor, Tensor | None]:
         """The pooled map, and of a max pool the winning tap of every cell, one byte each."""
         m, c, h, w = x.shape
         p, q = ((size + 2 * self.padding - self.kernel) // self.stride + 1 for size in (h, w))
+        if x.is_cuda:
+            y = x.new_empty(m, p, q, c)
+            at = torch.empty(y.shape, dtype=torch.uint8, device=x.device) if self.most else None
+            self.on_gpu(x).pool(pointer(x), pointer(y), pointer(at), (m, c, h, w, p, q))
+            return y.permute(0, 3, 1, 2), at
         y, lib, z = _maps(space, m, c, p, q, x), kernels.library(x.dtype), self.shape(m, c, h, w)
         if not self.most:
             lib.avg_pool(z, pointer(x), pointer(y))
@@ -404,9 +406,13 @@ class _Pooling:
 
     def back(self, grad: Tensor, at: Tensor | None, size: tuple[int, ...], space: Workspace | None) -> Tensor:
         """The gradient of the map, by differentiable operations where it must be."""
-        if _differentiable(grad):
+        if kernels.differentiable(grad):
             return _pool_backward(grad, at, size, self.kernel, self.stride, self.padding)
         grad, (m, c, h, w) = _last(grad), size
+        if grad.is_cuda:
+            grad, dx = aligned(grad), grad.new_empty(m, h, w, c)
+            self.on_gpu(grad).unpool(pointer(grad), pointer(dx), pointer(at), (m, c, h, w, *grad.shape[2:]))
+            return dx.permute(0, 3, 1, 2)
         dx = _maps(space, m, c, h, w, grad)
         kernels.library(grad.dtype).pool_grad(self.shape(m, c, h, w), pointer(grad), pointer(at), pointer(dx))
         return dx
@@ -469,7 +475,7 @@ class _Fire(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
         grad_s = _before_pool(ctx, grad_s)
-        if grad_h is not None or grad_s is None or _differentiable(grad_s):
+        if grad_h is not None or grad_s is None or kernels.differentiable(grad_s):
             return (*_fire_backward(ctx, grad_s, grad_h), None)
         return _kernel_backward(ctx, grad_s)
 
@@ -489,7 +495,7 @@ class _FireByRule(_Fire):
         h, grad = (t.reshape(len(order), -1, *t.shape[1:]) for t in (flat, grad_s))
         slopes = rule.slopes(h, spec, None, layer.number)
         through = rule.flow == "through"
-        if _differentiable(grad_s) or (not through and (ctx.batch or wants[2] or wants[3])):
+        if kernels.differentiable(grad_s) or (not through and (ctx.batch or wants[2] or wants[3])):
             every = slopes(slice(None))
             if through:
                 g, _ = through_time(grad, None, h, None, None, spec, every)
@@ -674,6 +680,8 @@ def _fire_normed(y: Tensor, norm: nn.Module, neuron: Neuron, steps: int, plus: T
         return None
     if not type(neuron).__module__.startswith("sparsetrail.") or torch._C._are_functorch_transforms_active():
         return None
+    if y.dtype in (torch.bfloat16, torch.float16):  # of an autocast convolution; from here on as everywhere
+        y, plus = y.float(), None if plus is None else plus.float()
     y, plus = _last(y), None if plus is None else _last(plus)
     run = kernel(
         spec, y.permute(0, 2, 3, 1).unflatten(0, (steps, -1)), None, *constant, *([] if plus is None else [plus])
@@ -702,11 +710,10 @@ def fire(
         if order != tuple(range(steps)):
             y = torch.cat([y.unflatten(0, (max(order) + 1, -1))[f] for f in order])
         s = _fire_normed(y, norm, neuron, steps, plus)
-        if s is not None:
-            return s if pool is None else pool(s)
-        s = neuron(norm(y))
-        s = s if plus is None else plus + s
-        return s if pool is None else pool(s)
+        if s is None:
+            s = neuron(norm(y))
+            s = s if plus is None else plus + s
+        return s if pool is None else _pooled(s, pool)
     pooling = None if pool is None else _pooling(pool, y)
     spec, rule = neuron.differentiated()
     run, number = kernel(spec, y, given=rule is not None), 0 if rule is None else rule.number()
@@ -755,15 +762,44 @@ def _pooling(module: nn.Module, x: Tensor) -> _Pooling | None:
     return _Pooling(kernel, stride, padding, kind is nn.MaxPool2d) if fits else None
 
 
+class _Pooled(torch.autograd.Function):
+    """On a GPU: a pool whose backward keeps a byte a cell, or nothing, instead of the map and its indices."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, pooling: _Pooling) -> Tensor:
+        y, at = pooling.run(x, None)
+        ctx.pooling, ctx.size = pooling, x.shape
+        ctx.save_for_backward(at)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.pooling.back(grad, ctx.saved_tensors[0], ctx.size, None), None
+
+
+def _pooled(s: Tensor, pool: nn.Module) -> Tensor:
+    """`pool(s)`."""
+    wanted = s.is_cuda and s.ndim == 4 and s.dtype in kernels.REAL and s.numel() > 0 and kernels.switched_on()
+    found = _pooling(pool, s) if wanted and not kernels.overseen(s) else None
+    if found is None or found.on_gpu(s) is None:
+        return pool(s)
+    return _Pooled.apply(aligned(_last(s)), found)
+
+
 def _pool_backward(grad: Tensor, at: Tensor | None, size, kernel: int, stride: int, padding: int) -> Tensor:
     """By differentiable operations, for second derivatives."""
     if at is None:
-        x = torch.zeros(size, dtype=grad.dtype, requires_grad=True)
-        y = F.avg_pool2d(x, kernel, stride, padding)
-        return torch.autograd.grad(y, x, grad, create_graph=True)[0]
+        with torch.enable_grad():
+            x = torch.zeros(size, dtype=grad.dtype, device=grad.device, requires_grad=True)
+            y = F.avg_pool2d(x, kernel, stride, padding)
+        return torch.autograd.grad(y, x, grad.contiguous(), create_graph=torch.is_grad_enabled())[0]
     tap = at.permute(0, 3, 1, 2).long()
-    row = torch.arange(tap.shape[2]).view(-1, 1) * stride - padding + tap.div(kernel, rounding_mode="floor")
-    col = torch.arange(tap.shape[3]) * stride - padding + tap.remainder(kernel)
+    row = (
+        torch.arange(tap.shape[2], device=tap.device).view(-1, 1) * stride
+        - padding
+        + tap.div(kernel, rounding_mode="floor")
+    )
+    col = torch.arange(tap.shape[3], device=tap.device) * stride - padding + tap.remainder(kernel)
     flat = (row * size[3] + col).flatten(2)
     into = grad.new_zeros(*size[:2], size[2] * size[3])
     return into.scatter_add(2, flat, grad.reshape(*size[:2], -1)).reshape(size)

@@ -139,13 +139,21 @@ class Scores:
         self.made: dict[Any, _Recording | None] = {}
         self.failed = False
 
+    def _room(self, u: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+        """What the recording for `u` is called: its shape, filled up, and type."""
+        room = 1 << (u.shape[self.axis] - 1).bit_length()
+        return (*u.shape[: self.axis], room, *u.shape[self.axis + 1 :]), u.dtype
+
+    def ready(self, u: Tensor) -> bool:
+        """Would a call only launch a recording?"""
+        return u.shape[self.axis] <= LARGEST and self.made.get(self._room(u)) is not None
+
     def __call__(self, u: Tensor) -> Tensor:
         n = u.shape[self.axis]
         if self.failed or n > LARGEST:
             return self.f(u)
-        room = 1 << (n - 1).bit_length()
-        shape = (*u.shape[: self.axis], room, *u.shape[self.axis + 1 :])
-        key = (shape, u.dtype)
+        key = shape, _ = self._room(u)
+        room = shape[self.axis]
         if key not in self.made:
             if len(self.made) >= SIZES:
                 return self.f(u)

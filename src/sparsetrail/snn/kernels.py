@@ -84,6 +84,23 @@ def batched(t: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
 
 
+def overseen(*tensors: Tensor) -> bool:
+    """Must plain operations run, since somebody traces, transforms or differentiates forwards?"""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or bool(torch._C._len_torch_dispatch_stack())
+        or torch._C._get_tracing_state() is not None
+        or any(type(t) not in (Tensor, torch.nn.Parameter) or batched(t) for t in tensors)
+    )
+
+
+def differentiable(grad: Tensor) -> bool:
+    """Must a backward be made of operations that can be differentiated, or mapped over many gradients, themselves?"""
+    return torch.is_grad_enabled() or batched(grad) or forward_ad._current_level >= 0
+
+
 class Shape(ctypes.Structure):
     """`shape` of kernels.c: frames and map of a convolution or pool, square kernel, and threads."""
 

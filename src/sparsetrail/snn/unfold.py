@@ -1,0 +1,130 @@
+"""Convolutions on a GPU as products of unfolded maps, where cuDNN's kernels leave it half idle.
+
+What the taps of every output cell see is laid out as a matrix by a kernel of our own, and cuBLAS multiplies. At the
+paper's batch that takes half of cuDNN's time in float32, to the same rounding, and in layers of stride 2 in TF32 too;
+where it does not, cuDNN serves (H200, torch 2.11).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrail.snn import cuda, kernels
+from sparsetrail.snn.dense import plain_backward
+
+ROOM = 2**27  # bytes of a matrix at most: beyond, a map keeps cuDNN busy
+FEW = 4  # input channels up to which a matrix lies the other way round
+
+
+def suits(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Is `conv` on these maps better done by unfolding?"""
+    return (
+        x.is_cuda
+        and x.ndim == 4
+        and x.dtype == conv.weight.dtype
+        and x.dtype in kernels.REAL
+        and kernels.switched_on()
+        and not torch.is_autocast_enabled("cuda")
+        and min(x.shape) > 0
+        and x.shape[1] == conv.in_channels
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and len({*conv.kernel_size}) == len({*conv.stride}) == len({*conv.padding}) == 1
+        and min(x.shape[2:]) + 2 * conv.padding[0] >= conv.kernel_size[0]
+        and _bytes(x, conv) <= ROOM
+        and not kernels.overseen(x, conv.weight)
+        and _program(x, conv.weight, (conv.stride[0], int(conv.padding[0]))) is not None
+    )
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv(x)` by unfolded maps."""
+    y = _Unfolded.apply(x, conv.weight, (conv.stride[0], int(conv.padding[0])), torch.backends.cudnn.allow_tf32)
+    return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
+
+
+class _Unfolded(torch.autograd.Function):
+    """y [n d p q] of x [n c h w] and weight [d c k k]; `rough`: products may be TF32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, window: tuple[int, int], rough: bool) -> Tensor:
+        ctx.window, ctx.size, ctx.rough = window, x.shape, rough
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        if rough:
+            return nn.functional.conv2d(x, weight, None, *window)
+        n, d, p, q = _out(x.shape, weight, window)
+        y = unfolded(x, weight, window) @ _rows(weight).T
+        return y.view(n, p, q, d).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, weight), window, size, wants = ctx.saved_tensors, ctx.window, ctx.size, ctx.needs_input_grad
+        if kernels.differentiable(grad):
+            return *plain_backward(wants, grad, x, weight, size, *window), None, None
+        flat, (d, c, k, _), skips = grad.permute(0, 2, 3, 1).reshape(-1, len(weight)), weight.shape, window[0] > 1
+        dx = dw = None
+        if wants[0] and (skips or not ctx.rough):
+            dx = folded(flat, size, weight, window)
+        elif wants[0]:
+            like = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+            dx = _cudnn(grad, like, weight, window, (True, False, False))[0]
+        if wants[1] and (skips or ctx.rough):
+            dw = (flat.T @ unfolded(x, weight, window)).view(d, k, k, c).permute(0, 3, 1, 2)
+        elif wants[1]:
+            dw = _cudnn(grad, x, weight, window, (False, True, False))[1]
+        return dx, dw, None, None
+
+
+def _cudnn(grad: Tensor, x: Tensor, weight: Tensor, window: tuple[int, int], wants: tuple[bool, bool, bool]):
+    knobs = [window[0]] * 2, [window[1]] * 2, [1, 1], False, [0, 0], 1, wants
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *knobs)
+
+
+def unfolded(x: Tensor, weight: Tensor, window: tuple[int, int]) -> Tensor:
+    """What the taps of every output cell see [(n p q) (k k c)]; of few channels the other way round in memory."""
+    (n, c, h, w), k = x.shape, weight.shape[2]
+    _, _, p, q = _out(x.shape, weight, window)
+    x = cuda.aligned(x.detach().contiguous(memory_format=torch.channels_last))
+    program, size = _program(x, weight, window), (n, c, h, w, p, q)
+    if c <= FEW:
+        out = x.new_empty(k * k * c, n * p * q)
+        program.unfold_few(x.data_ptr(), out.data_ptr(), size, k)
+        return out.T
+    out = x.new_empty(n * p * q, k * k * c)
+    program.unfold(x.data_ptr(), out.data_ptr(), size)
+    return out
+
+
+def folded(grad: Tensor, size: tuple[int, ...], weight: Tensor, window: tuple[int, int]) -> Tensor:
+    """The gradient of the maps [n c h w] from that of the output's cells [(n p q) d]."""
+    n, c, h, w = size
+    _, _, p, q = _out(size, weight, window)
+    out, rows = grad.new_empty(n, h, w, c), _rows(weight)
+    columns = rows.T @ grad.T if c <= FEW else grad @ rows
+    program = _program(grad, weight, window)
+    fold = program.fold_few if c <= FEW else program.fold
+    fold(columns.data_ptr(), out.data_ptr(), (n, c, h, w, p, q))
+    return out.permute(0, 3, 1, 2)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """The weight [d (k k c)]."""
+    return weight.detach().permute(0, 2, 3, 1).flatten(1)
+
+
+def _out(size: tuple[int, ...], weight: Tensor, window: tuple[int, int]) -> tuple[int, int, int, int]:
+    p, q = ((side + 2 * window[1] - weight.shape[2]) // window[0] + 1 for side in size[2:])
+    return size[0], len(weight), p, q
+
+
+def _bytes(x: Tensor, conv: nn.Conv2d) -> int:
+    _, c, k, _ = conv.weight.shape
+    n, _, p, q = _out(x.shape, conv.weight, (conv.stride[0], int(conv.padding[0])))
+    return n * p * q * k * k * c * x.element_size()
+
+
+def _program(x: Tensor, weight: Tensor, window: tuple[int, int]) -> cuda.Windows:
+    """The kernels for these maps; None only before `suits` said that they are there."""
+    found = cuda.windows(x.dtype, weight.shape[1], weight.shape[2], *window, x.device.index)
+    return found  # type: ignore[return-value]
