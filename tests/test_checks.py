@@ -14,6 +14,7 @@ from sparsetrail.attacks import attack, pgd
 from sparsetrail.checks import CHECKS, Case, sanity, validity
 from sparsetrail.checks.chance import at_least, discordant, sign_test, spearman
 from sparsetrail.core import L0, L2, Linf, Route, Victim
+from sparsetrail.snn.graphs import Scores
 
 PAGE = (Path(__file__).parents[1] / "docs" / "findings.md").read_text()
 
@@ -146,6 +147,20 @@ def test_the_forward_that_differentiates_is_counted_however_it_is_written():
     for logits in (by_import, by_backward):
         found = CHECKS["S10"](Case(linear(logits=logits), Linf(0.1, space="pixel"), *sample()))
         assert found.level == "fail" and found.value == 1
+
+
+def test_a_step_that_is_recorded_is_no_search():
+    """On a GPU a victim takes a gradient within its second forward of a size, to record it."""
+
+    def record(fn):
+        out = fn()
+        return lambda: None, out
+
+    base = linear()
+    scores = Scores(base.logits, axis=1, record=record, warm=lambda fn: fn())
+    found = CHECKS["S10"](Case(linear(logits=scores), Linf(0.1, space="pixel"), *sample()))
+    assert any(r is not None for r in scores.made.values())
+    assert found.level == "pass" and found.value == 0
 
 
 def test_the_linear_self_test_notices_a_weak_attack(monkeypatch):

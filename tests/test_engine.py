@@ -17,10 +17,11 @@ from torch.nn import functional as F
 import sparsetrail
 from sparsetrail.attacks import attack, pgd
 from sparsetrail.core import Linf
+from sparsetrail.core.precision import products
 from sparsetrail.snn import dense, engine, kernels
 from sparsetrail.snn.encode import BACKWARD_RULES, bit_plane, direct, latency, phase, poisson
 from sparsetrail.snn.engine import Conv2d, Workspace, fire, freeze, has_bf16, share_memory
-from sparsetrail.snn.net import NetSpec, victim
+from sparsetrail.snn.net import NetSpec, _Known, victim
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, reference
 from sparsetrail.snn.resnet import FoldedNeuron
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
@@ -112,6 +113,30 @@ def test_tiny_maps_as_one_product(size, kernel, stride, padding, bias, frozen, s
     tiny = size[0] * size[1] <= dense.TINY and kernel != 1 and padding < kernel
     assert not conv.served(x) and dense.suits(x, conv) == tiny
     against_torch(conv, x, seed)
+
+
+def test_tiny_maps_in_bf16_and_when_mapped():
+    g = torch.Generator().manual_seed(0)
+    conv, x = Conv2d(6, 5, 3, padding=1), torch.randn(4, 6, 2, 2, generator=g)
+    leaf = x.clone().requires_grad_()
+    push = torch.randn(4, 5, 2, 2, generator=g)
+    want, near = (dense.convolve(leaf, conv, half=half) for half in (False, True))
+    assert torch.equal(want, near) and torch.allclose(want, F.conv2d(x, conv.weight, conv.bias, padding=1), atol=1e-6)
+    a, b = ([*torch.autograd.grad(y, [leaf, conv.weight], push)] for y in (want, near))
+    assert 1e-4 < (a[0] - b[0]).norm() / a[0].norm() < 1e-2 and torch.equal(a[1], b[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(leaf)
+    (c,) = torch.autograd.grad(y, leaf, push.bfloat16())
+    assert (
+        y.dtype == torch.bfloat16 and (y - want).norm() < 1e-2 * want.norm() and (c - a[0]).norm() < 1e-2 * a[0].norm()
+    )
+    each = torch.func.vmap(lambda v: conv(v[None])[0])(x)
+    assert torch.allclose(each, want, atol=1e-6) and not dense.suits(torch.empty(2, 6, 0, 2), conv)
+    rows = []
+    for f in (lambda v: conv(v), lambda v: F.conv2d(v, conv.weight, conv.bias, padding=1)):
+        (first,) = torch.autograd.grad(f(leaf).pow(3).sum(), leaf, create_graph=True)
+        rows.append(torch.autograd.grad(first.pow(2).sum(), [leaf, conv.weight]))
+    assert all(torch.allclose(p, q, rtol=1e-4, atol=1e-4) for p, q in zip(*rows, strict=True))
 
 
 @pytest.mark.parametrize("channels", [2, 16])
@@ -511,9 +536,13 @@ def test_gradients_survive_the_next_call():
 # ---- bf16 ------------------------------------------------------------------------------------------------------------
 
 
-@needs_bf16
-def test_bf16_changes_input_gradients_only_and_little():
+BF16 = [pytest.param("cpu", marks=needs_bf16), pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+
+
+@pytest.mark.parametrize("device", BF16)
+def test_bf16_changes_input_gradients_only_and_little(device):
     net, x, y = network(torch.float32, width=0.5)
+    net, x, y = net.to(device), x.to(device), y.to(device)
     u = phase(steps=5)(x)
     full, half = victim(net, phase(steps=5)), victim(net, phase(steps=5), precision="bf16")
     assert "bf16" in half.route and "bf16" not in full.route
@@ -549,15 +578,13 @@ def trained(tmp_path_factory):
     return model, sparsetrail.pixels(test.images), test.labels
 
 
-@needs_bf16
+@pytest.mark.parametrize("device", BF16)
 @pytest.mark.parametrize(("space", "eps"), [("pixel", 8 / 255), ("encoded", 6 / 255)])
-def test_an_attack_in_bf16_is_no_weaker_on_real_images(trained, space, eps):
+def test_an_attack_in_bf16_is_no_weaker_on_real_images(trained, space, eps, device):
     """Robust under bf16 but not under fp32, against the other way round: no more than chance gives (two sigma)."""
     model, x, y = trained
-    runs = [
-        attack(pgd, victim(model.net, model.encode, precision=p), Linf(eps, space=space), x, y)
-        for p in ("fp32", "bf16")
-    ]
+    net, x, y = copy.deepcopy(model.net).to(device), x.to(device), y.to(device)
+    runs = [attack(pgd, victim(net, model.encode, precision=p), Linf(eps, space=space), x, y) for p in ("fp32", "bf16")]
     assert runs[0].clean == runs[1].clean and runs[0].clean_accuracy.value > 0.5
     only = [sum(a and not b for a, b in zip(p.robust, q.robust, strict=True)) for p, q in (runs, runs[::-1])]
     assert only[1] - only[0] <= 2 * (sum(only) ** 0.5) + 1
@@ -653,38 +680,62 @@ def test_the_same_on_a_gpu(mode):
 # ---- what a network's owner may do between two calls -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda net: torch.optim.Adam(adam(net), 0.1, fused=True).step(),  # does not count versions (torch 2.13)
-        lambda net: net.layer1[0].conv1.weight.data.mul_(-1),
-        lambda net: setattr(net.fc.weight, "data", -net.fc.weight.data),
-        lambda net: net.bn1.running_var.data.mul_(4),
-        lambda net: setattr(net.bn1, "eps", 0.5),
-        lambda net: setattr(net.sn1, "spec", NeuronSpec(threshold=0.4)),
-        lambda net: setattr(net, "fc", nn.Linear(128, 10)),
-        lambda net: setattr(net.layer2[0], "bn1", nn.GroupNorm(4, 32)),
-        lambda net: net.bn1.train(),
-    ],
-    ids=["fused-optimiser", "in-place", "other-data", "statistics", "eps", "neuron", "head", "norm", "mode"],
-)
-def test_a_victim_is_never_out_of_date(change):
+CHANGES = {
+    "fused-optimiser": lambda net: torch.optim.Adam(adam(net), 0.1, fused=True).step(),  # counts no versions (2.13)
+    "in-place": lambda net: net.layer1[0].conv1.weight.data.mul_(-1),
+    "other-data": lambda net: setattr(net.fc.weight, "data", -net.fc.weight.data),
+    "statistics": lambda net: net.bn1.running_var.data.mul_(4),
+    "eps": lambda net: setattr(net.bn1, "eps", 0.5),
+    "neuron": lambda net: setattr(net.sn1, "spec", NeuronSpec(threshold=0.4)),
+    "head": lambda net: setattr(net, "fc", nn.Linear(128, 10).to(net.fc.weight.device)),
+    "norm": lambda net: setattr(net.layer2[0], "bn1", nn.GroupNorm(4, 32).to(net.fc.weight.device)),
+    "mode": lambda net: net.bn1.train(),
+}
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_victim_is_never_out_of_date(change, device):
     net, x, y = network(torch.float32)
+    net, x = net.to(device), x.to(device)
     encode = phase(steps=5)
     v = victim(net, encode)
-    for n in (1, 4):  # few and many frames
+    for n in (1, 4) * 3:  # few and many frames; on a GPU the second time is recorded
         v.logits(encode(x[:n]))
     before = v.scores(x)
     change(net)
     state = copy.deepcopy(net.state_dict())
-    with torch.no_grad():
+    with torch.no_grad(), products(False):
         want = copy.deepcopy(net)(encode(x))
-    for n in (1, 4):
+    for n in (1, 4) * (3 if device == "cuda" else 1):
         if net.bn1.training:  # batch statistics: only the whole batch compares
             n = 4
             net.load_state_dict(state)
         assert torch.allclose(v.logits(encode(x[:n])), want[:n], atol=1e-5)
     assert not torch.allclose(before, want, atol=1e-3)
+
+
+def test_a_look_at_a_network_sees_what_a_recording_would_miss():
+    for name, change in CHANGES.items():
+        net, _, _ = network(torch.float32)
+        known = _Known()
+        assert known.look(net) == (True, False)
+        assert known.look(net) == (False, False) == known.look(net)
+        change(net)
+        in_place = name in ("fused-optimiser", "in-place", "statistics")
+        assert known.look(net) == (not in_place, False), name
+        assert known.look(net) == (False, False), name
+        net.bn1.momentum = net.bn1.momentum + 0.0  # the same value in another object
+        assert known.look(net) == (False, False)
+        handle = net.layer1[0].conv2.register_forward_hook(lambda *_: None)
+        assert known.look(net) == (False, True) == known.look(net)
+        handle.remove()
+        assert known.look(net) == (False, False)
+        net.layer1[0].conv2.forward = net.layer1[0].conv2.forward
+        assert known.look(net) == (False, True) == known.look(net)
+        other, _, _ = network(torch.float32)
+        assert known.look(other) == (True, False)
 
 
 def adam(net):

@@ -301,15 +301,20 @@ def kind_of_scores(case: Case) -> Outcome:
 def optimisation(case: Case) -> Outcome:
     """Derivatives that a forward takes by itself, counted; any fails: its gradient is that of one step of a search.
 
-    Croce et al. 2022, arXiv:2202.13711: such defences need attacks of their own.
+    Croce et al. 2022, arXiv:2202.13711: such defences need attacks of their own. The fewest of three forwards count,
+    the last of other images: on a GPU our own victims record their step when a size comes again.
     """
-    with _Derivatives() as seen, torch.enable_grad():
-        case.f(case.u0.narrow(case.axis, 0, min(4, case.n)).clone().requires_grad_())
+    part = case.u0.narrow(case.axis, 0, min(4, case.n))
+    counts = []
+    for u in (part, part, part.flip(-1)):
+        with _Derivatives() as seen, torch.enable_grad():
+            case.f(u.clone().requires_grad_())
+        counts.append(seen.count)
     return Outcome(
-        graded(False, seen.count > 0),
-        seen.count,
+        graded(False, min(counts) > 0),
+        min(counts),
         "0",
-        f"{seen.count} calls of autograd within one forward",
+        f"{min(counts)} calls of autograd within one forward",
         "the battery is not made for a victim that searches at test time: attack it by what it optimises",
     )
 

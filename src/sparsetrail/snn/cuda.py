@@ -160,8 +160,7 @@ KERNEL void fold(const unit *in, unit *out, whole size, int C, int H, int W, int
     }
 }
 
-/* The same for maps of few channels, [K K C n P Q], so that neighbours write and read next to each other; size counts
-   [K n P Q] and [C n H W]. */
+/* The same for maps of few channels, [K K C n P Q], so that neighbours write next to each other; size [K n P Q]. */
 KERNEL void unfold_few(const real *in, real *out, whole size, int C, int H, int W, int P, int Q) {
     EACH(i) {
         const unsigned cells = (unsigned)size / K, cell = (unsigned)i % cells, q = cell % Q, p = cell / Q % P;
@@ -172,18 +171,6 @@ KERNEL void unfold_few(const real *in, real *out, whole size, int C, int H, int 
                 SEEN(p, q, a, b) x = in[(((whole)n * H + h) * W + w) * C + c];
                 out[((whole)(a * K + b) * C + c) * cells + cell] = x;
             }
-    }
-}
-KERNEL void fold_few(const real *in, real *out, whole size, int C, int H, int W, int P, int Q) {
-    EACH(i) {
-        const unsigned cells = (unsigned)size / C, cell = (unsigned)i % cells, w = cell % W, h = cell / W % H;
-        const unsigned n = cell / W / H, c = (unsigned)i / cells;
-        const whole places = (whole)(cells / H / W) * P * Q;
-        real sum = 0;
-        TAPS(a, b) {
-            SEES(h, w, a, b) sum += in[((a * K + b) * C + c) * places + ((whole)n * P + p) * Q + q];
-        }
-        out[(whole)cell * C + c] = sum;
     }
 }
 
@@ -352,7 +339,7 @@ class NeuronKernels(Program):
 class Windows(Program):
     """Square windows over channels-last maps [n h w c], with p times q places: convolutions unfolded, and pools."""
 
-    names = b"unfold", b"fold", b"unfold_few", b"fold_few", b"pool", b"unpool"
+    names = b"unfold", b"fold", b"unfold_few", b"pool", b"unpool"
 
     def __init__(self, code: bytes, device: int, lanes: int) -> None:
         super().__init__(code, device)
@@ -370,11 +357,6 @@ class Windows(Program):
         """What every place sees, as [k k c n p q]."""
         n, c, h, w, p, q = size
         self._launch(b"unfold_few", (x, out), kernel * n * p * q, c, h, w, p, q)
-
-    def fold_few(self, columns: int, out: int, size: tuple[int, int, int, int, int, int]) -> None:
-        """The sums of that in the cells it came from."""
-        n, c, h, w, p, q = size
-        self._launch(b"fold_few", (columns, out), n * c * h * w, c, h, w, p, q)
 
     def pool(self, x: int, out: int, taps: int | None, size: tuple[int, int, int, int, int, int]) -> None:
         """The largest and, in bytes, which it was; the mean without `taps`."""

@@ -50,9 +50,9 @@ def suits(x: Tensor, conv: nn.Conv2d) -> bool:
     )
 
 
-def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv(x)` as one product."""
-    y = _Dense.apply(x, conv.weight, conv.stride, conv.padding)
+def convolve(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> Tensor:
+    """`conv(x)` as one product; `half` takes that of the input gradient in bf16."""
+    y = _Dense.apply(x, conv.weight, conv.stride, conv.padding, half)
     return y if conv.bias is None else y + conv.bias.to(y.dtype).view(-1, 1, 1)
 
 
@@ -60,14 +60,16 @@ class _Dense(torch.autograd.Function):
     """y [m d p q] = x [m c h w] times the matrix of a weight [d c kh kw]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], half: bool
+    ) -> Tensor:
         device = x.device.type
-        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         m, _, h, w = x.shape
         (p, q), windows = _windows((h, w), tuple(weight.shape[2:]), tuple(stride), tuple(padding))  # type: ignore[arg-type]
-        matrix = _matrix(weight.to(half), windows, (h, w))
-        y = _seen(x.to(half), windows) @ matrix.T
-        ctx.windows, ctx.knobs, ctx.size, ctx.half = windows, (stride, padding), x.shape, half
+        matrix = _matrix(weight.to(kind), windows, (h, w))
+        y = _seen(x.to(kind), windows) @ matrix.T
+        ctx.windows, ctx.knobs, ctx.size, ctx.kind, ctx.half = windows, (stride, padding), x.shape, kind, half
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight, matrix if ctx.needs_input_grad[0] else None
         )
@@ -77,11 +79,11 @@ class _Dense(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (x, weight, matrix), windows, wants = ctx.saved_tensors, ctx.windows, ctx.needs_input_grad
         if kernels.differentiable(grad):
-            return *plain_backward(wants, grad, x, weight, ctx.size, *ctx.knobs), None, None
-        flat, (m, c, h, w) = grad.permute(0, 2, 3, 1).reshape(len(grad), -1).to(ctx.half), ctx.size
+            return *plain_backward(wants, grad, x, weight, ctx.size, *ctx.knobs), None, None, None
+        flat, (m, c, h, w) = grad.permute(0, 2, 3, 1).reshape(len(grad), -1).to(ctx.kind), ctx.size
         dx = dw = None
         if wants[0]:
-            dx = flat @ matrix
+            dx = (flat.bfloat16() @ matrix.bfloat16()).to(ctx.kind) if ctx.half else flat @ matrix
             if len(windows) == 1:
                 (rows, columns), _ = windows[0]
                 part = dx.view(m, rows.stop - rows.start, columns.stop - columns.start, c)
@@ -91,14 +93,14 @@ class _Dense(torch.autograd.Function):
             dx = dx.view(m, h, w, c).permute(0, 3, 1, 2)
         if wants[1]:
             dw = torch.zeros_like(weight)
-            into, found = dw.permute(0, 2, 3, 1), flat.T @ _seen(x.to(ctx.half), windows)
+            into, found = dw.permute(0, 2, 3, 1), flat.T @ _seen(x.to(ctx.kind), windows)
             if len(windows) == 1:
                 (rows, columns), (a, b) = windows[0]
                 into[:, a, b] = found.view(-1, rows.stop - rows.start, columns.stop - columns.start, c)
             else:
                 for one, ((rows, columns), (a, b)) in zip(found.view(-1, len(weight), h, w, c), windows, strict=True):
                     into[:, a, b] += one[:, rows, columns]
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
 def _seen(x: Tensor, windows: list[tuple[Span, Span]]) -> Tensor:

@@ -261,10 +261,11 @@ class Conv2d(nn.Conv2d):
             return y if self.bias is None else y + self.bias.view(-1, 1, 1)
         if self.exact:
             return super().forward(x)
+        half = self.half_products
         if dense.suits(x, self):
-            return dense.convolve(x, self)
+            return dense.convolve(x, self, half=half)
         x = _last(x) if x.is_cuda and x.ndim == 4 else x  # otherwise the gradient is turned round, and back, on its way
-        return unfold.convolve(x, self) if unfold.suits(x, self) else super().forward(x)
+        return unfold.convolve(x, self, half=half) if unfold.suits(x, self, half=half) else super().forward(x)
 
     def served(self, x: Tensor) -> bool:
         """Do the kernels serve this layer and input?"""
@@ -680,8 +681,6 @@ def _fire_normed(y: Tensor, norm: nn.Module, neuron: Neuron, steps: int, plus: T
         return None
     if not type(neuron).__module__.startswith("sparsetrail.") or torch._C._are_functorch_transforms_active():
         return None
-    if y.dtype in (torch.bfloat16, torch.float16):  # of an autocast convolution; from here on as everywhere
-        y, plus = y.float(), None if plus is None else plus.float()
     y, plus = _last(y), None if plus is None else _last(plus)
     run = kernel(
         spec, y.permute(0, 2, 3, 1).unflatten(0, (steps, -1)), None, *constant, *([] if plus is None else [plus])

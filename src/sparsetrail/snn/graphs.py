@@ -8,7 +8,7 @@ fails the plain call serves, with one line that says so.
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,22 +29,34 @@ Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 def on_gpu(pool: Any = None) -> Record:
     """Record what a function launches, in a memory pool that the recordings of one step share.
 
-    cuBLAS keeps one workspace a stream: forgotten before, so that a recording has its own in its pool, and after, so
-    that no other gets it. A recording that fails must not leave this thread on the stream it was made on.
+    A recording that fails must not leave this thread on the stream it was made on.
     """
 
     def record(fn: Callable[[], Any]) -> tuple[Replay, Any]:
         graph, was = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        torch._C._cuda_clearCublasWorkspaces()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=_aside(was.device), capture_error_mode="thread_local"):
                 out = fn()
         finally:
             torch.cuda.set_stream(was)
-            torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, out
 
     return record
+
+
+@contextlib.contextmanager
+def _workspace(device: torch.device) -> Iterator[None]:
+    """Inside this block the recordings of one step share a cuBLAS workspace in their pool.
+
+    cuBLAS keeps one a stream (32 MB on a Hopper): forgotten before, so that it is made anew in the pool, and after, so
+    that no other step gets it.
+    """
+    forget = torch._C._cuda_clearCublasWorkspaces if device.type == "cuda" else lambda: None
+    forget()
+    try:
+        yield
+    finally:
+        forget()
 
 
 @functools.cache
@@ -88,9 +100,10 @@ class _Recording:
 
         with _one_at_a_time, products(tf32=False), torch.enable_grad():  # the first call may only want scores
             warm(both)
-            self.forward, self.z = record(lambda: f(self.point))
-            self.push = torch.zeros_like(self.z)
-            self.backward, self.gradient = record(lambda: torch.autograd.grad(self.z, self.point, self.push)[0])
+            with _workspace(like.device):
+                self.forward, self.z = record(lambda: f(self.point))
+                self.push = torch.zeros_like(self.z)
+                self.backward, self.gradient = record(lambda: torch.autograd.grad(self.z, self.point, self.push)[0])
         self.turn = 0
 
     def run(self, u: Tensor) -> Tensor:
@@ -252,7 +265,8 @@ class Update:
             with _one_at_a_time, _on(x.device):
                 self.warm(step)
                 record = self.record or on_gpu(torch.cuda.graph_pool_handle())
-                self.replay, self.found = record(step)
+                with _workspace(x.device):
+                    self.replay, self.found = record(step)
         except RuntimeError as error:
             say_once(f"a training step could not be recorded as a CUDA graph, it is launched plainly ({_first(error)})")
             self.replay, self.failed = None, True

@@ -129,9 +129,8 @@ def victim(
     Scores are those of `net` as it is at the call, without gradients of its weights. On a GPU its steps are replayed as
     CUDA graphs; a gradient that is differentiated again (`create_graph`) is computed without them.
 
-    `precision="bf16"` crafts faster and judges in fp32 all the same: on a CPU only the products of the input gradient
-    are bf16, the scores stay those of fp32 to the bit; on a GPU convolutions and the last layer run in bf16. ValueError
-    where the device has no bf16.
+    `precision="bf16"` crafts faster: the products of the convolutions' input gradients are bf16, the scores stay those
+    of fp32 to the bit. ValueError where the device has no bf16.
 
     `victim.by(Route(...))` takes the routes of `routes`, backward rules of the encoder, and other steps: the same
     weights and code run for T' steps, which is another forward, as is that of cba. Routes give first derivatives, and
@@ -172,10 +171,9 @@ def victim(
                     _stretch(now, stretched)
                 if relus:
                     put_relus(now)
-                amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if half and x.is_cuda else None
                 exact = products(tf32=False) if x.is_cuda else contextlib.nullcontext()
                 backward = ruled(None if rule is None or relus else rule.rule(memory))
-                with exact, amp or contextlib.nullcontext(), backward:
+                with exact, backward:
                     return now(x) if task == "logits" else now.scores(x, code)  # type: ignore[operator]
 
             if not x.is_cuda or rule is not None or stretched:
@@ -183,14 +181,14 @@ def victim(
             amp = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
             key = f"{task} {half} {amp} {kernels.switched_on()}"
             z, made = None, recorded.get(key)
-            if made is not None and made.ready(x) and not watched(*known.modules):
+            if made is not None and made.ready(x):
                 z = made(x)  # the GPU works while the network is looked at; what an older one said is thrown away
-            if known.changed(net):  # a recording follows values in their places, not new tensors or settings
+            changed, seen = known.look(net)
+            if changed:  # a recording follows values in their places, not new tensors or settings
                 recorded.clear()
-                z = None
-            if z is None and watched(*known.modules):
+            if seen:
                 return plain(x, True)
-            if z is None:
+            if z is None or changed:
                 z = recorded.setdefault(key, Scores(plain, axis=1 if task == "logits" else 0))(x)
             return z
 
@@ -249,42 +247,46 @@ def running_for(net: nn.Module, steps: int) -> Iterator[None]:
 
 
 class _Known:
-    """A network as it was seen last. Asked at every step on a GPU, after its launch.
+    """A network as it was seen last. Looked at in every step on a GPU, after its launch.
 
     What a recording reads is kept alive, so that an older one may be launched before it is known to be older.
     """
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
-        self.seen: tuple[list[Any], list[int]] = [], []
+        self.held: list[dict[str, Any]] = []  # what the modules refer to by name
+        self.values: list[Any] = []  # and what that was
+        self.hooks: list[dict[int, Any]] = []
+        self.replaced = False  # has one another `forward`
+        self.tensors: list[Tensor] = []
+        self.places: list[int] = []
         self.kept: list[Tensor] = []
         self.state: tuple | None = None
 
-    def changed(self, net: nn.Module) -> bool:
-        """Has a module, the place of a tensor or a setting changed since the last time?
+    def look(self, net: nn.Module) -> tuple[bool, bool]:
+        """Has a module, the place of a tensor or a setting changed since the last time? Is one `watched`?
 
         All that the modules hold being the very same objects in the same places, nothing has; `_state`, ten times as
         slow, decides otherwise.
         """
-        (values, places), (old, where) = _held(self.modules), self.seen
-        if self.modules[:1] == [net] and len(values) == len(old) and all(map(is_, values, old)) and places == where:
-            return False
+        values = list(chain.from_iterable(map(dict.values, self.held)))
+        same = self.modules[:1] == [net] and len(values) == len(self.values) and all(map(is_, values, self.values))
+        if same and list(map(Tensor.data_ptr, self.tensors)) == self.places:
+            return False, self.replaced or any(self.hooks) or watched()
         self.modules = list(net.modules())
-        self.seen, before, self.state = _held(self.modules), self.state, _state(net)
-        self.kept = [t.detach() for t in _tensors(self.modules)]
-        return self.state != before
-
-
-def _held(modules: list[nn.Module]) -> tuple[list[Any], list[int]]:
-    """Everything that modules refer to, and where their tensors lie."""
-    inside = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
-    return list(chain.from_iterable(d.values() for d in inside)), [t.data_ptr() for t in _tensors(modules)]
-
-
-def _tensors(modules: list[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers."""
-    own = chain.from_iterable(chain(m._parameters.values(), m._buffers.values()) for m in modules)
-    return [t for t in own if t is not None]
+        self.held = [d for m in self.modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
+        self.values = list(chain.from_iterable(map(dict.values, self.held)))
+        self.hooks = [
+            d
+            for m in self.modules
+            for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        own = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in self.modules)
+        self.tensors = [t for t in own if t is not None]
+        self.places, self.kept = list(map(Tensor.data_ptr, self.tensors)), [t.detach() for t in self.tensors]
+        self.replaced = any("forward" in m.__dict__ for m in self.modules)
+        before, self.state = self.state, _state(net)
+        return self.state != before, watched(*self.modules)
 
 
 def _state(net: nn.Module) -> tuple:
@@ -299,9 +301,9 @@ def _state(net: nn.Module) -> tuple:
 
 def _check_bf16(net: nn.Module) -> None:
     device = next(net.parameters()).device
-    if device.type == "cpu" and freeze(net) is net:
+    if freeze(net) is net:
         raise ValueError(
-            "precision: bf16 on a CPU is for networks of PyTorch's and our own modules, found others; leave it at fp32"
+            "precision: bf16 is for networks of PyTorch's and our own modules, found others; leave it at fp32"
         )
     fits = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_bf16()
     if not fits:

@@ -5,6 +5,8 @@ paper's batch that takes half of cuDNN's time in float32, to the same rounding, 
 where it does not, cuDNN serves (H200, torch 2.11).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,23 @@ ROOM = 2**27  # bytes of a matrix at most: beyond, a map keeps cuDNN busy
 FEW = 4  # input channels up to which a matrix lies the other way round
 
 
-def suits(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Is `conv` on these maps better done by unfolding?"""
+@dataclass(frozen=True)
+class _How:
+    """Stride and padding; whether products may be TF32, the input gradient's are bf16, and the matrix has room."""
+
+    stride: int
+    padding: int
+    rough: bool
+    half: bool
+    room: bool
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.stride, self.padding
+
+
+def suits(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> bool:
+    """Is `conv` on these maps better done by unfolding, or its input gradient to be taken in bf16?"""
     return (
         x.is_cuda
         and x.ndim == 4
@@ -32,48 +49,50 @@ def suits(x: Tensor, conv: nn.Conv2d) -> bool:
         and not isinstance(conv.padding, str)
         and len({*conv.kernel_size}) == len({*conv.stride}) == len({*conv.padding}) == 1
         and min(x.shape[2:]) + 2 * conv.padding[0] >= conv.kernel_size[0]
-        and _bytes(x, conv) <= ROOM
+        and (half or _bytes(x, conv) <= ROOM)
         and not kernels.overseen(x, conv.weight)
         and _program(x, conv.weight, (conv.stride[0], int(conv.padding[0]))) is not None
     )
 
 
-def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv(x)` by unfolded maps."""
-    y = _Unfolded.apply(x, conv.weight, (conv.stride[0], int(conv.padding[0])), torch.backends.cudnn.allow_tf32)
+def convolve(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> Tensor:
+    """`conv(x)` by unfolded maps; `half` takes the products of the input gradient in bf16."""
+    how = _How(conv.stride[0], int(conv.padding[0]), torch.backends.cudnn.allow_tf32, half, _bytes(x, conv) <= ROOM)
+    y = _Unfolded.apply(x, conv.weight, how)
     return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
 
 
 class _Unfolded(torch.autograd.Function):
-    """y [n d p q] of x [n c h w] and weight [d c k k]; `rough`: products may be TF32."""
+    """y [n d p q] of x [n c h w] and weight [d c k k]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, window: tuple[int, int], rough: bool) -> Tensor:
-        ctx.window, ctx.size, ctx.rough = window, x.shape, rough
+    def forward(ctx, x: Tensor, weight: Tensor, how: _How) -> Tensor:
+        ctx.how, ctx.size = how, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        if rough:
-            return nn.functional.conv2d(x, weight, None, *window)
-        n, d, p, q = _out(x.shape, weight, window)
-        y = unfolded(x, weight, window) @ _rows(weight).T
+        if how.rough or not how.room:
+            return nn.functional.conv2d(x, weight, None, *how.window)
+        n, d, p, q = _out(x.shape, weight, how.window)
+        y = unfolded(x, weight, how.window) @ _rows(weight).T
         return y.view(n, p, q, d).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x, weight), window, size, wants = ctx.saved_tensors, ctx.window, ctx.size, ctx.needs_input_grad
+        (x, weight), how, size, wants = ctx.saved_tensors, ctx.how, ctx.size, ctx.needs_input_grad
         if kernels.differentiable(grad):
-            return *plain_backward(wants, grad, x, weight, size, *window), None, None
-        flat, (d, c, k, _), skips = grad.permute(0, 2, 3, 1).reshape(-1, len(weight)), weight.shape, window[0] > 1
-        dx = dw = None
-        if wants[0] and (skips or not ctx.rough):
-            dx = folded(flat, size, weight, window)
+            return *plain_backward(wants, grad, x, weight, size, *how.window), None
+        flat, (d, c, k, _) = grad.permute(0, 2, 3, 1).reshape(-1, len(weight)), weight.shape
+        many, skips, dx, dw = how.room and c > FEW, how.stride > 1, None, None
+        if wants[0] and many and not how.half and (skips or not how.rough):
+            dx = folded(flat, size, weight, how.window)
         elif wants[0]:
-            like = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-            dx = _cudnn(grad, like, weight, window, (True, False, False))[0]
-        if wants[1] and (skips or ctx.rough):
-            dw = (flat.T @ unfolded(x, weight, window)).view(d, k, k, c).permute(0, 3, 1, 2)
+            kind = torch.bfloat16 if how.half else grad.dtype
+            like = torch.empty(size, dtype=kind, device=grad.device, memory_format=torch.channels_last)
+            dx = _cudnn(grad.to(kind), like, weight.to(kind), how.window, (True, False, False))[0].to(grad.dtype)
+        if wants[1] and ((how.rough and how.room) or (skips and many)):
+            dw = (flat.T @ unfolded(x, weight, how.window)).view(d, k, k, c).permute(0, 3, 1, 2)
         elif wants[1]:
-            dw = _cudnn(grad, x, weight, window, (False, True, False))[1]
-        return dx, dw, None, None
+            dw = _cudnn(grad, x, weight, how.window, (False, True, False))[1]
+        return dx, dw, None
 
 
 def _cudnn(grad: Tensor, x: Tensor, weight: Tensor, window: tuple[int, int], wants: tuple[bool, bool, bool]):
@@ -100,11 +119,8 @@ def folded(grad: Tensor, size: tuple[int, ...], weight: Tensor, window: tuple[in
     """The gradient of the maps [n c h w] from that of the output's cells [(n p q) d]."""
     n, c, h, w = size
     _, _, p, q = _out(size, weight, window)
-    out, rows = grad.new_empty(n, h, w, c), _rows(weight)
-    columns = rows.T @ grad.T if c <= FEW else grad @ rows
-    program = _program(grad, weight, window)
-    fold = program.fold_few if c <= FEW else program.fold
-    fold(columns.data_ptr(), out.data_ptr(), (n, c, h, w, p, q))
+    columns, out = grad @ _rows(weight), grad.new_empty(n, h, w, c)
+    _program(grad, weight, window).fold(columns.data_ptr(), out.data_ptr(), (n, c, h, w, p, q))
     return out.permute(0, 3, 1, 2)
 
 
