@@ -144,7 +144,15 @@ def test_the_forward_that_differentiates_is_counted_however_it_is_written():
         base.logits(v).sum().backward()
         return base.logits(u)
 
-    for logits in (by_import, by_backward):
+    known = {}
+
+    def by_memory(u):
+        key = u.detach().numpy().tobytes()
+        if key not in known:
+            known[key] = by_import(u)
+        return base.logits(u)
+
+    for logits in (by_import, by_backward, by_memory):
         found = CHECKS["S10"](Case(linear(logits=logits), Linf(0.1, space="pixel"), *sample()))
         assert found.level == "fail" and found.value == 1
 

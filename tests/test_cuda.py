@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import functools
 import shutil
 import subprocess
 import sys
@@ -175,8 +176,6 @@ def by_pytorch(kernel, stride, padding):
 
     def folded(columns, size, weight, window):
         n, c, h, w = size
-        if weight is not None:  # what is given is the gradient of the output
-            columns = columns @ weight.detach().permute(0, 2, 3, 1).flatten(1)
         turned = columns.reshape(-1, kernel**2, c).transpose(1, 2).reshape(n, -1, c * kernel**2).transpose(1, 2)
         return F.fold(turned, (h, w), kernel, padding=padding, stride=stride)
 
@@ -227,14 +226,30 @@ def test_source_of_pools(built, most, kernel, stride, padding, channels, lanes):
         assert torch.allclose(back.permute(0, 3, 1, 2), grad, rtol=1e-13, atol=1e-15)
 
 
+@pytest.fixture
+def windows(built, monkeypatch):
+    """`cuda.windows` whose kernels a C compiler made; which were asked for."""
+    asked = []
+
+    def launch(self, name, given, size, *counts):
+        asked.append(name.decode())
+        call(self.lib, name.decode(), given, size, *counts)
+
+    def make(dtype, kernel, stride, padding, lanes, device):
+        made = object.__new__(cuda.Windows)
+        made.lanes, made.lib = lanes, built(cuda.windows_source(dtype, kernel, stride, padding, lanes))
+        return made
+
+    monkeypatch.setattr(cuda.Windows, "_launch", launch)
+    monkeypatch.setattr(cuda, "_windows", functools.cache(make))
+    return asked
+
+
 @pytest.mark.parametrize("kernel, stride, padding", WINDOWS)
 @pytest.mark.parametrize("rough", [False, True])
 @pytest.mark.parametrize("room", [False, True])
-@pytest.mark.parametrize("channels", [3, 8])
-def test_convolutions_by_unfolded_maps(monkeypatch, kernel, stride, padding, rough, room, channels):
-    asked = set()
-    for name, stand_in in zip(("unfolded", "folded"), by_pytorch(kernel, stride, padding), strict=True):
-        monkeypatch.setattr(unfold, name, lambda *a, name=name, of=stand_in: (asked.add(name), of(*a))[1])
+@pytest.mark.parametrize("channels", [3, 5, 8])
+def test_convolutions_by_unfolded_maps(windows, kernel, stride, padding, rough, room, channels):
     g = torch.Generator().manual_seed(0)
     conv = nn.Conv2d(channels, 6, kernel, stride, padding, bias=False).double()
     x = torch.randn(2, channels, 8, 9, generator=g, dtype=torch.float64).requires_grad_()
@@ -250,12 +265,40 @@ def test_convolutions_by_unfolded_maps(monkeypatch, kernel, stride, padding, rou
         (again,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
         found.append((y.detach(), *first, *torch.autograd.grad(again.pow(2).sum(), leaves)))
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*found, strict=True))
-    assert bool(asked) == room or (rough and stride == 1)
+    many = channels > unfold.FEW
+    one, skips = "unfold" if many else "unfold_few", stride > 1
+    dx, dw = many and (skips or not rough), rough or (skips and many)
+    want = {one} if not rough or dw else set()
+    assert set(windows) == ((want | ({"fold"} if dx else set())) if room else set())
     (_, dx, *_), z = found[1], ours(half=True)
     near, same = torch.autograd.grad(z, [x, conv.weight], push)
     assert torch.equal(z, found[0][0]) and torch.equal(same, found[0][2])
     assert 1e-4 < (near - dx).norm() / dx.norm() < 1e-2  # eight bits
+    z = ours()
+    with torch.autocast("cpu", torch.bfloat16):  # of a forward without
+        assert torch.equal(torch.autograd.grad(z, x, push)[0], found[0][1])
+    with torch.no_grad():
+        z = ours()
+    z += 1  # no view
     assert not unfold.suits(x, conv)  # on a CPU the engine has other kernels
+
+
+@pytest.mark.parametrize("most", [True, False], ids=["max", "average"])
+@pytest.mark.parametrize("channels", [3, 8])
+def test_pools_by_windows(windows, monkeypatch, most, channels):
+    """The engine's pools of a GPU, on a CPU that says it is one."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    pool = (nn.MaxPool2d if most else nn.AvgPool2d)(3, 2, 1)
+    x = (torch.rand(4, channels, 9, 6, generator=torch.Generator().manual_seed(0)) > 0.5).double().requires_grad_()
+    found = []
+    for f in (lambda v: _pooled(v, pool), pool):
+        y = f(x)
+        (plain,) = torch.autograd.grad(y.pow(3).sum(), x, retain_graph=True)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x)
+        found.append([t.detach() for t in (y, plain, first, second)])
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(*found, strict=True))
+    assert windows == ["pool", "unpool", "unpool"]
 
 
 class Driver:

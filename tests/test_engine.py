@@ -31,6 +31,7 @@ REASON = "no C compiler on this machine: the plain path serves"
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason=REASON)
 needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this CPU has no AVX-512 BF16, or no C compiler was found")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
 
 
 def spikes(*size, share=0.3, seed=0, most=3, dtype=torch.float64):
@@ -127,9 +128,16 @@ def test_tiny_maps_in_bf16_and_when_mapped():
     with torch.autocast("cpu", torch.bfloat16):
         y = conv(leaf)
     (c,) = torch.autograd.grad(y, leaf, push.bfloat16())
-    assert (
-        y.dtype == torch.bfloat16 and (y - want).norm() < 1e-2 * want.norm() and (c - a[0]).norm() < 1e-2 * a[0].norm()
-    )
+    assert y.dtype == torch.bfloat16
+    assert (y - want).norm() < 1e-2 * want.norm() and (c - a[0]).norm() < 1e-2 * a[0].norm()
+    y = dense.convolve(leaf, conv)
+    with torch.autocast("cpu", torch.bfloat16):  # of a forward without
+        assert torch.equal(torch.autograd.grad(y, leaf, push)[0], a[0])
+    with torch.no_grad():
+        y = Conv2d(6, 5, 3, padding=1, bias=False)(x)
+    y += 1  # no view
+    with pytest.raises(RuntimeError):
+        conv(x.double())
     each = torch.func.vmap(lambda v: conv(v[None])[0])(x)
     assert torch.allclose(each, want, atol=1e-6) and not dense.suits(torch.empty(2, 6, 0, 2), conv)
     rows = []
@@ -470,8 +478,10 @@ def test_second_derivative_of_a_frozen_copy():
     close(found[1] / found[0].abs().max(), found[0] / found[0].abs().max(), 1e-9)
 
 
-def test_functorch_takes_the_plain_operations():
+@pytest.mark.parametrize("device", DEVICES)
+def test_functorch_takes_the_plain_operations(device):
     net, x, y = network(width=0.125, steps=3, n=3)
+    net, x, y = net.to(device), x.to(device), y.to(device)
     u, weights = phase(steps=3)(x), dict(net.named_parameters())
 
     def loss(point, label):
@@ -691,7 +701,6 @@ CHANGES = {
     "norm": lambda net: setattr(net.layer2[0], "bn1", nn.GroupNorm(4, 32).to(net.fc.weight.device)),
     "mode": lambda net: net.bn1.train(),
 }
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -727,13 +736,28 @@ def test_a_look_at_a_network_sees_what_a_recording_would_miss():
         assert known.look(net) == (not in_place, False), name
         assert known.look(net) == (False, False), name
         net.bn1.momentum = net.bn1.momentum + 0.0  # the same value in another object
+        net.conv1.stride = tuple(net.conv1.stride)
+        net.layer1[0].generator = torch.Generator()
+        assert known.look(net) == (True, False) and known.look(net) == (False, False)
+        net.layer1[0].generator = torch.Generator()  # as a training step sets it
         assert known.look(net) == (False, False)
+        net.layer1[0].mask = [1]
+        assert known.look(net) == (True, False)
+        for other in ([1], torch.ones(2), torch.ones(2), (1, torch.ones(2))):
+            net.layer1[0].mask = other
+            assert known.look(net) == (True, False) and known.look(net) == (False, False)
+        net.fc.weight.data = net.fc.weight.data[:, :64]  # the same place, another shape
+        assert known.look(net) == (True, False)
+        net.layer1[0].conv1.weight.data = net.layer1[0].conv1.weight.data.transpose(2, 3)
+        assert known.look(net) == (True, False)
+        net.layer1[0].conv1.__class__ = type("Other", (Conv2d,), {})
+        assert known.look(net) == (True, False) and known.look(net) == (False, False)
         handle = net.layer1[0].conv2.register_forward_hook(lambda *_: None)
         assert known.look(net) == (False, True) == known.look(net)
         handle.remove()
         assert known.look(net) == (False, False)
         net.layer1[0].conv2.forward = net.layer1[0].conv2.forward
-        assert known.look(net) == (False, True) == known.look(net)
+        assert known.look(net) == (True, True) and known.look(net) == (False, True)
         other, _, _ = network(torch.float32)
         assert known.look(other) == (True, False)
 

@@ -54,8 +54,8 @@ def gradient_of_now(monkeypatch):
     """The stand-in cannot replay autograd's own memory: its backward goes through the function again."""
 
     class Again(graphs._Recording):
-        def __init__(self, f, like, record, warm):
-            super().__init__(f, like, record, warm)
+        def __init__(self, f, like, record, warm, keep):
+            super().__init__(f, like, record, warm, keep)
 
             def backward():
                 point = self.point.detach().requires_grad_()

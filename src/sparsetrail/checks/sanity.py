@@ -301,8 +301,9 @@ def kind_of_scores(case: Case) -> Outcome:
 def optimisation(case: Case) -> Outcome:
     """Derivatives that a forward takes by itself, counted; any fails: its gradient is that of one step of a search.
 
-    Croce et al. 2022, arXiv:2202.13711: such defences need attacks of their own. The fewest of three forwards count,
-    the last of other images: on a GPU our own victims record their step when a size comes again.
+    Croce et al. 2022, arXiv:2202.13711: such defences need attacks of their own. Of three forwards, two of the same
+    images and one of others, the first or the last counts, whichever has fewer: on a GPU our own victims record their
+    step when a size comes for the second time, and a search may remember what it found for the same images.
     """
     part = case.u0.narrow(case.axis, 0, min(4, case.n))
     counts = []
@@ -310,11 +311,12 @@ def optimisation(case: Case) -> Outcome:
         with _Derivatives() as seen, torch.enable_grad():
             case.f(u.clone().requires_grad_())
         counts.append(seen.count)
+    count = min(counts[0], counts[2])
     return Outcome(
-        graded(False, min(counts) > 0),
-        min(counts),
+        graded(False, count > 0),
+        count,
         "0",
-        f"{min(counts)} calls of autograd within one forward",
+        f"{count} calls of autograd within one forward",
         "the battery is not made for a victim that searches at test time: attack it by what it optimises",
     )
 

@@ -405,10 +405,12 @@ def windows_source(dtype: torch.dtype, kernel: int, stride: int, padding: int, l
     return "".join(f"#define {name} {value}\n" for name, value in named.items()) + EACH + WINDOWS
 
 
-def windows(dtype: torch.dtype, channels: int, kernel: int, stride: int, padding: int, device: int) -> Windows | None:
+def windows(
+    dtype: torch.dtype, channels: int, kernel: int, stride: int, padding: int, device: torch.device
+) -> Windows | None:
     """Those kernels for so many channels on one device; None, and one line, where they cannot be."""
     lanes = 16 // dtype.itemsize
-    return _windows(dtype, kernel, stride, padding, lanes if channels % lanes == 0 else 1, device)
+    return _windows(dtype, kernel, stride, padding, lanes if channels % lanes == 0 else 1, device.index)
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ channels last, so that nothing is copied but the matrix.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +49,32 @@ def suits(x: Tensor, conv: nn.Conv2d) -> bool:
         and min(n + 2 * p - k for n, p, k in zip(x.shape[2:], conv.padding, conv.kernel_size, strict=True)) >= 0
         and x.shape[1] == conv.in_channels
         and not kernels.overseen(x, conv.weight)
+        and (x.dtype == conv.weight.dtype or (_autocast(x) is not None and x.is_floating_point()))
     )
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """The type that autocast would give products of `x` here, if any."""
+    device = x.device.type
+    on = device in ("cpu", "cuda") and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> Tensor:
     """`conv(x)` as one product; `half` takes that of the input gradient in bf16."""
     y = _Dense.apply(x, conv.weight, conv.stride, conv.padding, half)
     return y if conv.bias is None else y + conv.bias.to(y.dtype).view(-1, 1, 1)
+
+
+def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A backward in the types of its forward, whoever asks for it under autocast."""
+
+    @functools.wraps(backward)
+    def plainly(ctx: Any, grad: Tensor) -> Any:
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return plainly
 
 
 class _Dense(torch.autograd.Function):
@@ -63,19 +84,20 @@ class _Dense(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], half: bool
     ) -> Tensor:
-        device = x.device.type
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        kind = _autocast(x) or weight.dtype
         m, _, h, w = x.shape
         (p, q), windows = _windows((h, w), tuple(weight.shape[2:]), tuple(stride), tuple(padding))  # type: ignore[arg-type]
         matrix = _matrix(weight.to(kind), windows, (h, w))
-        y = _seen(x.to(kind), windows) @ matrix.T
+        y = torch.empty((m, len(weight), p, q), dtype=kind, device=x.device, memory_format=torch.channels_last)
+        torch.mm(_seen(x.to(kind), windows), matrix.T, out=y.permute(0, 2, 3, 1).view(m, -1))
         ctx.windows, ctx.knobs, ctx.size, ctx.kind, ctx.half = windows, (stride, padding), x.shape, kind, half
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight, matrix if ctx.needs_input_grad[0] else None
         )
-        return y.view(m, p, q, -1).permute(0, 3, 1, 2)
+        return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad: Tensor):
         (x, weight, matrix), windows, wants = ctx.saved_tensors, ctx.windows, ctx.needs_input_grad
         if kernels.differentiable(grad):

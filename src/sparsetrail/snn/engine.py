@@ -245,7 +245,7 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d by the kernels for spikes or images where they serve, else tiny maps as one product.
 
     The same parameters, the same numbers up to the order of sums. `exact` keeps PyTorch's own convolution,
-    `half_products` takes the products of the input gradient in bf16.
+    `half_products` takes the gradient of the input in bf16: on a CPU the factors, on a GPU the sums too.
     """
 
     exact = False
@@ -264,7 +264,8 @@ class Conv2d(nn.Conv2d):
         half = self.half_products
         if dense.suits(x, self):
             return dense.convolve(x, self, half=half)
-        x = _last(x) if x.is_cuda and x.ndim == 4 else x  # otherwise the gradient is turned round, and back, on its way
+        if x.is_cuda and x.ndim == 4 and not kernels.overseen(x):
+            x = _last(x)  # otherwise the gradient is turned round, and back, on its way
         return unfold.convolve(x, self, half=half) if unfold.suits(x, self, half=half) else super().forward(x)
 
     def served(self, x: Tensor) -> bool:
@@ -386,17 +387,17 @@ class _Pooling:
 
     def on_gpu(self, x: Tensor) -> Any:
         """The kernels for maps like `x`, or None."""
-        return cuda.windows(x.dtype, x.shape[1], self.kernel, self.stride, self.padding, x.device.index)
+        return cuda.windows(x.dtype, x.shape[1], self.kernel, self.stride, self.padding, x.device)
 
     def run(self, x: Tensor, space: Workspace | None) -> tuple[Tensor, Tensor | None]:
         """The pooled map, and of a max pool the winning tap of every cell, one byte each."""
         m, c, h, w = x.shape
         p, q = ((size + 2 * self.padding - self.kernel) // self.stride + 1 for size in (h, w))
         if x.is_cuda:
-            y = x.new_empty(m, p, q, c)
-            at = torch.empty(y.shape, dtype=torch.uint8, device=x.device) if self.most else None
+            y = torch.empty((m, c, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+            at = torch.empty((m, p, q, c), dtype=torch.uint8, device=x.device) if self.most else None
             self.on_gpu(x).pool(pointer(x), pointer(y), pointer(at), (m, c, h, w, p, q))
-            return y.permute(0, 3, 1, 2), at
+            return y, at
         y, lib, z = _maps(space, m, c, p, q, x), kernels.library(x.dtype), self.shape(m, c, h, w)
         if not self.most:
             lib.avg_pool(z, pointer(x), pointer(y))
@@ -778,7 +779,8 @@ class _Pooled(torch.autograd.Function):
 
 def _pooled(s: Tensor, pool: nn.Module) -> Tensor:
     """`pool(s)`."""
-    wanted = s.is_cuda and s.ndim == 4 and s.dtype in kernels.REAL and s.numel() > 0 and kernels.switched_on()
+    fits = s.ndim == 4 and s.dtype in kernels.REAL and 0 < s.numel() < 2**31  # counted in 32 bits
+    wanted = s.is_cuda and fits and kernels.switched_on()
     found = _pooling(pool, s) if wanted and not kernels.overseen(s) else None
     if found is None or found.on_gpu(s) is None:
         return pool(s)

@@ -91,8 +91,8 @@ class _Recording:
     same scores begins with the forward again.
     """
 
-    def __init__(self, f: Callable[[Tensor], Tensor], like: Tensor, record: Record, warm: Callable) -> None:
-        self.f, self.point = f, torch.zeros_like(like).requires_grad_()
+    def __init__(self, f: Callable[[Tensor], Tensor], like: Tensor, record: Record, warm: Callable, keep: Any) -> None:
+        self.f, self.keep, self.point = f, keep, torch.zeros_like(like).requires_grad_()
 
         def both() -> None:
             z = f(self.point)
@@ -142,13 +142,20 @@ class Scores:
     """`f`, which treats every example alone, by recordings; batches are filled up to the next power of two.
 
     `axis` counts the examples of the input. A size up to LARGEST is recorded when it comes for the second time. A
-    gradient that is itself to be differentiated (`create_graph`) is taken through `f`, unrecorded.
+    gradient that is itself to be differentiated (`create_graph`) is taken through `f`, unrecorded. `keep` is what a
+    recording reads beside its input: it lives as long as scores that may still be differentiated.
     """
 
     def __init__(
-        self, f: Callable[[Tensor], Tensor], axis: int, *, record: Record | None = None, warm: Callable = warm
+        self,
+        f: Callable[[Tensor], Tensor],
+        axis: int,
+        *,
+        record: Record | None = None,
+        warm: Callable = warm,
+        keep: Any = None,
     ) -> None:
-        self.f, self.axis, self.record, self.warm = f, axis, record, warm
+        self.f, self.axis, self.record, self.warm, self.keep = f, axis, record, warm, keep
         self.made: dict[Any, _Recording | None] = {}
         self.failed = False
 
@@ -176,7 +183,7 @@ class Scores:
             try:
                 with _on(u.device):
                     record = self.record or on_gpu(torch.cuda.graph_pool_handle())
-                    self.made[key] = _Recording(self.f, u.new_zeros(shape), record, self.warm)
+                    self.made[key] = _Recording(self.f, u.new_zeros(shape), record, self.warm, self.keep)
             except RuntimeError as error:
                 say_once(f"a step could not be recorded as a CUDA graph, it is launched plainly ({_first(error)})")
                 self.made.clear()

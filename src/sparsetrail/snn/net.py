@@ -189,7 +189,8 @@ def victim(
             if seen:
                 return plain(x, True)
             if z is None or changed:
-                z = recorded.setdefault(key, Scores(plain, axis=1 if task == "logits" else 0))(x)
+                made = Scores(plain, axis=1 if task == "logits" else 0, keep=known.kept)
+                z = recorded.setdefault(key, made)(x)
             return z
 
         return Victim(
@@ -259,20 +260,19 @@ class _Known:
         self.hooks: list[dict[int, Any]] = []
         self.replaced = False  # has one another `forward`
         self.tensors: list[Tensor] = []
-        self.places: list[int] = []
+        self.places: list[Any] = []
         self.kept: list[Tensor] = []
-        self.state: tuple | None = None
 
     def look(self, net: nn.Module) -> tuple[bool, bool]:
-        """Has a module, the place of a tensor or a setting changed since the last time? Is one `watched`?
+        """Has a module, a tensor's place or a setting changed since the last time? Is one `watched`?
 
-        All that the modules hold being the very same objects in the same places, nothing has; `_state`, ten times as
-        slow, decides otherwise.
+        What is changed inside an object that is neither a module nor a tensor, such as a list, is not seen.
         """
-        values = list(chain.from_iterable(map(dict.values, self.held)))
-        same = self.modules[:1] == [net] and len(values) == len(self.values) and all(map(is_, values, self.values))
-        if same and list(map(Tensor.data_ptr, self.tensors)) == self.places:
+        values, places = list(chain.from_iterable(map(dict.values, self.held))), _places(self.modules, self.tensors)
+        same = self.modules[:1] == [net] and len(values) == len(self.values) and places == self.places
+        if same and all(map(is_, values, self.values)):
             return False, self.replaced or any(self.hooks) or watched()
+        old = self.values
         self.modules = list(net.modules())
         self.held = [d for m in self.modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
         self.values = list(chain.from_iterable(map(dict.values, self.held)))
@@ -281,22 +281,31 @@ class _Known:
             for m in self.modules
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
-        own = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in self.modules)
-        self.tensors = [t for t in own if t is not None]
-        self.places, self.kept = list(map(Tensor.data_ptr, self.tensors)), [t.detach() for t in self.tensors]
         self.replaced = any("forward" in m.__dict__ for m in self.modules)
-        before, self.state = self.state, _state(net)
-        return self.state != before, watched(*self.modules)
+        self.tensors = [t for t in self.values if isinstance(t, Tensor)]
+        self.places, self.kept = _places(self.modules, self.tensors), [t.detach() for t in self.tensors]
+        same = same and len(self.values) == len(old) and all(map(_as_good, self.values, old))
+        return not same, watched(*self.modules)
 
 
-def _state(net: nn.Module) -> tuple:
-    """Where the tensors of a network lie and how its modules are set."""
-    plain = (bool, int, float, str, tuple, NeuronSpec, type(None))
-    return tuple(
-        (id(m), *(t.data_ptr() for t in (*m.parameters(False), *m.buffers(False))))
-        + tuple(v for v in m.__dict__.values() if isinstance(v, plain))
-        for m in net.modules()
-    )
+def _places(modules: list[nn.Module], tensors: list[Tensor]) -> list[Any]:
+    """Of what kind modules are, and where and how tensors lie."""
+    return [
+        *map(type, modules),
+        *map(Tensor.data_ptr, tensors),
+        *map(Tensor.stride, tensors),
+        *map(Tensor.size, tensors),
+    ]
+
+
+def _as_good(a: Any, b: Any) -> bool:
+    """Is it all the same to a recording which of two attributes a module has?"""
+    plain, of_no_matter = (bool, int, float, str, NeuronSpec, type(None)), (torch.Generator, Workspace)
+    if a is b or (isinstance(a, of_no_matter) and isinstance(b, (*of_no_matter, type(None)))):
+        return True
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_as_good, a, b))
+    return type(a) is type(b) and isinstance(a, plain) and a == b
 
 
 def _check_bf16(net: nn.Module) -> None:

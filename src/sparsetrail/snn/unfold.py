@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail.snn import cuda, kernels
-from sparsetrail.snn.dense import plain_backward
+from sparsetrail.snn.dense import plain_backward, without_autocast
 
 ROOM = 2**27  # bytes of a matrix at most: beyond, a map keeps cuDNN busy
 FEW = 4  # input channels up to which a matrix lies the other way round
@@ -19,7 +19,7 @@ FEW = 4  # input channels up to which a matrix lies the other way round
 
 @dataclass(frozen=True)
 class _How:
-    """Stride and padding; whether products may be TF32, the input gradient's are bf16, and the matrix has room."""
+    """Stride and padding; whether products may be TF32, the input's gradient is bf16, and there is room to unfold."""
 
     stride: int
     padding: int
@@ -39,7 +39,6 @@ def suits(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> bool:
         and x.ndim == 4
         and x.dtype == conv.weight.dtype
         and x.dtype in kernels.REAL
-        and kernels.switched_on()
         and not torch.is_autocast_enabled("cuda")
         and min(x.shape) > 0
         and x.shape[1] == conv.in_channels
@@ -49,15 +48,33 @@ def suits(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> bool:
         and not isinstance(conv.padding, str)
         and len({*conv.kernel_size}) == len({*conv.stride}) == len({*conv.padding}) == 1
         and min(x.shape[2:]) + 2 * conv.padding[0] >= conv.kernel_size[0]
-        and (half or _bytes(x, conv) <= ROOM)
         and not kernels.overseen(x, conv.weight)
-        and _program(x, conv.weight, (conv.stride[0], int(conv.padding[0]))) is not None
+        and (half or _room(x, conv))
+        and _rough(x) is not None
     )
 
 
+def _rough(x: Tensor) -> bool | None:
+    """May convolutions be TF32 here? None where only products may, or where PyTorch cannot tell."""
+    try:
+        rough, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # somebody set them by the names of torch 2.9, a layer at a time
+        return None
+    return None if products and not rough and x.dtype == torch.float32 else rough
+
+
+def _room(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Is the matrix small enough, and are there kernels?"""
+    window = conv.stride[0], int(conv.padding[0])
+    _, c, k, _ = conv.weight.shape
+    n, _, p, q = _out(x.shape, conv.weight, window)
+    small = n * p * q * k * k * c * x.element_size() <= ROOM
+    return small and kernels.switched_on() and _program(x, conv.weight, window) is not None
+
+
 def convolve(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> Tensor:
-    """`conv(x)` by unfolded maps; `half` takes the products of the input gradient in bf16."""
-    how = _How(conv.stride[0], int(conv.padding[0]), torch.backends.cudnn.allow_tf32, half, _bytes(x, conv) <= ROOM)
+    """`conv(x)` by unfolded maps; `half` takes the gradient of the input in bf16."""
+    how = _How(conv.stride[0], int(conv.padding[0]), bool(_rough(x)), half, _room(x, conv))
     y = _Unfolded.apply(x, conv.weight, how)
     return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
 
@@ -72,10 +89,12 @@ class _Unfolded(torch.autograd.Function):
         if how.rough or not how.room:
             return nn.functional.conv2d(x, weight, None, *how.window)
         n, d, p, q = _out(x.shape, weight, how.window)
-        y = unfolded(x, weight, how.window) @ _rows(weight).T
-        return y.view(n, p, q, d).permute(0, 3, 1, 2)
+        y = torch.empty((n, d, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        torch.mm(unfolded(x, weight, how.window), _rows(weight).T, out=y.permute(0, 2, 3, 1).view(-1, d))
+        return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad: Tensor):
         (x, weight), how, size, wants = ctx.saved_tensors, ctx.how, ctx.size, ctx.needs_input_grad
         if kernels.differentiable(grad):
@@ -134,13 +153,7 @@ def _out(size: tuple[int, ...], weight: Tensor, window: tuple[int, int]) -> tupl
     return size[0], len(weight), p, q
 
 
-def _bytes(x: Tensor, conv: nn.Conv2d) -> int:
-    _, c, k, _ = conv.weight.shape
-    n, _, p, q = _out(x.shape, conv.weight, (conv.stride[0], int(conv.padding[0])))
-    return n * p * q * k * k * c * x.element_size()
-
-
 def _program(x: Tensor, weight: Tensor, window: tuple[int, int]) -> cuda.Windows:
     """The kernels for these maps; None only before `suits` said that they are there."""
-    found = cuda.windows(x.dtype, weight.shape[1], weight.shape[2], *window, x.device.index)
+    found = cuda.windows(x.dtype, weight.shape[1], weight.shape[2], *window, x.device)
     return found  # type: ignore[return-value]
