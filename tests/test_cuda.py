@@ -11,13 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lively import lively
 from torch import nn
 from torch.nn import functional as F
 
 from sparsetrail.core.precision import products
 from sparsetrail.snn import cuda, kernels, unfold
+from sparsetrail.snn.encode import phase
 from sparsetrail.snn.engine import AvgPool2d, Conv2d, _FireNormed, _pooled, freeze
 from sparsetrail.snn.kernels import pointer
+from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.neuron import NeuronSpec, fused, steps_in_c, through_time
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
 
@@ -301,6 +304,30 @@ def test_pools_by_windows(windows, monkeypatch, most, channels):
     assert windows == ["pool", "unpool", "unpool"]
 
 
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_a_network_by_the_convolutions_and_pools_of_a_gpu(windows, monkeypatch, pool):
+    """On a CPU that says it is a GPU: which layers take which way, and that all of them are right together."""
+    u = phase(steps=3)(torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255)
+    net = lively(NetSpec(width=0.125, steps=3, pool=pool), u).double()
+    y, leaf = torch.arange(4), u.double().requires_grad_()
+
+    def found(net, leaves):
+        z = net(leaf)
+        return [z.detach(), *torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), leaves)]
+
+    want = [found(net, [leaf, *net.parameters()]), found(freeze(net), [leaf])]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(Conv2d, "served", lambda self, x: False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    ours = [found(net, [leaf, *net.parameters()]), found(freeze(net), [leaf])]
+    assert set(windows) == {"unfold", "unfold_few", "fold", "pool", "unpool"}
+    for a, b in zip([*ours[0], *ours[1]], [*want[0], *want[1]], strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
+    z, near = found(freeze(net, half=True), [leaf])
+    assert torch.equal(z, ours[1][0]) and not torch.equal(near, ours[1][1])
+    assert F.cosine_similarity(near.flatten(), ours[1][1].flatten(), 0) > 0.99
+
+
 class Driver:
     """What is asked of CUDA's driver; a launch fails on demand."""
 
@@ -367,11 +394,6 @@ def test_on_a_gpu(spec, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_a_frozen_network_on_a_gpu():
-    from lively import lively
-
-    from sparsetrail.snn.encode import phase
-    from sparsetrail.snn.net import NetSpec
-
     u = phase(steps=4)(torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255)
     net = lively(NetSpec(width=0.25, steps=4), u).double().cuda()
     leaf, other = (u.double().cuda().requires_grad_() for _ in range(2))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from sparsetrail.core.precision import products
 from sparsetrail.snn import dense, engine, kernels
 from sparsetrail.snn.encode import BACKWARD_RULES, bit_plane, direct, latency, phase, poisson
 from sparsetrail.snn.engine import Conv2d, Workspace, fire, freeze, has_bf16, share_memory
+from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.net import NetSpec, _Known, victim
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, reference
 from sparsetrail.snn.resnet import FoldedNeuron
@@ -760,6 +762,39 @@ def test_a_look_at_a_network_sees_what_a_recording_would_miss():
         assert known.look(net) == (True, True) and known.look(net) == (False, True)
         other, _, _ = network(torch.float32)
         assert known.look(other) == (True, False)
+
+
+@pytest.mark.parametrize("name", [n for n in CHANGES if n not in ("fused-optimiser", "in-place", "statistics")])
+def test_what_an_older_recording_says_is_thrown_away(monkeypatch, name):
+    """On a CPU that says it is a GPU, with recordings that say for ever what they said the first time."""
+    launched = []
+
+    def record(fn):
+        out = fn()
+
+        def replay():
+            if not launched:
+                out.data.copy_(fn())
+            launched.append(name)
+
+        return replay, out
+
+    monkeypatch.setattr("sparsetrail.snn.net.Scores", functools.partial(Scores, record=record, warm=lambda fn: None))
+    net, x, _ = network(torch.float32)
+    u = phase(steps=5)(x)
+    v = victim(net, phase(steps=5))
+    with kernels.plain(), torch.no_grad():
+        before = net(u)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        for count in (0, 1, 2, 3):  # plainly, recorded, and launched twice
+            assert torch.equal(v.logits(u), before) and len(launched) == count
+        CHANGES[name](net)
+        after = copy.deepcopy(net)(u)
+        assert not torch.allclose(after, before, atol=1e-3)
+        assert torch.equal(v.logits(u), after) and len(launched) == 4  # the old one, in vain
+        handle = net.fc.register_forward_hook(lambda m, i, y: 2 * y)
+        assert torch.equal(v.logits(u), net(u)) and not torch.allclose(v.logits(u), after, atol=1e-3)
+        handle.remove()
 
 
 def adam(net):
