@@ -9,6 +9,9 @@ On a CPU with a C compiler (`kernels`), for float32 and float64:
 - constant weights (`freeze`) keep and compute nothing for their gradients, and intermediate maps come from a
   `Workspace` that is used again instead of fresh memory.
 
+On a GPU neurons, with BatchNorm where weights are constant, and pools run kernels of our own (`cuda`), convolutions are
+products (`unfold`, `dense`) where that is faster, and whole steps are recorded (`graphs`).
+
 Sums run in another order than PyTorch's, so in float32 a potential within rounding of the threshold can flip a spike;
 in float64 a network's gradients agree to 1e-10. Modules that somebody watches by hooks, functorch, forward-mode
 derivatives and `NetSpec(exact=True)` take the plain operations. Second derivatives are there; they run plain ones too.

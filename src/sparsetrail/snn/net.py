@@ -282,7 +282,7 @@ class _Known:
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
         self.replaced = any("forward" in m.__dict__ for m in self.modules)
-        self.tensors = [t for t in self.values if isinstance(t, Tensor)]
+        self.tensors = [t for t in self.values if isinstance(t, Tensor) and t.layout == torch.strided]
         self.places, self.kept = _places(self.modules, self.tensors), [t.detach() for t in self.tensors]
         same = same and len(self.values) == len(old) and all(map(_as_good, self.values, old))
         return not same, watched(*self.modules)
