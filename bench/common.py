@@ -4,6 +4,7 @@ Needs torch, numpy and safetensors; SpikingJelly only for its own column, which 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import importlib.util
@@ -290,7 +291,8 @@ def our_attack(c: Case, precision: str, space: str = "encoded") -> Job:
 
     def job() -> Tensor:
         point = start.clone().requires_grad_()
-        return torch.autograd.grad(F.cross_entropy(f(point), c.y, reduction="sum"), point)[0]
+        with products(tf32=False) if point.is_cuda else contextlib.nullcontext():
+            return torch.autograd.grad(F.cross_entropy(f(point), c.y, reduction="sum"), point)[0]
 
     return job
 

@@ -5,8 +5,8 @@
 Counted are the exact taps of forward and input gradient: pairs of an output and an input cell that meet, times the
 channels of both, two operations each; taps on the padding do not exist. The rate is the best of square `torch.mm` of
 1024 to 2048 on the same threads. So the ideal does nothing but dense products: no neurons, no memory traffic. An engine
-that skips inputs that are zero may go below it. Both precisions have an ideal of their own; the rival, in fp32, is laid
-over both.
+that skips inputs that are zero may go below it. Both precisions have an ideal of their own (of bf16 the input gradient
+is bf16, the forward fp32); the rival, in fp32, is laid over both.
 """
 
 from collections.abc import Callable
@@ -89,10 +89,11 @@ def main() -> None:
         jobs = {"rival": rival_attack(c)} | jobs
     times = alternate(jobs, a.runs, lambda: clock(device))
     rows = []
-    for p in kinds:
-        speed = rate(TYPES[p], device, a.runs, (256,) if a.smoke else (1024, 1536, 2048))
-        ideal = need / speed
-        print(f"{p}: {need / 1e9:.2f} GFLOP at {speed / 1e9:.0f} GFLOP/s = {1e3 * ideal:.1f} ms")
+    sizes = (256,) if a.smoke else (1024, 1536, 2048)
+    speeds = {p: rate(TYPES[p], device, a.runs, sizes) for p in kinds}
+    for p, speed in speeds.items():  # the forward is fp32 in either
+        ideal = forward / speeds["fp32"] + forward / speed
+        print(f"{p}: {need / 1e9:.2f} GFLOP, half of them at {speed / 1e9:.0f} GFLOP/s = {1e3 * ideal:.1f} ms")
         facts = {"precision": p, "gflop": f"{need / 1e9:.3f}", "gemm_gflop_s": f"{speed / 1e9:.1f}"}
         facts |= {"ideal_ms": f"{1e3 * ideal:.2f}"} | c.facts()
         over = {k: [s / ideal for s in v] for k, v in times.items()}

@@ -5,9 +5,10 @@
 Needs `pip install --no-deps -r tests/references.txt` for the rival's column. The rival runs in fp32, as the paper's
 code drives it: Adam for the training step, `loss.backward()` with parameter gradients included for the attack step;
 further rows freeze its parameters, which the published code does not. Ours runs in fp32 and in bf16 where the device
-has it. On a GPU the rival's convolutions run in TF32, PyTorch's default there; our fp32 is fp32, and a training row
-takes TF32 too. Training steps start from pixels on both sides, encoding included; attack steps from the encoded
-tensor, or from pixels through the phase encoder with the identity rule. Jobs take turns; figures are medians.
+has it (of an attack the input gradients only). On a GPU the rival's convolutions run in TF32, PyTorch's default there;
+our fp32 is fp32, and a training row takes TF32 too. Training steps start from pixels on both sides, encoding included;
+attack steps from the encoded tensor, or from pixels through the phase encoder with the identity rule. Jobs take turns;
+figures are medians.
 """
 
 from common import (

@@ -270,7 +270,7 @@ def test_convolutions_by_unfolded_maps(windows, kernel, stride, padding, rough, 
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*found, strict=True))
     many = channels > unfold.FEW
     one, skips = "unfold" if many else "unfold_few", stride > 1
-    dx, dw = many and (skips or not rough), rough or (skips and many)
+    dx, dw = skips or not rough, rough or (skips and many)
     want = {one} if not rough or dw else set()
     assert set(windows) == ((want | ({"fold"} if dx else set())) if room else set())
     (_, dx, *_), z = found[1], ours(half=True)

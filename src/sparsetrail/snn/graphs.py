@@ -8,7 +8,7 @@ fails the plain call serves, with one line that says so.
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,19 +44,14 @@ def on_gpu(pool: Any = None) -> Record:
     return record
 
 
-@contextlib.contextmanager
-def _workspace(device: torch.device) -> Iterator[None]:
-    """Inside this block the recordings of one step share a cuBLAS workspace in their pool.
+def _forget(device: torch.device) -> None:
+    """Let go of cuBLAS's workspaces, 32 MB a stream and thread on a Hopper.
 
-    cuBLAS keeps one a stream (32 MB on a Hopper): forgotten before, so that it is made anew in the pool, and after, so
-    that no other step gets it.
+    Before a recording, so that it makes its own in its pool; after, so that no other gets it and the next of the same
+    step takes the same memory.
     """
-    forget = torch._C._cuda_clearCublasWorkspaces if device.type == "cuda" else lambda: None
-    forget()
-    try:
-        yield
-    finally:
-        forget()
+    if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @functools.cache
@@ -99,11 +94,15 @@ class _Recording:
             torch.autograd.grad(z, self.point, torch.zeros_like(z))
 
         with _one_at_a_time, products(tf32=False), torch.enable_grad():  # the first call may only want scores
-            warm(both)
-            with _workspace(like.device):
+            try:
+                warm(both)
+                _forget(like.device)
                 self.forward, self.z = record(lambda: f(self.point))
                 self.push = torch.zeros_like(self.z)
+                _forget(like.device)
                 self.backward, self.gradient = record(lambda: torch.autograd.grad(self.z, self.point, self.push)[0])
+            finally:
+                _forget(like.device)
         self.turn = 0
 
     def run(self, u: Tensor) -> Tensor:
@@ -272,11 +271,12 @@ class Update:
             with _one_at_a_time, _on(x.device):
                 self.warm(step)
                 record = self.record or on_gpu(torch.cuda.graph_pool_handle())
-                with _workspace(x.device):
-                    self.replay, self.found = record(step)
+                _forget(x.device)
+                self.replay, self.found = record(step)
         except RuntimeError as error:
             say_once(f"a training step could not be recorded as a CUDA graph, it is launched plainly ({_first(error)})")
             self.replay, self.failed = None, True
+        _forget(x.device)
         self.bad.zero_()
         with torch.no_grad():  # statistics moved while warming up
             for k, v in self.net.named_buffers():

@@ -176,10 +176,10 @@ def victim(
                 with exact, backward:
                     return now(x) if task == "logits" else now.scores(x, code)  # type: ignore[operator]
 
-            if not x.is_cuda or rule is not None or stretched:
+            # what autocast makes of weights it keeps, and lets go of, by itself
+            if not x.is_cuda or rule is not None or stretched or torch.is_autocast_enabled("cuda"):
                 return plain(x, watched(*net.modules()))
-            amp = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-            key = f"{task} {half} {amp} {kernels.switched_on()}"
+            key = f"{task} {half} {kernels.switched_on()}"
             z, made = None, recorded.get(key)
             if made is not None and made.ready(x):
                 z = made(x)  # the GPU works while the network is looked at; what an older one said is thrown away

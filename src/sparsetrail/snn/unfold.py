@@ -5,11 +5,13 @@ paper's batch that takes half of cuDNN's time in float32, to the same rounding, 
 where it does not, cuDNN serves (H200, torch 2.11).
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from sparsetrail.core.precision import products
 from sparsetrail.snn import cuda, kernels
 from sparsetrail.snn.dense import plain_backward, without_autocast
 
@@ -33,7 +35,7 @@ class _How:
 
 
 def suits(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> bool:
-    """Is `conv` on these maps better done by unfolding, or its input gradient to be taken in bf16?"""
+    """May `conv` on these maps be unfolded where that is faster, and differentiated as precisely as it was computed?"""
     return (
         x.is_cuda
         and x.ndim == 4
@@ -49,18 +51,18 @@ def suits(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> bool:
         and len({*conv.kernel_size}) == len({*conv.stride}) == len({*conv.padding}) == 1
         and min(x.shape[2:]) + 2 * conv.padding[0] >= conv.kernel_size[0]
         and not kernels.overseen(x, conv.weight)
-        and (half or _room(x, conv))
+        and (half or kernels.switched_on())
         and _rough(x) is not None
     )
 
 
 def _rough(x: Tensor) -> bool | None:
-    """May convolutions be TF32 here? None where only products may, or where PyTorch cannot tell."""
+    """May convolutions be TF32 here? None where only other products may, or where PyTorch cannot tell."""
     try:
-        rough, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        rough, others = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:  # somebody set them by the names of torch 2.9, a layer at a time
         return None
-    return None if products and not rough and x.dtype == torch.float32 else rough
+    return None if others and not rough and x.dtype == torch.float32 else rough
 
 
 def _room(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -100,23 +102,25 @@ class _Unfolded(torch.autograd.Function):
         if kernels.differentiable(grad):
             return *plain_backward(wants, grad, x, weight, size, *how.window), None
         flat, (d, c, k, _) = grad.permute(0, 2, 3, 1).reshape(-1, len(weight)), weight.shape
-        many, skips, dx, dw = how.room and c > FEW, how.stride > 1, None, None
-        if wants[0] and many and not how.half and (skips or not how.rough):
+        skips, dx, dw = how.stride > 1, None, None
+        if wants[0] and how.room and not how.half and (skips or not how.rough):
             dx = folded(flat, size, weight, how.window)
         elif wants[0]:
             kind = torch.bfloat16 if how.half else grad.dtype
             like = torch.empty(size, dtype=kind, device=grad.device, memory_format=torch.channels_last)
-            dx = _cudnn(grad.to(kind), like, weight.to(kind), how.window, (True, False, False))[0].to(grad.dtype)
-        if wants[1] and ((how.rough and how.room) or (skips and many)):
+            dx = _cudnn(grad.to(kind), like, weight.to(kind), how, (True, False, False))[0].to(grad.dtype)
+        if wants[1] and how.room and (how.rough or (skips and c > FEW)):
             dw = (flat.T @ unfolded(x, weight, how.window)).view(d, k, k, c).permute(0, 3, 1, 2)
         elif wants[1]:
-            dw = _cudnn(grad, x, weight, how.window, (False, True, False))[1]
+            dw = _cudnn(grad, x, weight, how, (False, True, False))[1]
         return dx, dw, None
 
 
-def _cudnn(grad: Tensor, x: Tensor, weight: Tensor, window: tuple[int, int], wants: tuple[bool, bool, bool]):
-    knobs = [window[0]] * 2, [window[1]] * 2, [1, 1], False, [0, 0], 1, wants
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, *knobs)
+def _cudnn(grad: Tensor, x: Tensor, weight: Tensor, how: _How, wants: tuple[bool, bool, bool]):
+    """cuDNN's gradients, as precise as the forward was, whatever the switches say by now."""
+    knobs = [how.stride] * 2, [how.padding] * 2, [1, 1], False, [0, 0], 1, wants
+    with contextlib.nullcontext() if how.rough else products(tf32=False):
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *knobs)
 
 
 def unfolded(x: Tensor, weight: Tensor, window: tuple[int, int]) -> Tensor:
