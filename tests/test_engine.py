@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import functools
+import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,16 +206,19 @@ FIRES = [
 @needs_kernels
 @pytest.mark.parametrize(("mode", "knobs", "order", "plus"), FIRES)
 @pytest.mark.parametrize("channels", [8, 3])
-def test_batchnorm_and_neuron_in_one_pass(mode, knobs, order, plus, channels):
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(3, 2, 1), engine.AvgPool2d(2, 2, 0)], ids=["none", "max", "avg"])
+def test_batchnorm_and_neuron_in_one_pass(monkeypatch, mode, knobs, order, plus, channels, pool):
+    """Pooled two images at a time of three."""
+    monkeypatch.setattr(engine, "POOLED", 2 * len(order) * channels * 5 * 4)
     g = torch.Generator().manual_seed(0)
     norm = nn.BatchNorm2d(channels, **knobs).double().train(mode == "train")
     for name, value in norm.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand(value.shape, generator=g) + 0.5 * (name != "running_mean"))
     frames, steps = max(order) + 1, len(order)
-    y = torch.randn(frames * 2, channels, 5, 4, generator=g, dtype=torch.float64).mul_(1.5)
+    y = torch.randn(frames * 3, channels, 5, 4, generator=g, dtype=torch.float64).mul_(1.5)
     y = y.contiguous(memory_format=torch.channels_last)
-    more = spikes(steps * 2, channels, 5, 4) if plus else None
+    more = spikes(steps * 3, channels, 5, 4) if plus else None
     neuron = FoldedNeuron(NeuronSpec(detach_reset=False), steps)
     found = []
     for plain in (True, False):
@@ -221,7 +226,7 @@ def test_batchnorm_and_neuron_in_one_pass(mode, knobs, order, plus, channels):
         b = None if more is None else more.clone().requires_grad_()
         assert plain or engine._can_fire(a, bn, neuron, b)
         with kernels.plain() if plain else contextlib.nullcontext():
-            s = fire(a, bn, neuron, steps, plus=b, order=order)
+            s = fire(a, bn, neuron, steps, plus=b, order=order, pool=pool)
             inputs = [t for t in (a, b, *bn.parameters()) if t is not None]
             grads = torch.autograd.grad((s * torch.linspace(-1, 1, s.numel()).view(s.shape)).sum(), inputs)
         found.append((s.detach(), grads, bn.state_dict()))
@@ -531,6 +536,24 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
     large = space.take((1000, 1000), torch.float32)
     assert large.numel() == 10**6 and space.take((4, 5), torch.float64).dtype == torch.float64
     assert copy.deepcopy(space).held == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts pages as Linux does")
+def test_memory_goes_back_with_its_owner():
+    """Between small blocks too, where a heap would keep it."""
+
+    def pages():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    space = Workspace()
+    before = pages()
+    kept = [space.take((250_000 * i,), torch.float32).fill_(1.0) for i in range(1, 9)]
+    between = [torch.zeros(1000) for _ in range(100)]
+    there = pages() - before
+    assert there * os.sysconf("SC_PAGE_SIZE") > 30e6 and len(between) == 100
+    del kept, space
+    gc.collect()
+    assert pages() - before < there / 10
 
 
 def test_gradients_survive_the_next_call():

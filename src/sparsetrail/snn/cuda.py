@@ -313,12 +313,12 @@ class Program:
 class NeuronKernels(Program):
     """`fire` and `back` with the arguments of the CPU's kernels.
 
-    Every step must have a frame of its own, and `rates` has room for GRID sums.
+    Every step must have a frame of its own, `fire` takes all rows, and `rates` has room for GRID sums.
     """
 
     names = b"fire", b"back"
 
-    def fire(self, y, _frame, _a, _b, plus, rate, s, h, _steps, rows, channels, _threads) -> None:
+    def fire(self, y, _frame, _a, _b, plus, rate, s, h, _steps, rows, _whole, channels, _threads) -> None:
         self._launch(b"fire", (y, None, None, None, None, 0.0, plus, rate, s, h), rows * channels, channels)
 
     def back(

@@ -21,6 +21,8 @@ A `neuron.Rule` changes the backward of a pass and none of its spikes; it has fi
 import bisect
 import functools
 import math
+import mmap
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,7 @@ from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, Rule, apart, fused, kernel, parts, through_time
 
 FEW = 4  # channels up to which a first layer runs the kernels for images
+POOLED = 2**19  # spikes that are made before they are pooled
 
 
 class Workspace:
@@ -66,13 +69,23 @@ class Workspace:
             while at < len(blocks) and blocks[at][0] <= 4 * count and _users(blocks[at][1]._cdata) != 1:
                 at += 1
             if at == len(blocks) or blocks[at][0] > 4 * count:
-                block = torch.empty(count, dtype=dtype, device="cpu").untyped_storage()
+                block = _block(count * dtype.itemsize)
                 if _users is not _nobody:  # smaller ones that are free belong to smaller batches that are over
                     blocks[:] = [b for b in blocks if b[0] >= count or _users(b[1]._cdata) != 1]
                     bisect.insort_left(blocks, (count, block), key=_size)
             else:
                 block = blocks[at][1]
             return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, shape, _strides(shape))
+
+
+def _block(size: int) -> torch.UntypedStorage:
+    """Fresh memory that goes back to the system as soon as nobody holds it: what `free` gets, a heap may keep."""
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON}  # not shared by a fork
+    try:
+        fresh = torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)
+    except OSError:  # no more of it: PyTorch says how much was asked for
+        fresh = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return fresh.untyped_storage()
 
 
 def _size(block: tuple[int, torch.UntypedStorage]) -> int:
@@ -385,8 +398,9 @@ class _Pooling:
     padding: int
     most: bool
 
-    def shape(self, m: int, c: int, h: int, w: int):
-        return kernels.shape(m, h, w, c, c, self.kernel, self.stride, self.padding, torch.get_num_threads())
+    def shape(self, m: int, c: int, h: int, w: int, among: tuple[int, int] = (1, 1)):
+        at = self.kernel, self.stride, self.padding, torch.get_num_threads(), among
+        return kernels.shape(m, h, w, c, c, *at)
 
     def on_gpu(self, x: Tensor) -> Any:
         """The kernels for maps like `x`, or None."""
@@ -394,20 +408,32 @@ class _Pooling:
 
     def run(self, x: Tensor, space: Workspace | None) -> tuple[Tensor, Tensor | None]:
         """The pooled map, and of a max pool the winning tap of every cell, one byte each."""
-        m, c, h, w = x.shape
-        p, q = ((size + 2 * self.padding - self.kernel) // self.stride + 1 for size in (h, w))
+        y, at = self.room(x.shape, x, space)
         if x.is_cuda:
-            y = torch.empty((m, c, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-            at = torch.empty((m, p, q, c), dtype=torch.uint8, device=x.device) if self.most else None
-            self.on_gpu(x).pool(pointer(x), pointer(y), pointer(at), (m, c, h, w, p, q))
-            return y, at
-        y, lib, z = _maps(space, m, c, p, q, x), kernels.library(x.dtype), self.shape(m, c, h, w)
-        if not self.most:
-            lib.avg_pool(z, pointer(x), pointer(y))
-            return y, None
-        at = torch.empty((m, p, q, c), dtype=torch.uint8, device="cpu")
-        lib.max_pool(z, pointer(x), pointer(y), pointer(at))
+            self.on_gpu(x).pool(pointer(x), pointer(y), pointer(at), (*x.shape, *y.shape[2:]))
+        else:
+            self.fill(x, y, at, 1, 1)
         return y, at
+
+    def room(self, size: tuple[int, ...], like: Tensor, space: Workspace | None) -> tuple[Tensor, Tensor | None]:
+        """Those two for maps of this size, not filled in."""
+        m, c, *sides = size
+        p, q = ((side + 2 * self.padding - self.kernel) // self.stride + 1 for side in sides)
+        at = torch.empty((m, p, q, c), dtype=torch.uint8, device=like.device) if self.most else None
+        if like.is_cuda:
+            y = torch.empty((m, c, p, q), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+        else:
+            y = _maps(space, m, c, p, q, like)
+        return y, at
+
+    def fill(self, x: Tensor, y: Tensor, at: Tensor | None, some: int, every: int) -> None:
+        """Pool x, that is `some` images a step, into y and at, the first images of `every` a step."""
+        m, c, h, w = x.shape
+        lib, z = kernels.library(x.dtype), self.shape(m, c, h, w, (some, every))
+        if at is None:
+            lib.avg_pool(z, pointer(x), pointer(y))
+        else:
+            lib.max_pool(z, pointer(x), pointer(y), pointer(at))
 
     def back(self, grad: Tensor, at: Tensor | None, size: tuple[int, ...], space: Workspace | None) -> Tensor:
         """The gradient of the map, by differentiable operations where it must be."""
@@ -459,17 +485,33 @@ class _Fire(torch.autograd.Function):
         shift = shift.to(y.dtype)
         keep = any(ctx.needs_input_grad)
         with_input = keep and (batch or ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
-        s = _maps(space, steps * n, c, p, q, y)
         h = None
         if keep:  # where nobody needs the currents any more, the potentials take their place
             over = layer.own and not with_input and order == tuple(range(steps))
             h = y.detach() if over else _maps(space, steps * n, c, p, q, y)
         frame, _ = kernels.frames(order)
-        at = map(pointer, (y, frame, scale, shift, plus, None, s, h))
-        layer.kernel.fire(*at, steps, rows, c, threads)
+
+        def run(s: Tensor, first: int, some: int) -> None:
+            """The spikes of some images."""
+            here = (None if t is None else t[first:] for t in (plus, h))
+            plus_, h_ = map(pointer, here)
+            at = (pointer(y[first:]), *map(pointer, (frame, scale, shift)), plus_, None, pointer(s), h_)
+            layer.kernel.fire(*at, steps, some * p * q, rows, c, threads)
+
         winners = None
-        if layer.pooling is not None:
-            s, winners = layer.pooling.run(s, space)
+        if layer.pooling is None:
+            s = _maps(space, steps * n, c, p, q, y)
+            run(s, 0, n)
+        else:  # a few images at a time, so that spikes are pooled before they leave the cache, and never all there
+            s, winners = layer.pooling.room((steps * n, c, p, q), y, space)
+            few = min(n, max(threads, POOLED // (steps * c * p * q)))
+            part = _maps(space, steps * few, c, p, q, y)
+            for first in range(0, n, few):
+                some = min(few, n - first)
+                run(part, first, some)
+                layer.pooling.fill(
+                    part[: steps * some], s[first:], None if winners is None else winners[first:], some, n
+                )
         ctx.set_materialize_grads(False)
         ctx.layer, ctx.batch = layer, batch
         if h is None:

@@ -26,6 +26,7 @@ static inline void store(real *p, vec v) { *(vec *)p = v; }
 
 typedef struct {
     int frames, height, width, in, kernel, stride, padding, out_height, out_width, out, threads;
+    int some, all; /* a pool: its frames are `some` images a step, written among `all` images a step */
 } shape;
 
 int lanes(void) { return VL; }
@@ -154,8 +155,8 @@ void spike_weight_grad(const shape *z, const real *x, const real *dy, real *dw) 
 /* ---- convolution, forward and back ----
    forward: x [m h w in], w [taps in out] -> y [m p q out]; back: dy, w [out taps in] (as PyTorch keeps a channels-last
    weight) -> dx. Channels of the result are a multiple of VL. Six frames of which most entries are active go through the
-   dense tile together, others one by one through the sparse sum: the same products in the same order, since a zero
-   changes no sum. Forward most spikes are zero; back most gradients are where the surrogate has a bounded support. */
+   dense tile, others through the sparse sum: the same products in the same order, since a zero changes no sum.
+   Forward most spikes are zero; back most gradients are where the surrogate has a bounded support. */
 
 #define FRAMES 6 /* frames a tile shares its weights over: 6 x 4 sums, 4 weights and a broadcast fill 32 registers */
 
@@ -240,23 +241,21 @@ NARROW void gather(const real *x, const uint16_t *idx, int n, const real *w, lon
 }
 
 NARROW void sparse(const shape *z, const way *r, const real *x, const uint16_t *idx, const int *count, int ones,
-                   const real *w, real *y, const int forward) {
+                   const real *w, real *y, int nf, const int forward) {
     const int K = z->kernel, room = r->deep + 16;
-    memset(y, 0, sizeof(real) * (size_t)r->image);
+    memset(y, 0, sizeof(real) * (size_t)(nf * r->image));
     for (int block = 0; block < r->wide;) {
         const int nb = r->wide - block >= 4 * VL ? 4 : r->wide - block >= 2 * VL ? 2 : 1;
-        for (int tap = 0; tap < K * K; tap++) { /* one tap's weights stay in the first cache for the whole map */
+        for (int tap = 0; tap < K * K; tap++) { /* one tap's weights stay in the first cache for all these frames */
             const real *u = w + tap * r->tap + block;
-            for (int i = 0; i < r->to_rows; i++) {
-                const int a = source(z, i, tap / K, r->rows, forward);
+            for (int k = 0; k < nf * r->to_rows; k++) {
+                const int f = k / r->to_rows, i = k % r->to_rows, a = source(z, i, tap / K, r->rows, forward);
                 if (a < 0) continue;
                 for (int j = 0; j < r->to_cols; j++) {
                     const int b = source(z, j, tap % K, r->cols, forward);
                     if (b < 0) continue;
-                    const int c = a * r->cols + b;
-                    const uint16_t *ix = idx + (long)c * room;
-#define GATHER(NB, ONES) \
-    gather(x + (long)c * r->deep, ix, count[c], u, r->row, y + ((long)i * r->to_cols + j) * r->wide + block, NB, ONES)
+                    const long c = ((long)f * r->rows + a) * r->cols + b, d = ((long)k * r->to_cols + j) * r->wide;
+#define GATHER(NB, ONES) gather(x + c * r->deep, idx + c * room, count[c], u, r->row, y + d + block, NB, ONES)
                     if (nb == 4 && ones) GATHER(4, 1);
                     else if (nb == 4) GATHER(4, 0);
                     else if (nb == 2) GATHER(2, 0);
@@ -284,10 +283,7 @@ NARROW void convolve(const shape *z, const real *from, const real *w, real *to, 
             busy += count[c];
         }
         if (nf == FRAMES && busy * 10 > nf * r.frame * 7) dense(z, &r, x, w, to + m * r.image, forward);
-        else
-            for (int f = 0; f < nf; f++)
-                sparse(z, &r, x + f * r.frame, idx + (long)f * cells * room, count + f * cells, ones, w,
-                       to + (m + f) * r.image, forward);
+        else sparse(z, &r, x, idx, count, ones, w, to + m * r.image, nf, forward);
         free(idx);
         free(count);
     }
@@ -317,6 +313,30 @@ NARROW void stem_tile(const real *x, long step, int rows, int span, long line, c
         for (int i = 0; i < nb; i++) store(y + (long)f * out + i * VL, acc[f][i]);
 }
 
+/* The same for a row of cells. */
+static void stem_row(const real *x, long step, int rows, int span, long line, const real *w, int out, real *y,
+                     int cells) {
+    for (int block = 0; block < out;) {
+        const int nb = out - block >= 4 * VL ? 4 : out - block >= 2 * VL ? 2 : 1;
+        for (int b = 0; b < cells;) {
+            const int np = cells - b >= FRAMES ? FRAMES : cells - b >= 4 ? 4 : 1;
+#define STEM(P, B) stem_tile(x + b * step, step, rows, span, line, w + block, out, y + (long)b * out + block, P, B)
+            if (np == FRAMES && nb == 4) STEM(FRAMES, 4);
+            else if (np == 4 && nb == 4) STEM(4, 4);
+            else if (nb == 4) STEM(1, 4);
+            else if (np == FRAMES && nb == 2) STEM(FRAMES, 2);
+            else if (np == 4 && nb == 2) STEM(4, 2);
+            else if (nb == 2) STEM(1, 2);
+            else if (np == FRAMES) STEM(FRAMES, 1);
+            else if (np == 4) STEM(4, 1);
+            else STEM(1, 1);
+#undef STEM
+            b += np;
+        }
+        block += nb * VL;
+    }
+}
+
 void stem_conv(const shape *z, const real *x, const real *w, real *y) {
     const int K = z->kernel, C = z->in, S = z->stride;
     const long line = (long)((z->out_width - 1) * S + K) * C, lines = (long)(z->out_height - 1) * S + K;
@@ -328,103 +348,55 @@ void stem_conv(const shape *z, const real *x, const real *w, real *y) {
                 for (int v = 0; v < z->width && (long)(v + z->padding) * C < line; v++)
                     pad[(h + z->padding) * line + (long)(v + z->padding) * C + c] =
                         x[(((long)m * C + c) * z->height + h) * z->width + v];
-        for (int block = 0; block < z->out;) {
-            const int nb = z->out - block >= 4 * VL ? 4 : z->out - block >= 2 * VL ? 2 : 1;
-            for (int a = 0; a < z->out_height; a++)
-                for (int b = 0; b < z->out_width;) {
-                    const int np = z->out_width - b >= FRAMES ? FRAMES : z->out_width - b >= 4 ? 4 : 1;
-                    const real *from = pad + (long)a * S * line + (long)b * S * C;
-                    real *to = y + (((long)m * z->out_height + a) * z->out_width + b) * z->out + block;
-#define STEM(P, B) stem_tile(from, (long)S * C, K, K * C, line, w + block, z->out, to, P, B)
-                    if (np == FRAMES && nb == 4) STEM(FRAMES, 4);
-                    else if (np == 4 && nb == 4) STEM(4, 4);
-                    else if (nb == 4) STEM(1, 4);
-                    else if (np == FRAMES && nb == 2) STEM(FRAMES, 2);
-                    else if (np == 4 && nb == 2) STEM(4, 2);
-                    else if (nb == 2) STEM(1, 2);
-                    else if (np == FRAMES) STEM(FRAMES, 1);
-                    else if (np == 4) STEM(4, 1);
-                    else STEM(1, 1);
-#undef STEM
-                    b += np;
-                }
-            block += nb * VL;
-        }
+        for (int a = 0; a < z->out_height; a++)
+            stem_row(pad + (long)a * S * line, (long)S * C, K, K * C, line, w, z->out,
+                     y + ((long)m * z->out_height + a) * z->out_width * z->out, z->out_width);
         free(pad);
     }
 }
 
-/* dy [m p q out], w [out in kernel kernel] -> dx [m in h w].
-   The lanes of one vector are the side x side x in values of a square of pixels, so that few channels still fill it;
-   every square meets reach x reach output cells. */
-#define SQUARES 16
-NARROW void square_tile(const real *g, int wide, int reach, int out, const real *w, real *sums, const int move,
-                        const int nv) {
-    vec acc[SQUARES][2];
-    for (int f = 0; f < SQUARES; f++)
-        for (int i = 0; i < nv; i++) acc[f][i] = (vec){0};
-    for (int a = 0; a < reach; a++)
-        for (int b = 0; b < reach; b++)
-            for (int c = 0; c < out; c++) {
-                const real *s = g + ((long)a * out + c) * wide + b;
-                vec u[2];
-                for (int i = 0; i < nv; i++) u[i] = load(w + (((long)a * reach + b) * out + c) * nv * VL + i * VL);
-                for (int f = 0; f < SQUARES; f++)
-                    for (int i = 0; i < nv; i++) acc[f][i] += s[f * move] * u[i];
-            }
-    for (int f = 0; f < SQUARES; f++)
-        for (int i = 0; i < nv; i++) store(sums + (f * nv + i) * VL, acc[f][i]);
+/* What the cells of a row send back to the pixels that they see, n values side by side for each row of the kernel. */
+NARROW void send_back(const real *sums, int width, int cells, int kernel, int step, real *to, long line, const int n) {
+    for (int b = 0; b < cells; b++)
+        for (int p = 0; p < kernel; p++) {
+            const real *s = sums + (long)b * width + p * n;
+            real *d = to + p * line + b * step;
+            for (int i = 0; i < n; i++) d[i] += s[i];
+        }
 }
 
+/* dy [m p q out], w [out in kernel kernel] -> dx [m in h w]: a product for every cell, whose results are added up. */
 void stem_input_grad(const shape *z, const real *dy, const real *w, real *dx) {
-    const int K = z->kernel, C = z->in, S = z->stride, P = z->padding;
-    int side = S;
-    while ((2 * side) * (2 * side) * C <= 16) side *= 2;
-    const int nv = (side * side * C + VL - 1) / VL, width = nv * VL, move = side / S;
-    const int low = -((K - 1 - P) / S), high = (side - 1 + P) / S, reach = high - low + 1;
-    const int rows = (z->height + side - 1) / side;
-    const int cols = ((z->width + side - 1) / side + SQUARES - 1) / SQUARES * SQUARES;
-    const int wide = (cols - 1) * move + reach, lines = (rows - 1) * move + reach;
-    real *table = calloc((size_t)reach * reach * z->out * width, sizeof(real));
-    for (int a = 0; a < reach; a++)
-        for (int b = 0; b < reach; b++)
-            for (int i = 0; i < side; i++)
-                for (int j = 0; j < side; j++) {
-                    const int p = i + P - (low + a) * S, q = j + P - (low + b) * S;
-                    if (p < 0 || p >= K || q < 0 || q >= K) continue;
-                    for (int c = 0; c < z->out; c++)
-                        for (int k = 0; k < C; k++)
-                            table[(((long)a * reach + b) * z->out + c) * width + (i * side + j) * C + k] =
-                                w[(((long)c * C + k) * K + p) * K + q];
-                }
+    const int K = z->kernel, C = z->in, S = z->stride, P = z->padding, span = K * C;
+    const int width = (K * span + VL - 1) / VL * VL; /* of the product: kernel x kernel x in, and zeros */
+    const int across = (z->out_width - 1) * S + K, down = (z->out_height - 1) * S + K;
+    const long line = (long)(across > z->width + P ? across : z->width + P) * C;
+    const long lines = down > z->height + P ? down : z->height + P;
+    real *table = calloc((size_t)z->out * width, sizeof(real));
+    for (int o = 0; o < z->out; o++)
+        for (int k = 0; k < C; k++)
+            for (int tap = 0; tap < K * K; tap++)
+                table[(long)o * width + tap * C + k] = w[((long)o * C + k) * K * K + tap];
     PARALLEL(z->threads)
     for (int m = 0; m < z->frames; m++) {
-        real *pad = calloc((size_t)lines * z->out * wide, sizeof(real)); /* [lines out wide], zeros around the map */
-        real sums[SQUARES * 2 * VL];
-        for (int a = 0; a < z->out_height && a - low < lines; a++)
-            for (int b = 0; b < z->out_width && b - low < wide; b++)
-                for (int c = 0; c < z->out; c++)
-                    pad[((long)(a - low) * z->out + c) * wide + b - low] =
-                        dy[(((long)m * z->out_height + a) * z->out_width + b) * z->out + c];
-        for (int r = 0; r < rows; r++)
-            for (int s = 0; s < cols; s += SQUARES) {
-                const real *g = pad + (long)r * move * z->out * wide + (long)s * move;
-#define SQUARE(MOVE, NV) square_tile(g, wide, reach, z->out, table, sums, MOVE, NV)
-                if (nv == 1 && move == 1) SQUARE(1, 1);
-                else if (nv == 1 && move == 2) SQUARE(2, 1);
-                else if (nv == 1) SQUARE(move, 1);
-                else SQUARE(move, 2);
-#undef SQUARE
-                for (int f = 0; f < SQUARES; f++)
-                    for (int i = 0; i < side; i++)
-                        for (int j = 0; j < side; j++) {
-                            const int h = r * side + i, v = (s + f) * side + j;
-                            if (h >= z->height || v >= z->width) continue;
-                            for (int k = 0; k < C; k++)
-                                dx[(((long)m * C + k) * z->height + h) * z->width + v] =
-                                    sums[f * width + (i * side + j) * C + k];
-                        }
-            }
+        real *pad = calloc((size_t)(line * lines), sizeof(real)); /* the gradient, channels last, with its margin */
+        real *sums = malloc(sizeof(real) * (size_t)z->out_width * width);
+        for (int a = 0; a < z->out_height; a++) {
+            const real *row = dy + ((long)m * z->out_height + a) * z->out_width * z->out;
+            stem_row(row, z->out, 1, z->out, 0, table, width, sums, z->out_width);
+#define SEND(N) send_back(sums, width, z->out_width, K, S * C, pad + (long)a * S * line, line, N)
+            if (span == 21) SEND(21); /* 7 x 7 and 3 x 3 windows of colours and greys, unrolled */
+            else if (span == 9) SEND(9);
+            else if (span == 7) SEND(7);
+            else if (span == 3) SEND(3);
+            else SEND(span);
+#undef SEND
+        }
+        for (int k = 0; k < C; k++)
+            for (int h = 0; h < z->height; h++)
+                for (int v = 0; v < z->width; v++)
+                    dx[(((long)m * C + k) * z->height + h) * z->width + v] = pad[(h + P) * line + (long)(v + P) * C + k];
+        free(sums);
         free(pad);
     }
     free(table);
@@ -497,13 +469,19 @@ void turn_weights(const shape *z, real *w, real *t, int back) {
 
 /* ---- pooling; the first maximum of a window in row-major order gets its gradient, as in PyTorch ---- */
 
+/* Output cell (a, b) of frame m. */
+static inline long pooled(const shape *z, int m, int a, int b) {
+    const long frame = (long)(m / z->some) * z->all + m % z->some;
+    return ((frame * z->out_height + a) * z->out_width + b) * z->in;
+}
+
 void max_pool(const shape *z, const real *x, real *y, uint8_t *at) {
     const int C = z->in, K = z->kernel;
     PARALLEL(z->threads)
     for (int m = 0; m < z->frames; m++)
         for (int a = 0; a < z->out_height; a++)
             for (int b = 0; b < z->out_width; b++) {
-                const long o = (((long)m * z->out_height + a) * z->out_width + b) * C;
+                const long o = pooled(z, m, a, b);
                 for (int c = 0; c < C; c++) y[o + c] = -INFINITY, at[o + c] = 0;
                 for (int tap = 0; tap < K * K; tap++) {
                     const int h = a * z->stride + tap / K - z->padding, v = b * z->stride + tap % K - z->padding;
@@ -549,7 +527,7 @@ void avg_pool(const shape *z, const real *x, real *y) {
     for (int m = 0; m < z->frames; m++)
         for (int a = 0; a < z->out_height; a++)
             for (int b = 0; b < z->out_width; b++) {
-                real *o = y + (((long)m * z->out_height + a) * z->out_width + b) * C;
+                real *o = y + pooled(z, m, a, b);
                 memset(o, 0, sizeof(real) * (size_t)C);
                 for (int tap = 0; tap < K * K; tap++) {
                     const int h = a * z->stride + tap / K - z->padding, v = b * z->stride + tap % K - z->padding;

@@ -108,16 +108,19 @@ class Shape(ctypes.Structure):
         (name, ctypes.c_int)
         for name in (
             "frames", "height", "width", "channels", "kernel", "stride", "padding", "out_height", "out_width", "out",
-            "threads",
+            "threads", "some", "all",
         )
     ]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
-def shape(frames: int, h: int, w: int, cin: int, cout: int, kernel: int, stride: int, padding: int, threads: int):
-    """A `Shape` by reference, ready to pass."""
+def shape(
+    frames: int, h: int, w: int, cin: int, cout: int, kernel: int, stride: int, padding: int, threads: int,
+    among: tuple[int, int] = (1, 1),
+):  # fmt: skip
+    """A `Shape` by reference, ready to pass. The frames of a pool are so many images a step, among so many."""
     ho, wo = (h + 2 * padding - kernel) // stride + 1, (w + 2 * padding - kernel) // stride + 1
-    return ctypes.byref(Shape(frames, h, w, cin, kernel, stride, padding, ho, wo, cout, threads))
+    return ctypes.byref(Shape(frames, h, w, cin, kernel, stride, padding, ho, wo, cout, threads, *among))
 
 
 _POINTER, _INT, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
@@ -343,11 +346,11 @@ static inline float exp_single(float given) {
 
 /* y [frames rows C] read at frame[t], scaled to a y + b per channel if a is given -> spikes s (plus `plus`) and
    charged potentials h [steps rows C]; h and plus may be NULL, h may lie over y if every step has its frame. rate: a
-   learnt leak, or NULL. */
+   learnt leak, or NULL. The rows are some of `whole` in y, plus and h, all of them in s. */
 void fire(const real *y, const int *frame, const real *a, const real *b, const real *plus, const real *rate, real *s,
-          real *h, int steps, long rows, int C, int threads) {
+          real *h, int steps, long rows, long whole, int C, int threads) {
     const real leak = rate ? *rate : 0;
-    const long size = rows * C, per = CHUNK / C > 0 ? CHUNK / C : 1;
+    const long size = whole * C, per = CHUNK / C > 0 ? CHUNK / C : 1;
     PARALLEL(threads)
     for (long first = 0; first < rows; first += per) {
         const long n = rows - first < per ? rows - first : per;
@@ -356,7 +359,7 @@ void fire(const real *y, const int *frame, const real *a, const real *b, const r
         for (int t = 0; t < steps; t++) {
             const real *in = y + frame[t] * size + first * C;
             const long at = t * size + first * C;
-            real *out = s + at;
+            real *out = s + t * rows * C + first * C;
             if (a) {
                 for (long r = 0; r < n; r++)
                     for (int c = 0; c < C; c++) now[r * C + c] = MULADD(in[r * C + c], a[c], b[c]);
@@ -437,7 +440,7 @@ void back(const real *grad, const real *h, const int *frame, const int *last, co
 }
 """
 _NEURON_SIGNATURES = {
-    "fire": (_POINTER,) * 8 + (_INT, _LONG, _INT, _INT),
+    "fire": (_POINTER,) * 8 + (_INT, _LONG, _LONG, _INT, _INT),
     "back": (_POINTER,) * 14 + (_INT, _LONG, _INT, _INT),
 }
 

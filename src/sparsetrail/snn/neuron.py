@@ -131,7 +131,7 @@ class _Fused(torch.autograd.Function):
         s, h, size = torch.empty_like(x), torch.empty_like(x), x.numel() // len(x)
         frame, _ = kernels.frames(tuple(range(len(x))))
         at = map(kernels.pointer, (x, frame, None, None, None, leak, s, h))
-        k.fire(*at, len(x), size, 1, torch.get_num_threads())
+        k.fire(*at, len(x), size, size, 1, torch.get_num_threads())
         return s, h
 
     @staticmethod
@@ -395,7 +395,8 @@ class _Ruled(torch.autograd.Function):
             s, h = torch.empty_like(x), torch.empty_like(x)
             frame, _ = kernels.frames(tuple(range(len(x))))
             at = map(kernels.pointer, (x, frame, None, None, None, leak, s, h))
-            k.fire(*at, len(x), x.numel() // len(x), 1, torch.get_num_threads())
+            size = x.numel() // len(x)
+            k.fire(*at, len(x), size, size, 1, torch.get_num_threads())
         ctx.rule, ctx.spec, ctx.number = rule, spec, number
         ctx.save_for_backward(h, leak)
         return s
