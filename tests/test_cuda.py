@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sparsetrail.core.precision import products
 from sparsetrail.snn import cuda, engine, kernels, unfold
-from sparsetrail.snn.encode import phase
+from sparsetrail.snn.encode import direct, phase
 from sparsetrail.snn.engine import AvgPool2d, Conv2d, _FireNormed, _pooled, freeze
 from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.net import NetSpec
@@ -328,6 +328,37 @@ def test_a_network_by_the_convolutions_and_pools_of_a_gpu(windows, monkeypatch, 
     z, near = found(freeze(net, half=True), [leaf])
     assert torch.equal(z, ours[1][0]) and not torch.equal(near, ours[1][1])
     assert F.cosine_similarity(near.flatten(), ours[1][1].flatten(), 0) > 0.99
+
+
+@pytest.mark.parametrize(
+    "code", [direct(steps=4), phase(steps=5, bits=2), phase(steps=5, bits=3)], ids=lambda c: c.name
+)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_frames_shown_again_go_through_the_first_layer_once_on_a_gpu_too(windows, monkeypatch, code, mode):
+    """On a CPU that says it is a GPU; where less than half are shown again they all go through."""
+    x = (torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255).double()
+    net = lively(NetSpec(width=0.125, steps=code.steps), code(x.float())).double().train(mode == "train")
+    y, leaf, seen = torch.arange(3), x.requires_grad_(), []
+
+    def found(scores):
+        own = copy.deepcopy(net)
+        z = scores(own)
+        grads = torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), [leaf, *own.parameters()])
+        return [z.detach(), *grads, *(b.double() for b in own.buffers())]
+
+    with kernels.plain():
+        want = found(lambda own: own(code(leaf)))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(Conv2d, "served", lambda self, x: False)
+    for name in ("_can_fire", "_fire_normed"):
+        monkeypatch.setattr(engine, name, lambda *_: None)
+    convolve = unfold.convolve
+    monkeypatch.setattr(unfold, "convolve", lambda x, *a, **k: seen.append(tuple(x.shape[:2])) or convolve(x, *a, **k))
+    ours = found(lambda own: own.scores(leaf, code))
+    distinct = len(set(code.frames))
+    assert seen[0] == (3 * (distinct if 2 * distinct <= code.steps else code.steps), 3)
+    for a, b in zip(ours, want, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
 
 
 class Driver:

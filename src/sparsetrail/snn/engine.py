@@ -10,7 +10,8 @@ On a CPU with a C compiler (`kernels`), for float32 and float64:
   `Workspace` that is used again instead of fresh memory.
 
 On a GPU neurons, with BatchNorm where weights are constant, and pools run kernels of our own (`cuda`), convolutions are
-products (`unfold`, `dense`) where that is faster, and whole steps are recorded (`graphs`).
+products (`unfold`, `dense`) where that is faster, whole steps are recorded (`graphs`), and frames are shared where half
+of them are shown again.
 
 Sums run in another order than PyTorch's, so in float32 a potential within rounding of the threshold can flip a spike;
 in float64 a network's gradients agree to 1e-10. Modules that somebody watches by hooks, functorch, forward-mode
@@ -374,10 +375,17 @@ def _through_code(grad: Tensor, slope: Tensor) -> Tensor:
 
 
 def coded(x: Float[Tensor, "n c h w"], encode: Encoder, conv: nn.Module) -> Tensor | None:
-    """Currents [f*n d p q] of the distinct frames of `encode(x)`, or None where frames cannot be shared."""
-    if encode.frames is None or not isinstance(conv, Conv2d) or conv.in_channels > FEW:
+    """Currents [f*n d p q] of the distinct frames of `encode(x)`, or None where frames cannot be shared.
+
+    On a GPU where half of the steps or more show a frame again: `fire` copies the currents there.
+    """
+    if encode.frames is None or not isinstance(conv, Conv2d) or conv.in_channels > FEW or not conv.usual():
         return None
-    if not conv.usual() or not conv.served(x):
+    frames = range(max(encode.frames) + 1)
+    if x.is_cuda and not conv.exact and kernels.switched_on() and 2 * len(frames) <= encode.steps:
+        shown = encode(x).unbind(0)
+        return conv(torch.cat([shown[encode.frames.index(f)] for f in frames]))
+    if not conv.served(x):
         return None
     planes, slope = encode.distinct(x.detach())
     if slope is None and x.requires_grad:
@@ -753,7 +761,8 @@ def fire(
     order = order or tuple(range(steps))
     if not _can_fire(y, norm, neuron, plus):
         if order != tuple(range(steps)):
-            y = torch.cat([y.unflatten(0, (max(order) + 1, -1))[f] for f in order])
+            shown = y.unflatten(0, (max(order) + 1, -1)).unbind(0)
+            y = torch.cat([shown[f] for f in order])
         s = _fire_normed(y, norm, neuron, steps, plus)
         if s is None:
             s = neuron(norm(y))
