@@ -593,6 +593,27 @@ def test_bf16_changes_input_gradients_only_and_little(device):
     assert ((g > 0) == (near > 0))[g.abs() > 0.05 * g.abs().max()].all()
 
 
+@needs_bf16
+@pytest.mark.parametrize("channels", [3, 32])
+@pytest.mark.parametrize(("kernel", "stride"), [(7, 2), (3, 1), (1, 1)])
+def test_an_input_gradient_in_bf16(channels, kernel, stride):
+    """Off by no more than the rounding of its two factors, 2^-9 each of their products; exact zeros stay."""
+    g = torch.Generator().manual_seed(0)
+    conv = Conv2d(channels, 48, kernel, stride, kernel // 2, bias=False)
+    x = torch.rand(7, channels, 9, 11, generator=g).requires_grad_()
+    y = conv(x)
+    push = torch.randn(y.shape, generator=g)
+    push[:, :, 3:] = 0  # some pixels are seen by nothing else
+    push[2] = 0
+    absolute = F.conv2d(x, conv.weight.abs(), None, stride, kernel // 2)
+    (dx,), (size,) = torch.autograd.grad(y, [x], push), torch.autograd.grad(absolute, [x], push.abs())
+    conv.half_products = True
+    z = conv(x)
+    (near,) = torch.autograd.grad(z, [x], push)
+    assert torch.equal(y, z) and not torch.equal(near, dx)
+    assert ((near - dx).abs() <= 2**-8 * size).all() and torch.equal(near == 0, dx == 0) and (dx == 0).any()
+
+
 def test_bf16_is_refused_where_there_is_none(monkeypatch):
     net, x, y = network(torch.float32)
     monkeypatch.setattr("sparsetrail.snn.net.has_bf16", lambda: False)

@@ -237,7 +237,7 @@ def _stem(x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
 def _stem_input(grad: Tensor, weight: Tensor, g: _Geometry, size: tuple[int, ...]) -> Tensor:
     dx, (m, cin, h, w) = grad.new_empty(size), size
     z, weight = g.shape(m, cin, h, w, len(weight)), weight.contiguous()
-    kernels.library(grad.dtype).stem_input_grad(z, pointer(grad), pointer(weight), pointer(dx))
+    kernels.library(grad.dtype).stem_input_grad(z, pointer(grad), pointer(weight), pointer(dx), g.half)
     return dx
 
 
@@ -310,7 +310,7 @@ class Conv2d(nn.Conv2d):
 
     def geometry(self, x: Tensor) -> _Geometry:
         """Sizes, and memory for maps."""
-        half = self.half_products and self.in_channels > FEW and bool(kernels.library(x.dtype).has_bf16())
+        half = self.half_products and bool(kernels.library(x.dtype).has_bf16())
         return _Geometry(self.kernel_size[0], self.stride[0], int(self.padding[0]), half, self.space)
 
     def usual(self) -> bool:

@@ -365,8 +365,12 @@ NARROW void send_back(const real *sums, int width, int cells, int kernel, int st
         }
 }
 
-/* dy [m p q out], w [out in kernel kernel] -> dx [m in h w]: a product for every cell, whose results are added up. */
-void stem_input_grad(const shape *z, const real *dy, const real *w, real *dx) {
+void pair_weights(const shape *z, const float *w, uint16_t *t);
+void input_grad_bf16(const shape *z, const float *dy, const uint16_t *w, float *dx);
+
+/* dy [m p q out], w [out in kernel kernel] -> dx [m in h w]: a product for every cell, in bf16 if `half`, whose results
+   are added up. */
+void stem_input_grad(const shape *z, const real *dy, const real *w, real *dx, int half) {
     const int K = z->kernel, C = z->in, S = z->stride, P = z->padding, span = K * C;
     const int width = (K * span + VL - 1) / VL * VL; /* of the product: kernel x kernel x in, and zeros */
     const int across = (z->out_width - 1) * S + K, down = (z->out_height - 1) * S + K;
@@ -377,13 +381,19 @@ void stem_input_grad(const shape *z, const real *dy, const real *w, real *dx) {
         for (int k = 0; k < C; k++)
             for (int tap = 0; tap < K * K; tap++)
                 table[(long)o * width + tap * C + k] = w[((long)o * C + k) * K * K + tap];
+    const int cells = z->out_height * z->out_width, some = half ? cells : z->out_width; /* bf16: a map, else a row */
+    const shape one = {cells, 1, 1, width, 1, 1, 0, 1, 1, z->out, 1}; /* a cell as a frame of its own */
+    uint16_t *pairs = half ? malloc(sizeof(uint16_t) * (size_t)z->out * width) : NULL;
+    if (half) pair_weights(&one, (const float *)table, pairs);
     PARALLEL(z->threads)
     for (int m = 0; m < z->frames; m++) {
         real *pad = calloc((size_t)(line * lines), sizeof(real)); /* the gradient, channels last, with its margin */
-        real *sums = malloc(sizeof(real) * (size_t)z->out_width * width);
+        real *room = malloc(sizeof(real) * (size_t)some * width);
+        const real *map = dy + (long)m * cells * z->out;
+        if (half) input_grad_bf16(&one, (const float *)map, pairs, (float *)room);
         for (int a = 0; a < z->out_height; a++) {
-            const real *row = dy + ((long)m * z->out_height + a) * z->out_width * z->out;
-            stem_row(row, z->out, 1, z->out, 0, table, width, sums, z->out_width);
+            const real *sums = half ? room + (long)a * z->out_width * width : room;
+            if (!half) stem_row(map + (long)a * z->out_width * z->out, z->out, 1, z->out, 0, table, width, room, some);
 #define SEND(N) send_back(sums, width, z->out_width, K, S * C, pad + (long)a * S * line, line, N)
             if (span == 21) SEND(21); /* 7 x 7 and 3 x 3 windows of colours and greys, unrolled */
             else if (span == 9) SEND(9);
@@ -396,9 +406,10 @@ void stem_input_grad(const shape *z, const real *dy, const real *w, real *dx) {
             for (int h = 0; h < z->height; h++)
                 for (int v = 0; v < z->width; v++)
                     dx[(((long)m * C + k) * z->height + h) * z->width + v] = pad[(h + P) * line + (long)(v + P) * C + k];
-        free(sums);
+        free(room);
         free(pad);
     }
+    free(pairs);
     free(table);
 }
 

@@ -134,7 +134,7 @@ _SIGNATURES = {  # of kernels.c
     "pair_weights": (_POINTER,) * 3,
     "turn_weights": (_POINTER, _POINTER, _POINTER, _INT),
     "stem_conv": (_POINTER,) * 4,
-    "stem_input_grad": (_POINTER,) * 4,
+    "stem_input_grad": (_POINTER, _POINTER, _POINTER, _POINTER, _INT),
     "max_pool": (_POINTER,) * 4,
     "avg_pool": (_POINTER,) * 3,
     "pool_grad": (_POINTER,) * 4,
