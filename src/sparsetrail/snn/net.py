@@ -160,7 +160,7 @@ def victim(
         recorded: dict[str, Scores] = {}
         known = _Known()
 
-        def run(x: Tensor, task: str, half: bool) -> Tensor:
+        def run(x: Tensor, task: str) -> Tensor:
             if net.training:
                 raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
 
@@ -179,7 +179,7 @@ def victim(
             # what autocast makes of weights it keeps, and lets go of, by itself
             if not x.is_cuda or rule is not None or stretched or torch.is_autocast_enabled("cuda"):
                 return plain(x, watched(*net.modules()))
-            key = f"{task} {half} {kernels.switched_on()}"
+            key = f"{task} {kernels.switched_on()}"
             z, made = None, recorded.get(key)
             if made is not None and made.ready(x):
                 z = made(x)  # the GPU works while the network is looked at; what an older one said is thrown away
@@ -195,9 +195,8 @@ def victim(
 
         return Victim(
             encode=code,
-            logits=lambda u: run(u, "logits", half),
-            shortcut=(lambda x: run(x, "scores", half)) if hasattr(net, "scores") and not code.random else None,
-            exact=(lambda u: run(u, "logits", False)) if half else None,
+            logits=lambda u: run(u, "logits"),
+            shortcut=(lambda x: run(x, "scores")) if hasattr(net, "scores") and not code.random else None,
             steps=code.steps,
             classes=k,
             name=name,
