@@ -23,12 +23,13 @@ from sparsetrail.core import Linf
 from sparsetrail.core.precision import products
 from sparsetrail.snn import dense, engine, kernels
 from sparsetrail.snn.encode import BACKWARD_RULES, bit_plane, direct, latency, phase, poisson
-from sparsetrail.snn.engine import Conv2d, Workspace, fire, freeze, has_bf16, share_memory
+from sparsetrail.snn.engine import Conv2d, fire, freeze, has_bf16, share_memory
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.net import NetSpec, _Known, victim
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, reference
 from sparsetrail.snn.resnet import FoldedNeuron
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
+from sparsetrail.snn.workspace import Workspace
 from sparsetrail.training import TrainSpec, train
 
 REASON = "no C compiler on this machine: the plain path serves"

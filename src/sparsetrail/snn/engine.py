@@ -19,12 +19,7 @@ derivatives and `NetSpec(exact=True)` take the plain operations. Second derivati
 A `neuron.Rule` changes the backward of a pass and none of its spikes; it has first derivatives only.
 """
 
-import bisect
 import functools
-import math
-import mmap
-import sys
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,83 +35,10 @@ from sparsetrail.snn.dense import plain_backward
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, Rule, apart, fused, kernel, parts, through_time
+from sparsetrail.snn.workspace import Workspace, maps
 
 FEW = 4  # channels up to which a first layer runs the kernels for images
 POOLED = 2**19  # spikes that are made before they are pooled
-
-
-class Workspace:
-    """Memory for intermediate maps that is used again as soon as no tensor refers to it; freed with its owner.
-
-    Fresh memory costs a page fault every 4 KiB: on the machine measured, ten times the time of writing it.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.held: dict[torch.dtype, list[tuple[int, torch.UntypedStorage]]] = {}  # by size
-
-    def __deepcopy__(self, _memo: dict) -> "Workspace":
-        return Workspace()
-
-    def __reduce__(self):
-        return Workspace, ()
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor on the CPU."""
-        count = -(-math.prod(shape) // 16384) * 16384  # rounded up, so that a batch a little smaller fits again
-        with self.lock:
-            blocks = self.held.setdefault(dtype, [])
-            at = bisect.bisect_left(blocks, count, key=_size)
-            while at < len(blocks) and blocks[at][0] <= 4 * count and _users(blocks[at][1]._cdata) != 1:
-                at += 1
-            if at == len(blocks) or blocks[at][0] > 4 * count:
-                block = _block(count * dtype.itemsize)
-                if _users is not _nobody:  # smaller ones that are free belong to smaller batches that are over
-                    blocks[:] = [b for b in blocks if b[0] >= count or _users(b[1]._cdata) != 1]
-                    bisect.insort_left(blocks, (count, block), key=_size)
-            else:
-                block = blocks[at][1]
-            return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, shape, _strides(shape))
-
-
-def _block(size: int) -> torch.UntypedStorage:
-    """Fresh memory that goes back to the system as soon as nobody holds it: what `free` gets, a heap may keep."""
-    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON}  # not shared by a fork
-    try:
-        fresh = torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)
-    except OSError:  # no more of it: PyTorch says how much was asked for
-        fresh = torch.empty(size, dtype=torch.uint8, device="cpu")
-    return fresh.untyped_storage()
-
-
-def _size(block: tuple[int, torch.UntypedStorage]) -> int:
-    return block[0]
-
-
-def _nobody(_: int) -> int:
-    return 0
-
-
-_users = getattr(torch._C, "_storage_Use_Count", _nobody)  # not public: without it memory is simply not used again
-
-
-@functools.lru_cache(maxsize=1024)
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    out, step = [], 1
-    for n in reversed(shape):
-        out.append(step)
-        step *= n
-    return tuple(reversed(out))
-
-
-def _maps(space: Workspace | None, m: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
-    """An uninitialised map tensor [m c h w], channels last in memory."""
-    whole = (
-        torch.empty((m, h, w, c), dtype=like.dtype, device="cpu")
-        if space is None
-        else space.take((m, h, w, c), like.dtype)
-    )
-    return whole.permute(0, 3, 1, 2)
 
 
 def watched(*modules: nn.Module | None) -> bool:
@@ -172,7 +94,7 @@ class _SpikeConv(torch.autograd.Function):
         m, cin, h, w = x.shape
         z = g.shape(m, cin, h, w, len(weight))
         turned = _scratch(g, weight)
-        y = _maps(g.space, m, len(weight), g.out(h), g.out(w), x)
+        y = maps(g.space, m, len(weight), g.out(h), g.out(w), x)
         lib = kernels.library(x.dtype)
         lib.turn_weights(z, pointer(weight), pointer(turned), 0)
         lib.spike_conv(z, pointer(x), pointer(turned), pointer(y))
@@ -190,7 +112,7 @@ class _SpikeConv(torch.autograd.Function):
         z = g.shape(m, cin, h, w, len(weight))
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _maps(g.space, m, cin, h, w, weight)
+            dx = maps(g.space, m, cin, h, w, weight)
             if g.half:
                 pairs = _scratch(g, weight, torch.bfloat16)
                 lib.pair_weights(z, pointer(weight), pointer(pairs))
@@ -227,7 +149,7 @@ class _StemConv(torch.autograd.Function):
 
 def _stem(x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
     m, cin, h, w = x.shape
-    y = _maps(g.space, m, len(weight), g.out(h), g.out(w), x)
+    y = maps(g.space, m, len(weight), g.out(h), g.out(w), x)
     turned = weight.detach().permute(2, 3, 1, 0).contiguous()
     z = g.shape(m, cin, h, w, len(weight))
     kernels.library(x.dtype).stem_conv(z, pointer(x), pointer(turned), pointer(y))
@@ -431,7 +353,7 @@ class _Pooling:
         if like.is_cuda:
             y = torch.empty((m, c, p, q), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
         else:
-            y = _maps(space, m, c, p, q, like)
+            y = maps(space, m, c, p, q, like)
         return y, at
 
     def fill(self, x: Tensor, y: Tensor, at: Tensor | None, some: int, every: int) -> None:
@@ -452,7 +374,7 @@ class _Pooling:
             grad, dx = aligned(grad), grad.new_empty(m, h, w, c)
             self.on_gpu(grad).unpool(pointer(grad), pointer(dx), pointer(at), (m, c, h, w, *grad.shape[2:]))
             return dx.permute(0, 3, 1, 2)
-        dx = _maps(space, m, c, h, w, grad)
+        dx = maps(space, m, c, h, w, grad)
         kernels.library(grad.dtype).pool_grad(self.shape(m, c, h, w), pointer(grad), pointer(at), pointer(dx))
         return dx
 
@@ -496,7 +418,7 @@ class _Fire(torch.autograd.Function):
         h = None
         if keep:  # where nobody needs the currents any more, the potentials take their place
             over = layer.own and not with_input and order == tuple(range(steps))
-            h = y.detach() if over else _maps(space, steps * n, c, p, q, y)
+            h = y.detach() if over else maps(space, steps * n, c, p, q, y)
         frame, _ = kernels.frames(order)
 
         def run(s: Tensor, first: int, some: int) -> None:
@@ -508,12 +430,12 @@ class _Fire(torch.autograd.Function):
 
         winners = None
         if layer.pooling is None:
-            s = _maps(space, steps * n, c, p, q, y)
+            s = maps(space, steps * n, c, p, q, y)
             run(s, 0, n)
         else:  # a few images at a time, so that spikes are pooled before they leave the cache, and never all there
             s, winners = layer.pooling.room((steps * n, c, p, q), y, space)
             few = min(n, max(threads, POOLED // (steps * c * p * q)))
-            part = _maps(space, steps * few, c, p, q, y)
+            part = maps(space, steps * few, c, p, q, y)
             for first in range(0, n, few):
                 some = min(few, n - first)
                 run(part, first, some)
@@ -559,7 +481,7 @@ class _FireByRule(_Fire):
             dy, d_gamma, d_beta = _through_norm(ctx, g)
             return dy, grad_s if wants[1] else None, d_gamma, d_beta, None
         frames, (_, n, c, p, q) = len(order) if through else max(order) + 1, h.shape
-        into = _maps(layer.space, frames * n, c, p, q, flat)
+        into = maps(layer.space, frames * n, c, p, q, flat)
         whole, scale = into.unflatten(0, (frames, n)), scale.view(-1, 1, 1)
         for part in parts(h):
             if through:
@@ -597,7 +519,7 @@ def _kernel_backward(ctx, grad_s: Tensor, slopes: Tensor | None = None):
     n = len(h) // steps
     rows, threads = n * p * q, torch.get_num_threads()
     mine = mine and grad_plus is None and frames == steps  # a gradient that is ours alone makes room for the next
-    dy = grad_s if mine else _maps(space, frames * n, c, p, q, h)
+    dy = grad_s if mine else maps(space, frames * n, c, p, q, h)
     frame, last = kernels.frames(order)
     sums = torch.zeros(threads, 2, c, dtype=torch.float64, device="cpu") if y is not None else None
     by = None if batch else scale

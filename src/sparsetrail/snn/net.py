@@ -14,7 +14,7 @@ from sparsetrail.core import Memory, Route, Victim
 from sparsetrail.core.precision import products
 from sparsetrail.snn import kernels
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import Conv2d, Workspace, freeze, has_bf16, watched
+from sparsetrail.snn.engine import Conv2d, freeze, has_bf16, watched
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, ruled
@@ -22,6 +22,7 @@ from sparsetrail.snn.pools import POOLS, share_of
 from sparsetrail.snn.resnet import DEPTHS, Connect, SpikingResNet, Stem
 from sparsetrail.snn.routes import NeuronRoute, neuron_route, put_relus, refuse_relus
 from sparsetrail.snn.vgg import PLANS, Norm, SpikingVGG
+from sparsetrail.snn.workspace import Workspace
 from sparsetrail.snn.wrn import SpikingWRN
 
 RESNETS = tuple(f"{family}_resnet{depth}" for family in ("sew", "spiking") for depth in DEPTHS)
