@@ -200,6 +200,7 @@ FIRES = [
     ("train", {}, (0, 1, 2, 3, 4), True),
     ("train", {"momentum": None}, (0, 1, 2, 0, 1), False),
     ("train", {"affine": False}, (0, 0, 0, 0, 0), False),
+    ("eval", {}, (2, 0, 1, 4, 3), False),
     ("eval", {"affine": False}, (0, 1, 1, 2, 3), True),
 ]
 
@@ -410,9 +411,11 @@ def test_frames_of_the_encoders():
     assert phase(steps=10).frames == (0, 1, 2, 3, 4, 5, 6, 7, 0, 1)
     assert direct(steps=3).frames == (0, 0, 0) and poisson(steps=3).frames is None
     x = pictures(2)
-    for encode in (phase(steps=10), latency(steps=6), bit_plane(), direct(steps=4)):
-        planes, _ = encode.distinct(x)
+    deep = phase(steps=20, bits=10, backward="weighted")  # two planes of zeros, each with its weight
+    for encode in (phase(steps=10), latency(steps=6), bit_plane(), direct(steps=4), deep):
+        planes, slope = encode.distinct(x)
         assert torch.equal(planes[list(encode.frames)], encode(x))
+        assert torch.equal(slope[list(encode.frames)], encode.slope)
 
 
 def test_a_frozen_copy_gives_the_same_to_the_bit():

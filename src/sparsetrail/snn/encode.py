@@ -153,7 +153,8 @@ def _coded(name: str, knobs: dict[str, Any], code: Tensor, weights: Tensor | Non
             return _look_up(code, grey_levels(x)).to(x.dtype)
         return _Coded.apply(x, code, slope)
 
-    columns = [tuple(column) for column in code.t().tolist()]
+    of_steps = slope if slope.ndim == 1 else torch.zeros(steps)  # frames that look the same may have another slope
+    columns = [tuple(column) for column in torch.cat([code, of_steps[None]]).t().tolist()]
     seen = list(dict.fromkeys(columns))
     return Encoder(
         name=name,

@@ -304,7 +304,8 @@ def coded(x: Float[Tensor, "n c h w"], encode: Encoder, conv: nn.Module) -> Tens
     if encode.frames is None or not isinstance(conv, Conv2d) or conv.in_channels > FEW or not conv.usual():
         return None
     frames = range(max(encode.frames) + 1)
-    if x.is_cuda and not conv.exact and kernels.switched_on() and 2 * len(frames) <= encode.steps:
+    plain = conv.exact or not kernels.switched_on() or kernels.overseen(x, conv.weight)
+    if x.is_cuda and not plain and 2 * len(frames) <= encode.steps:
         shown = encode(x).unbind(0)
         return conv(torch.cat([shown[encode.frames.index(f)] for f in frames]))
     if not conv.served(x):
@@ -518,7 +519,9 @@ def _kernel_backward(ctx, grad_s: Tensor, slopes: Tensor | None = None):
     steps, frames = len(order), max(order) + 1
     n = len(h) // steps
     rows, threads = n * p * q, torch.get_num_threads()
-    mine = mine and grad_plus is None and frames == steps  # a gradient that is ours alone makes room for the next
+    mine = (
+        mine and grad_plus is None and order == tuple(range(steps))
+    )  # a gradient that is ours alone makes room for the next
     dy = grad_s if mine else maps(space, frames * n, c, p, q, h)
     frame, last = kernels.frames(order)
     sums = torch.zeros(threads, 2, c, dtype=torch.float64, device="cpu") if y is not None else None

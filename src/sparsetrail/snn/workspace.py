@@ -50,7 +50,7 @@ def _block(size: int) -> torch.UntypedStorage:
     private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON}  # not shared by a fork
     try:
         fresh = torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)
-    except OSError:  # no more of it: PyTorch says how much was asked for
+    except (OSError, OverflowError):  # no more of it: PyTorch says how much was asked for
         fresh = torch.empty(size, dtype=torch.uint8, device="cpu")
     return fresh.untyped_storage()
 
