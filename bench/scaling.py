@@ -60,9 +60,8 @@ def main() -> None:
                 jobs["training step"] = {"rival": rival_training(c, LR)} | jobs["training step"]
                 jobs["attack step"] = {"rival": rival_attack(c)} | jobs["attack step"]
             for step, sides in jobs.items():
-                times = alternate(
-                    sides, a.runs, lambda c=c: clock(c.x.device), warm=1 + c.x.is_cuda
-                )  # a GPU records the second
+                warm = 1 + c.x.is_cuda  # a GPU records the second
+                times = alternate(sides, a.runs, lambda c=c: clock(c.x.device), warm=warm)
                 r = row(f"{step}, {axis} {value:g}", ms(times.get("rival")), ms(times["ours"]))
                 each = r.ours * 1e3 / (c.spec.steps * len(c.y))
                 facts = {"axis": axis, "value": f"{value:g}", "us_per_image_step": f"{each:.1f}"} | c.facts()
