@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from sparsetrail.core.precision import products
 from sparsetrail.snn import cuda, engine, kernels, unfold
 from sparsetrail.snn.encode import direct, phase
-from sparsetrail.snn.engine import AvgPool2d, Conv2d, _FireNormed, _pooled, freeze
+from sparsetrail.snn.engine import Conv2d, _FireNormed, freeze
 from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.neuron import NeuronSpec, fused, steps_in_c, through_time
+from sparsetrail.snn.pooling import AvgPool2d, pooled
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
 
 STAND_IN = """
@@ -294,7 +295,7 @@ def test_pools_by_windows(windows, monkeypatch, most, channels):
     pool = (nn.MaxPool2d if most else nn.AvgPool2d)(3, 2, 1)
     x = (torch.rand(4, channels, 9, 6, generator=torch.Generator().manual_seed(0)) > 0.5).double().requires_grad_()
     found = []
-    for f in (lambda v: _pooled(v, pool), pool):
+    for f in (lambda v: pooled(v, pool), pool):
         y = f(x)
         (plain,) = torch.autograd.grad(y.pow(3).sum(), x, retain_graph=True)
         (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
@@ -471,7 +472,7 @@ def test_pools_on_a_gpu(most, channels):
     found = []
     for where in ("cpu", "cuda"):
         leaf = x.to(where).contiguous(memory_format=torch.channels_last).requires_grad_()
-        y = _pooled(leaf, pool) if where == "cuda" else pool(leaf)
+        y = pooled(leaf, pool) if where == "cuda" else pool(leaf)
         assert where == "cpu" or type(y.grad_fn).__name__ == "_PooledBackward"
         (plain,) = torch.autograd.grad(y.pow(3).sum(), leaf, retain_graph=True)
         (first,) = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)

@@ -27,6 +27,7 @@ from sparsetrail.snn.engine import Conv2d, fire, freeze, has_bf16, share_memory
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.net import NetSpec, _Known, victim
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, reference
+from sparsetrail.snn.pooling import AvgPool2d, pooling_of
 from sparsetrail.snn.resnet import FoldedNeuron
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
 from sparsetrail.snn.workspace import Workspace
@@ -167,10 +168,10 @@ def test_what_was_made_of_a_weight_follows_it(channels):
 @pytest.mark.parametrize("most", [True, False], ids=["max", "average"])
 def test_pools(most):
     for kernel_size, stride, padding in ((3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)):
-        module = (nn.MaxPool2d if most else engine.AvgPool2d)(kernel_size, stride, padding)
+        module = (nn.MaxPool2d if most else AvgPool2d)(kernel_size, stride, padding)
         for x in (spikes(3, 5, 9, 12), torch.randn(2, 3, 7, 7, dtype=torch.float64)):  # ties everywhere, and none
             x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-            run = engine._pooling(module, x)
+            run = pooling_of(module, x)
             with torch.no_grad():
                 found, at = run.run(x, None)
             want = module(x)
@@ -185,13 +186,13 @@ def test_pools(most):
     if most:
         x = torch.zeros(1, 1, 4, 4)
         x[0, 0, 1, 1] = float("nan")
-        assert engine._pooling(nn.MaxPool2d(2), x).run(x, None)[0].isnan().sum() == 1
+        assert pooling_of(nn.MaxPool2d(2), x).run(x, None)[0].isnan().sum() == 1
     for odd in (
         nn.MaxPool2d(3, ceil_mode=True),
-        engine.AvgPool2d(3, 2, 1, count_include_pad=False),
+        AvgPool2d(3, 2, 1, count_include_pad=False),
         nn.MaxPool2d((2, 3)),
     ):
-        assert engine._pooling(odd, x) is None
+        assert pooling_of(odd, x) is None
 
 
 FIRES = [
@@ -208,7 +209,7 @@ FIRES = [
 @needs_kernels
 @pytest.mark.parametrize(("mode", "knobs", "order", "plus"), FIRES)
 @pytest.mark.parametrize("channels", [8, 3])
-@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(3, 2, 1), engine.AvgPool2d(2, 2, 0)], ids=["none", "max", "avg"])
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(3, 2, 1), AvgPool2d(2, 2, 0)], ids=["none", "max", "avg"])
 def test_batchnorm_and_neuron_in_one_pass(monkeypatch, mode, knobs, order, plus, channels, pool):
     """Pooled two images at a time of three."""
     monkeypatch.setattr(engine, "POOLED", 2 * len(order) * channels * 5 * 4)

@@ -9,10 +9,10 @@ from torch import nn
 
 from sparsetrail.models import import_weights
 from sparsetrail.snn.encode import direct, phase, poisson
-from sparsetrail.snn.engine import AvgPool2d
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNeuron, Normalise
 from sparsetrail.snn.net import NetSpec, build, running_for, victim
 from sparsetrail.snn.neuron import LEAST, Neuron, NeuronSpec, carrying
+from sparsetrail.snn.pooling import AvgPool2d
 from sparsetrail.snn.surrogate import Surrogate
 
 HIRE = NeuronSpec(kind="diet", reset=None, threshold=0.5, leak=0.9, surrogate=Surrogate("damped_triangle", 1.0))

@@ -22,8 +22,8 @@ from sparsetrail.recipes import measure
 from sparsetrail.recipes.measure import Bench, as_victim, follow
 from sparsetrail.report.labels import explain
 from sparsetrail.report.tables import ablations
-from sparsetrail.snn.engine import AvgPool2d
 from sparsetrail.snn.neuron import Neuron
+from sparsetrail.snn.pooling import AvgPool2d
 from sparsetrail.trails import Detail
 
 

@@ -29,33 +29,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn import cuda, dense, kernels, unfold
-from sparsetrail.snn.cuda import aligned
+from sparsetrail.snn import dense, kernels, unfold
 from sparsetrail.snn.dense import plain_backward
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.kernels import pointer
+from sparsetrail.snn.kernels import pointer, watched
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, Rule, apart, fused, kernel, parts, through_time
-from sparsetrail.snn.workspace import Workspace, maps
+from sparsetrail.snn.pooling import Pooling, pooled, pooling_of
+from sparsetrail.snn.workspace import Workspace, last, maps
 
 FEW = 4  # channels up to which a first layer runs the kernels for images
 POOLED = 2**19  # spikes that are made before they are pooled
-
-
-def watched(*modules: nn.Module | None) -> bool:
-    """Must one of these modules be called, since hooks wait for it or its `forward` was replaced?"""
-    if nn.modules.module._has_any_global_hook():
-        return True
-    return any(
-        m is not None
-        and (
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or "forward" in m.__dict__
-        )
-        for m in modules
-    )
 
 
 def _serve(*tensors: Tensor | None) -> bool:
@@ -108,7 +91,7 @@ class _SpikeConv(torch.autograd.Function):
         g, (m, cin, h, w) = ctx.geometry, ctx.size
         if kernels.differentiable(grad):
             return *plain_backward(ctx.needs_input_grad, grad, x, weight, ctx.size, g.stride, g.padding), None
-        grad, lib = _last(grad), kernels.library(weight.dtype)
+        grad, lib = last(grad), kernels.library(weight.dtype)
         z = g.shape(m, cin, h, w, len(weight))
         dx = dw = None
         if ctx.needs_input_grad[0]:
@@ -141,7 +124,7 @@ class _StemConv(torch.autograd.Function):
         if kernels.differentiable(grad):
             g = ctx.geometry
             return *plain_backward(ctx.needs_input_grad, grad, x, weight, ctx.size, g.stride, g.padding), None
-        grad = _last(grad)
+        grad = last(grad)
         dx = _stem_input(grad, weight, ctx.geometry, ctx.size) if ctx.needs_input_grad[0] else None
         dw = _weight_grad(grad, x, weight, ctx.geometry) if ctx.needs_input_grad[1] else None
         return dx, dw, None
@@ -170,10 +153,6 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, g: _Geometry) -> Tenso
     )[1]
 
 
-def _last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
 def _scratch(g: _Geometry, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Room for a weight in another order; made anew at every call, so that it cannot be a weight of yesterday."""
     size, dtype = (weight.numel(),), dtype or weight.dtype
@@ -196,7 +175,7 @@ class Conv2d(nn.Conv2d):
             if self.in_channels <= FEW:
                 y = _StemConv.apply(x.contiguous(), self.weight, self.geometry(x))
             else:
-                y = _SpikeConv.apply(_last(x), _last(self.weight), self.geometry(x))
+                y = _SpikeConv.apply(last(x), last(self.weight), self.geometry(x))
             return y if self.bias is None else y + self.bias.view(-1, 1, 1)
         if self.exact:
             return super().forward(x)
@@ -204,7 +183,7 @@ class Conv2d(nn.Conv2d):
         if dense.suits(x, self):
             return dense.convolve(x, self, half=half)
         if x.is_cuda and x.ndim == 4 and not kernels.overseen(x):
-            x = _last(x)  # otherwise the gradient is turned round, and back, on its way
+            x = last(x)  # otherwise the gradient is turned round, and back, on its way
         return unfold.convolve(x, self, half=half) if unfold.suits(x, self, half=half) else super().forward(x)
 
     def served(self, x: Tensor) -> bool:
@@ -240,19 +219,6 @@ class Conv2d(nn.Conv2d):
         return type(self).forward is Conv2d.forward and not watched(self)
 
 
-class AvgPool2d(nn.AvgPool2d):
-    """nn.AvgPool2d with the right gradient on a GPU too.
-
-    There the backward of a padded average pool on channels-last maps forgets the padding (PyTorch issue 188344, seen in
-    2.11): wrong numbers without a word. Maps go through it channels first.
-    """
-
-    def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m c p q"]:
-        if x.is_cuda and self.padding not in (0, (0, 0)):
-            return _last(super().forward(x.contiguous()))
-        return super().forward(x)
-
-
 class _CodedConv(torch.autograd.Function):
     """Convolution of the distinct frames [f n c h w] of an encoded image; the gradient goes back to the pixels.
 
@@ -283,11 +249,11 @@ class _CodedConv(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0] and slope.ndim == 1:
             summed = torch.einsum("f...,f->...", grad.unflatten(0, (f, n)), slope.to(grad.dtype))
-            dx = _stem_input(_last(summed), weight, g, (n, *rest))
+            dx = _stem_input(last(summed), weight, g, (n, *rest))
         elif ctx.needs_input_grad[0]:
-            dx = _through_code(_stem_input(_last(grad), weight, g, (f * n, *rest)).unflatten(0, (f, n)), slope)
+            dx = _through_code(_stem_input(last(grad), weight, g, (f * n, *rest)).unflatten(0, (f, n)), slope)
         if ctx.needs_input_grad[1]:
-            dw = _weight_grad(_last(grad), planes.flatten(0, 1), weight, g)
+            dw = _weight_grad(last(grad), planes.flatten(0, 1), weight, g)
         return dx, dw, None, None, None, None
 
 
@@ -321,66 +287,6 @@ def coded(x: Float[Tensor, "n c h w"], encode: Encoder, conv: nn.Module) -> Tens
 
 
 @dataclass(frozen=True)
-class _Pooling:
-    """A max (`most`) or average pool over square windows."""
-
-    kernel: int
-    stride: int
-    padding: int
-    most: bool
-
-    def shape(self, m: int, c: int, h: int, w: int, among: tuple[int, int] = (1, 1)):
-        at = self.kernel, self.stride, self.padding, torch.get_num_threads(), among
-        return kernels.shape(m, h, w, c, c, *at)
-
-    def on_gpu(self, x: Tensor) -> Any:
-        """The kernels for maps like `x`, or None."""
-        return cuda.windows(x.dtype, x.shape[1], self.kernel, self.stride, self.padding, x.device)
-
-    def run(self, x: Tensor, space: Workspace | None) -> tuple[Tensor, Tensor | None]:
-        """The pooled map, and of a max pool the winning tap of every cell, one byte each."""
-        y, at = self.room(x.shape, x, space)
-        if x.is_cuda:
-            self.on_gpu(x).pool(pointer(x), pointer(y), pointer(at), (*x.shape, *y.shape[2:]))
-        else:
-            self.fill(x, y, at, 1, 1)
-        return y, at
-
-    def room(self, size: tuple[int, ...], like: Tensor, space: Workspace | None) -> tuple[Tensor, Tensor | None]:
-        """Those two for maps of this size, not filled in."""
-        m, c, *sides = size
-        p, q = ((side + 2 * self.padding - self.kernel) // self.stride + 1 for side in sides)
-        at = torch.empty((m, p, q, c), dtype=torch.uint8, device=like.device) if self.most else None
-        if like.is_cuda:
-            y = torch.empty((m, c, p, q), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-        else:
-            y = maps(space, m, c, p, q, like)
-        return y, at
-
-    def fill(self, x: Tensor, y: Tensor, at: Tensor | None, some: int, every: int) -> None:
-        """Pool x, that is `some` images a step, into y and at, the first images of `every` a step."""
-        m, c, h, w = x.shape
-        lib, z = kernels.library(x.dtype), self.shape(m, c, h, w, (some, every))
-        if at is None:
-            lib.avg_pool(z, pointer(x), pointer(y))
-        else:
-            lib.max_pool(z, pointer(x), pointer(y), pointer(at))
-
-    def back(self, grad: Tensor, at: Tensor | None, size: tuple[int, ...], space: Workspace | None) -> Tensor:
-        """The gradient of the map, by differentiable operations where it must be."""
-        if kernels.differentiable(grad):
-            return _pool_backward(grad, at, size, self.kernel, self.stride, self.padding)
-        grad, (m, c, h, w) = _last(grad), size
-        if grad.is_cuda:
-            grad, dx = aligned(grad), grad.new_empty(m, h, w, c)
-            self.on_gpu(grad).unpool(pointer(grad), pointer(dx), pointer(at), (m, c, h, w, *grad.shape[2:]))
-            return dx.permute(0, 3, 1, 2)
-        dx = maps(space, m, c, h, w, grad)
-        kernels.library(grad.dtype).pool_grad(self.shape(m, c, h, w), pointer(grad), pointer(at), pointer(dx))
-        return dx
-
-
-@dataclass(frozen=True)
 class _Layer:
     """What a pass of `_Fire` needs to know beside its tensors."""
 
@@ -389,7 +295,7 @@ class _Layer:
     order: tuple[int, ...]
     space: Workspace | None
     own: bool
-    pooling: _Pooling | None
+    pooling: Pooling | None
     kernel: Any
     rule: Rule | None = None
     number: int = 0
@@ -510,8 +416,8 @@ def _kernel_backward(ctx, grad_s: Tensor, slopes: Tensor | None = None):
     """By the kernels: gradients of the input, of the other map, and of BatchNorm's weight and bias."""
     h, y, gamma, beta, mean, inv, scale, winners = ctx.saved_tensors
     layer, batch, wants = ctx.layer, ctx.batch, ctx.needs_input_grad
-    order, space, mine = layer.order, layer.space, layer.pooling is not None
-    grad_s = _last(grad_s)
+    order, space = layer.order, layer.space
+    grad_s = last(grad_s)
     grad_plus = grad_s if wants[1] else None
     if not (wants[0] or wants[2] or wants[3]):
         return None, grad_plus, None, None, None
@@ -519,15 +425,14 @@ def _kernel_backward(ctx, grad_s: Tensor, slopes: Tensor | None = None):
     steps, frames = len(order), max(order) + 1
     n = len(h) // steps
     rows, threads = n * p * q, torch.get_num_threads()
-    mine = (
-        mine and grad_plus is None and order == tuple(range(steps))
-    )  # a gradient that is ours alone makes room for the next
+    # a gradient that is ours alone makes room for the next
+    mine = layer.pooling is not None and grad_plus is None and order == tuple(range(steps))
     dy = grad_s if mine else maps(space, frames * n, c, p, q, h)
-    frame, last = kernels.frames(order)
+    frame, final = kernels.frames(order)
     sums = torch.zeros(threads, 2, c, dtype=torch.float64, device="cpu") if y is not None else None
     by = None if batch else scale
     where = mean if y is not None else None
-    at = map(pointer, (grad_s, h, frame, last, by, y, where, inv, None, None, slopes, dy, sums, None))
+    at = map(pointer, (grad_s, h, frame, final, by, y, where, inv, None, None, slopes, dy, sums, None))
     layer.kernel.back(*at, steps, rows, c, threads)
     d_gamma = d_beta = None
     if sums is not None:
@@ -642,7 +547,7 @@ class _FireNormed(torch.autograd.Function):
             inv = (norm.running_var + norm.eps).rsqrt()
             scale = inv if norm.weight is None else inv * norm.weight
             return g.flatten(0, 1) * scale.view(1, -1, 1, 1), plus, None, None, None, None
-        grad, out = _last(grad), torch.empty_like(h)
+        grad, out = last(grad), torch.empty_like(h)
         at = map(pointer, (grad, h, norm.running_var, norm.weight))
         ctx.run.back_normed(*at, norm.eps, pointer(out), len(h) // steps * p * q, c)
         return out, plus, None, None, None, None
@@ -660,7 +565,7 @@ def _fire_normed(y: Tensor, norm: nn.Module, neuron: Neuron, steps: int, plus: T
         return None
     if not type(neuron).__module__.startswith("sparsetrail.") or torch._C._are_functorch_transforms_active():
         return None
-    y, plus = _last(y), None if plus is None else _last(plus)
+    y, plus = last(y), None if plus is None else last(plus)
     run = kernel(
         spec, y.permute(0, 2, 3, 1).unflatten(0, (steps, -1)), None, *constant, *([] if plus is None else [plus])
     )
@@ -692,14 +597,14 @@ def fire(
         if s is None:
             s = neuron(norm(y))
             s = s if plus is None else plus + s
-        return s if pool is None else _pooled(s, pool)
-    pooling = None if pool is None else _pooling(pool, y)
+        return s if pool is None else pooled(s, pool)
+    pooling = None if pool is None else pooling_of(pool, y)
     spec, rule = neuron.differentiated()
     run, number = kernel(spec, y, given=rule is not None), 0 if rule is None else rule.number()
     layer = _Layer(norm, spec, order, neuron.space, own, pooling, run, rule, number)  # type: ignore[arg-type]
-    plus = None if plus is None else _last(plus)
+    plus = None if plus is None else last(plus)
     function = _Fire if rule is None else _FireByRule
-    s = function.apply(_last(y), plus, norm.weight, norm.bias, layer)[0]
+    s = function.apply(last(y), plus, norm.weight, norm.bias, layer)[0]
     return s if pool is None or pooling is not None else pool(s)
 
 
@@ -723,66 +628,6 @@ def _can_fire(y: Tensor, norm: nn.Module, neuron: Neuron, plus: Tensor | None) -
         and not (norm.training and not norm.track_running_stats)
         and kernel(spec, y, given=rule is not None) is not None
     )
-
-
-def _pooling(module: nn.Module, x: Tensor) -> _Pooling | None:
-    """A pool module as the kernels run it on maps like `x`, or None where they do not serve."""
-    kind = type(module)
-    if kind not in (nn.MaxPool2d, nn.AvgPool2d, AvgPool2d) or watched(module):
-        return None
-    kernel, stride, padding = module.kernel_size, module.stride, module.padding
-    if not (isinstance(kernel, int) and isinstance(stride, int) and isinstance(padding, int)) or module.ceil_mode:
-        return None
-    if kind is nn.MaxPool2d and (module.dilation != 1 or module.return_indices):
-        return None
-    if kind is not nn.MaxPool2d and (not module.count_include_pad or module.divisor_override is not None):
-        return None
-    fits = kernel <= 15 and padding <= kernel // 2 and min(x.shape[2:]) + 2 * padding >= kernel
-    return _Pooling(kernel, stride, padding, kind is nn.MaxPool2d) if fits else None
-
-
-class _Pooled(torch.autograd.Function):
-    """On a GPU: a pool whose backward keeps a byte a cell, or nothing, instead of the map and its indices."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, pooling: _Pooling) -> Tensor:
-        y, at = pooling.run(x, None)
-        ctx.pooling, ctx.size = pooling, x.shape
-        ctx.save_for_backward(at)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.pooling.back(grad, ctx.saved_tensors[0], ctx.size, None), None
-
-
-def _pooled(s: Tensor, pool: nn.Module) -> Tensor:
-    """`pool(s)`."""
-    fits = s.ndim == 4 and s.dtype in kernels.REAL and 0 < s.numel() < 2**31  # counted in 32 bits
-    wanted = s.is_cuda and fits and kernels.switched_on()
-    found = _pooling(pool, s) if wanted and not kernels.overseen(s) else None
-    if found is None or found.on_gpu(s) is None:
-        return pool(s)
-    return _Pooled.apply(aligned(_last(s)), found)
-
-
-def _pool_backward(grad: Tensor, at: Tensor | None, size, kernel: int, stride: int, padding: int) -> Tensor:
-    """By differentiable operations, for second derivatives."""
-    if at is None:
-        with torch.enable_grad():
-            x = torch.zeros(size, dtype=grad.dtype, device=grad.device, requires_grad=True)
-            y = F.avg_pool2d(x, kernel, stride, padding)
-        return torch.autograd.grad(y, x, grad.contiguous(), create_graph=torch.is_grad_enabled())[0]
-    tap = at.permute(0, 3, 1, 2).long()
-    row = (
-        torch.arange(tap.shape[2], device=tap.device).view(-1, 1) * stride
-        - padding
-        + tap.div(kernel, rounding_mode="floor")
-    )
-    col = torch.arange(tap.shape[3], device=tap.device) * stride - padding + tap.remainder(kernel)
-    flat = (row * size[3] + col).flatten(2)
-    into = grad.new_zeros(*size[:2], size[2] * size[3])
-    return into.scatter_add(2, flat, grad.reshape(*size[:2], -1)).reshape(size)
 
 
 # ---- whole networks ------------------------------------------------------------------------------------------------

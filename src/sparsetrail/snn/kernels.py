@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sparsetrail._files import write_atomic
@@ -69,7 +69,7 @@ def usable(*tensors: Tensor, device: str = "cpu") -> bool:
     if forward_ad._current_level >= 0:
         return False
     return all(
-        type(t) in (Tensor, torch.nn.Parameter)
+        type(t) in (Tensor, nn.Parameter)
         and t.device.type == device
         and t.dtype == tensors[0].dtype
         and t.layout == torch.strided
@@ -92,7 +92,24 @@ def overseen(*tensors: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or bool(torch._C._len_torch_dispatch_stack())
         or torch._C._get_tracing_state() is not None
-        or any(type(t) not in (Tensor, torch.nn.Parameter) or batched(t) for t in tensors)
+        or any(type(t) not in (Tensor, nn.Parameter) or batched(t) for t in tensors)
+    )
+
+
+def watched(*modules: nn.Module | None) -> bool:
+    """Must one of these modules be called, since hooks wait for it or its `forward` was replaced?"""
+    if nn.modules.module._has_any_global_hook():
+        return True
+    return any(
+        m is not None
+        and (
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or "forward" in m.__dict__
+        )
+        for m in modules
     )
 
 

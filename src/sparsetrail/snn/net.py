@@ -14,9 +14,10 @@ from sparsetrail.core import Memory, Route, Victim
 from sparsetrail.core.precision import products
 from sparsetrail.snn import kernels
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import Conv2d, freeze, has_bf16, watched
+from sparsetrail.snn.engine import Conv2d, freeze, has_bf16
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
 from sparsetrail.snn.graphs import Scores
+from sparsetrail.snn.kernels import watched
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, ruled
 from sparsetrail.snn.pools import POOLS, share_of
 from sparsetrail.snn.resnet import DEPTHS, Connect, SpikingResNet, Stem

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn.engine import AvgPool2d, Conv2d, conv_fire
+from sparsetrail.snn.engine import Conv2d, conv_fire
 from sparsetrail.snn.folded import Draws, FoldedNeuron
+from sparsetrail.snn.pooling import AvgPool2d
 
 POOLS = ("max", "avg", "mix", "learned", "stochastic", "sum", "conv", "none")
 """mix and learned are a share of max and the rest average, sum adds up and fires, conv is strided and fires."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn.engine import Conv2d, conv_fire, watched
+from sparsetrail.snn.engine import Conv2d, conv_fire
 from sparsetrail.snn.folded import FoldedNet, FoldedNeuron, Normalise, Readout
+from sparsetrail.snn.kernels import watched
 from sparsetrail.snn.neuron import Neuron, NeuronSpec
 from sparsetrail.snn.pools import make_pool
 

@@ -83,3 +83,8 @@ def maps(space: Workspace | None, m: int, c: int, h: int, w: int, like: Tensor) 
         else space.take((m, h, w, c), like.dtype)
     )
     return whole.permute(0, 3, 1, 2)
+
+
+def last(t: Tensor) -> Tensor:
+    """The same maps, channels last in memory."""
+    return t.contiguous(memory_format=torch.channels_last)
