@@ -15,8 +15,9 @@ from sparsetrail.core import L2, Audit, Linf, Rate, Report, Run
 from sparsetrail.models import compact, load_model
 from sparsetrail.recipes import audits, measure, paper, systems
 from sparsetrail.recipes.quick import QuickSpec, quick
-from sparsetrail.report import claims, load, table, write
-from sparsetrail.report.tables import comparisons
+from sparsetrail.report import claims, load, table, text_tables, write
+from sparsetrail.report.seeds import spread
+from sparsetrail.report.tables import accuracy, comparisons
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.training import TrainSpec
@@ -144,6 +145,44 @@ def test_every_figure_runs_and_stands_beside_the_published_value(fake_cifar, fig
         assert 20.81 in {c.value for c in report.claims}  # CIFAR-100, whatever we trained on
     if report.runs:
         assert "SEW-ResNet18" in table(report, tablefmt="github")
+
+
+def test_rows_of_several_seeds_are_networks_of_their_own_and_their_spread_is_told(fake_cifar, tmp_path):
+    alone = paper.reproduce(fake_cifar, "table3", "smoke", rows=("sew_resnet18",))
+    report = paper.reproduce(fake_cifar, "table3", "smoke", rows=("sew_resnet18",), seeds=2)
+    assert [m["name"] for m in report.models] == [
+        f"SEW-ResNet18 {pool} pool, seed {seed}, cifar10" for seed in (3407, 3408) for pool in ("max", "avg")
+    ]
+    weights = [m["weights sha256"] for m in report.models]
+    assert len(set(weights)) == 4 and weights[:2] == [m["weights sha256"] for m in alone.models]  # not trained again
+    assert all(f"seed {m['training seed']}," in m["training"] for m in report.models)
+    assert spread(alone) is None
+    grid = spread(report)
+    assert [row[0] for row in grid.rows] == [
+        "SEW-ResNet18 max pool, cifar10", "SEW-ResNet18 avg pool, cifar10", "max minus avg, points",
+        "max above avg, seeds",
+    ]  # fmt: skip
+    assert grid.flat_head[1:] == accuracy(report.runs).flat_head[1:]
+    place = grid.flat_head.index("PGD-7, encoded 6/255, eval mode")
+    found = {r.victim: 100 * r.accuracy.value for r in report.runs
+             if r.attack == "pgd" and (r.threat.space, r.mode) == ("encoded", "eval")}  # fmt: skip
+    for row, pool in zip(grid.rows, ("max", "avg"), strict=False):
+        a, b = (found[f"SEW-ResNet18 {pool} pool, seed {seed}, cifar10"] for seed in (3407, 3408))
+        assert row[place] == f"{(a + b) / 2:.1f} % ({min(a, b):.1f} to {max(a, b):.1f}), 2"
+    folder = tmp_path / "page"
+    write(report, folder)
+    for text in ((folder / "report.md").read_text(), (folder / "report.html").read_text()):
+        assert "Over training seeds" in text and "max minus avg, points" in text
+    assert "max above avg" in text_tables(report, "github")
+    assert {c.row for c in paper.beside(report, "table2").claims} == {"SEW-ResNet18"}
+    for wrong, match in (({"seeds": 0}, "at least 1"), ({"seeds": 2, "models": tmp_path}, "1 of trained")):
+        with pytest.raises(ValueError, match=match):
+            paper.reproduce(fake_cifar, "table3", "smoke", **wrong)
+
+
+def test_compared_systems_alone_have_no_seeds(fake_cifar):
+    with pytest.raises(ValueError, match="expected a ResNet among the rows"):
+        paper.reproduce(fake_cifar, "table2", "smoke", rows=("rat_vgg11",), seeds=2)
 
 
 def test_a_compared_system_is_trained_attacked_audited_and_kept_in_its_own_columns(fake_cifar, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from sparsetrail import report as room
 from sparsetrail.core import Linf, Report, Run, Threat, Trail, TrailRow
-from sparsetrail.report import ReportError, charts, claims, from_json, load, page, tables, to_json, write
+from sparsetrail.report import ReportError, charts, claims, from_json, load, page, seeds, tables, to_json, write
 from sparsetrail.report.images import examples
 from sparsetrail.report.labels import columns
 
@@ -863,3 +863,46 @@ def test_a_phone_scrolls_the_tables_and_not_the_page(browser, written):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     assert said == []
     tab.context.close()
+
+
+# Student's quantiles at 97.5 %, from printed tables
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)])
+def test_the_interval_of_a_mean_is_students(freedom, t):
+    n = freedom + 1
+    values = [float(i) for i in range(n)]
+    deviation = math.sqrt(sum((v - freedom / 2) ** 2 for v in values) / freedom)
+    low, high = seeds.t_interval(values)
+    assert low + high == pytest.approx(freedom)
+    assert (high - low) / 2 == pytest.approx(t * deviation / math.sqrt(n), rel=2e-4)
+
+
+def seeded(pool, seed, **changes):
+    """A card and the name of a network of several."""
+    name = f"SEW-ResNet18 {pool} pool, seed {seed}, cifar10"
+    row = f"SEW-ResNet18 {pool} pool, cifar10"
+    return card(pool, **{"trained on": "cifar10"} | changes) | {"name": name, "row": row, "training seed": seed}
+
+
+def test_the_spread_over_seeds_is_of_differences_seed_by_seed():
+    left = {"max": {1: 100, 2: 60, 3: 80}, "avg": {1: 98, 2: 54, 3: 70, 4: 10}}  # of 200; max has no fourth seed
+    cards = [seeded(pool, seed) for pool in left for seed in left[pool]]
+    runs = [run(left[c["pool"]][c["training seed"]], victim=c["name"]) for c in cards]
+    runs += [run(5, victim=c["name"], threat=CODE) for c in cards if c["pool"] == "avg"]
+    grid = seeds.spread(empty(models=tuple(cards), runs=tuple(runs)))
+    assert grid.flat_head == ("row", "clean", "PGD-7, pixel 8/255, eval mode", "PGD-7, encoded 6/255, eval mode")
+    assert [row[2] for row in grid.rows] == [
+        "40.0 % (30.0 to 50.0), 3",
+        "29.0 % (5.0 to 49.0), 4",
+        "+3.0 [-2.0, +8.0]",  # 1, 3 and 5 points: 3 -+ 4.303 x 2 / sqrt(3)
+        "3 of 3",
+    ]
+    assert [row[3] for row in grid.rows] == ["", "2.5 % (2.5 to 2.5), 4", "", ""]
+    alone = [c for c in cards if c["training seed"] == 1]
+    assert seeds.spread(empty(models=tuple(alone), runs=tuple(runs[:1] + runs[3:4]))) is None
+
+
+def test_networks_of_two_architectures_or_data_sets_get_no_difference():
+    for other in ({"arch": "sew_resnet34"}, {"trained on": "cifar100"}):
+        cards = [seeded(pool, seed, **(other if pool == "avg" else {})) for pool in ("max", "avg") for seed in (1, 2)]
+        grid = seeds.spread(empty(models=tuple(cards), runs=tuple(run(50, victim=c["name"]) for c in cards)))
+        assert [row[0].split()[1] for row in grid.rows] == ["max", "avg"]

@@ -355,6 +355,7 @@ def reproduce(
     models: Annotated[
         Path | None, Parameter(help="a folder of trained networks to take instead of training, e.g. sew_resnet18-max/")
     ] = None,
+    seeds: Annotated[int, Parameter(help="networks trained of each ResNet, from the paper's seed on")] = 1,
     from_records: Annotated[
         bool, Parameter(negative="", help="show what was measured and is kept in --records; runs nothing")
     ] = False,
@@ -373,8 +374,8 @@ def reproduce(
     if from_records:
         _show_records(figure, records, common.as_json)
         return
-    if figure == "theorems" and not (n is None and models is None):
-        raise ValueError("--n, --models: `theorems` takes neither; leave them out")
+    if figure == "theorems" and not (n is None and models is None and seeds == 1):
+        raise ValueError("--n, --models, --seeds: `theorems` takes none of them; leave them out")
     if models is not None and not models.is_dir():
         raise ValueError(f"--models: expected a folder of trained networks, found none at {models}")
     where = common.where()
@@ -395,11 +396,11 @@ def reproduce(
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = paper.reproduce(
             bench, figure, scale, rows=rows or (), datasets=datasets or (), root=common.root,
-            n=n, models=models,
+            n=n, models=models, seeds=seeds,
             command=" ".join(
                 [f"sparsetrail reproduce {figure} --scale {scale}", *(f"--rows {r}" for r in rows or ()),
                  *(f"--datasets {d}" for d in datasets or ()), *([] if n is None else [f"--n {n}"]),
-                 *([] if models is None else [f"--models {models}"])]
+                 *([] if models is None else [f"--models {models}"]), *([] if seeds == 1 else [f"--seeds {seeds}"])]
             ),
         )  # fmt: skip
         files = write(report, place / figure)

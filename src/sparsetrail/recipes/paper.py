@@ -152,6 +152,7 @@ class Row:
     arch: str
     pool: str
     dataset: str
+    seed: int | None = None  # of training, where several are taken
 
     @property
     def system(self) -> bool:
@@ -164,12 +165,21 @@ class Row:
         if self.system:
             return f"{SYSTEMS[self.arch].title}, {self.dataset}"
         family, depth = self.arch.split("_resnet")
-        return f"{'SEW' if family == 'sew' else 'Spiking'}-ResNet{depth} {self.pool} pool, {self.dataset}"
+        seed = "" if self.seed is None else f"seed {self.seed}, "
+        return f"{'SEW' if family == 'sew' else 'Spiking'}-ResNet{depth} {self.pool} pool, {seed}{self.dataset}"
 
     @property
     def folder(self) -> str:
         """Name of its model folder."""
-        return f"{self.dataset}-{self.arch}" + ("" if self.system else f"-{self.pool}")
+        seed = "" if self.seed in (None, TrainSpec().seed) else f"-{self.seed}"
+        return f"{self.dataset}-{self.arch}" + ("" if self.system else f"-{self.pool}") + seed
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What its card says beside the model: a row of several seeds, and the one of this network."""
+        if self.seed is None:
+            return {"name": self.name}
+        return {"name": self.name, "row": replace(self, seed=None).name, "training seed": self.seed}
 
 
 def row_of(claim: Claim) -> str:
@@ -213,12 +223,14 @@ def reproduce(
     command: str = "",
     n: int | None = None,
     models: Path | None = None,
+    seeds: int = 1,
 ) -> Report:
     """Train what the figure needs, attack or trace it, and lay it beside the published values.
 
     `n` test images are attacked and audited instead of the scale's; `models` is a folder with trained networks, one
     a folder named after architecture and pool (sew_resnet18-max), that are taken instead of training: by default all of
-    the figure that are there, on the scale's first image set.
+    the figure that are there, on the scale's first image set. `seeds` networks are trained of each ResNet, with the
+    paper's seed and those that follow it; compared systems once.
     """
     if figure not in FIGURES:
         raise ValueError(f"reproduce: expected one of {', '.join(FIGURES)}, got {figure!r}")
@@ -234,6 +246,8 @@ def reproduce(
         size = replace(
             size, attacked=n, traced=min(n, size.traced), systems=replace(size.systems, audited=n, audited_random=n)
         )
+    if seeds < 1 or (seeds > 1 and models is not None):
+        raise ValueError(f"seeds: expected at least 1, and 1 of trained `models`, got {seeds}")
     started = time.monotonic()
     pairs = figure in ("table3", "threats")
     found = claims("table3") + claims("table2") if pairs else claims(figure)
@@ -245,6 +259,12 @@ def reproduce(
         chosen = [row for row in chosen if (models / f"{row.arch}-{row.pool}").is_dir()]
     if not chosen:
         raise ValueError(f"{figure}: no row left for rows {', '.join(rows) or size.rows} on {', '.join(sets)}")
+    if seeds > 1:
+        first = TrainSpec().seed
+        several = [replace(row, seed=first + i) for i in range(seeds) for row in chosen if not row.system]
+        if not several:
+            raise ValueError("seeds: expected a ResNet among the rows, found compared systems alone")
+        chosen = [*several, *(row for row in chosen if row.system)]
     cards: list[dict[str, Any]] = []
     runs: list[Run] = []
     trails: list[Trail] = []
@@ -260,13 +280,13 @@ def reproduce(
         model = _system(bench, row, size.systems, train_set) if row.system else nets[row]
         scored = _part(test_set, size.scored)
         told = card(model, row.name, clean(bench, model, row.name, scored), scored)
-        cards.append(told | (facts(row.arch) | {"name": row.name} if row.system else {}))
+        cards.append(told | (facts(row.arch) if row.system else {}) | row.told)
         if row.system:
             struck, verdicts = _judge(bench, row, model, size.systems, test_set)
             runs += struck
             judged += [replace(a, victim=row.name) for a in verdicts]
         elif figure == "threats":
-            others = [m for r, m in nets.items() if r != row and r.dataset == row.dataset]
+            others = [m for r, m in nets.items() if r != row and (r.dataset, r.seed) == (row.dataset, row.seed)]
             struck, verdicts = _under_all(bench, row, model, size, test_set, others)
             runs += struck
             judged += verdicts
@@ -302,7 +322,7 @@ def reproduce(
 
 def beside(report: Report, figure: str) -> Report:
     """The same models beside the published figures of another table; tables 1 and 2 differ in nothing else here."""
-    names = {m["name"] for m in report.models}
+    names = {m.get("row", m["name"]) for m in report.models}
     sets = {n.rsplit(", ", 1)[1] for n in names}
     shown = tuple(c for c in claims(figure) if names & {Row(row_of(c), "max", s).name for s in sets})
     return replace(
@@ -379,7 +399,9 @@ def _shown(figure: str, found: Sequence[Claim], chosen: Sequence[Row]) -> tuple[
 
 def _job(row: Row, size: Scale, train_set: Dataset) -> Job:
     spec = replace(net_spec(row, size, len(train_set.classes)), channels=train_set.images.shape[1])
-    return row.folder, spec, phase(), _part(train_set, size.images), TrainSpec(epochs=size.epochs)
+    how = TrainSpec(epochs=size.epochs)
+    how = how if row.seed is None else replace(how, seed=row.seed)
+    return row.folder, spec, phase(), _part(train_set, size.images), how
 
 
 def net_spec(row: Row, size: Scale, classes: int) -> NetSpec:

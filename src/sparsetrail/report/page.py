@@ -17,6 +17,7 @@ from sparsetrail.report import audit_charts, audits, card, charts, tables
 from sparsetrail.report.images import examples, keep, kept
 from sparsetrail.report.io import RESULT, steps_csv, to_json, trail_csv
 from sparsetrail.report.labels import explain, setting, setting_label, settings, value
+from sparsetrail.report.seeds import spread
 from sparsetrail.report.tables import Grid
 
 
@@ -89,6 +90,7 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
         ],
         tradeoff=tables.tradeoff_grid(points) if points else None,
         tradeoff_words=tables.tradeoff_sentences(points),
+        spread=spread(report),
         accuracy=tables.accuracy(report.runs) if report.runs else None,
         facts=[fact for fact in tables.facts(report.runs) if not fact.startswith("gradient under")],
         threats=threats(report),
@@ -142,6 +144,8 @@ def markdown(report: Report) -> str:
     if points := tables.tradeoff(report):
         grid = tables.tradeoff_grid(points)
         parts += ["## Trade-off", grid.text(), f"{grid.caption}.", *tables.tradeoff_sentences(points)]
+    if (grid := spread(report)) is not None:
+        parts += ["## Over training seeds", grid.text(), f"{grid.caption}."]
     if report.runs or not report.audits:
         parts += ["## Accuracy", tables.table(report)]
     parts += [f"- **{label}**: {sentence}" for label, sentence in threats(report)]

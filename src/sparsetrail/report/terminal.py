@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsetrail.core import Audit, Report
 from sparsetrail.report import audits as words
+from sparsetrail.report.seeds import spread
 from sparsetrail.report.tables import FIGURES, Grid, facts, kind_grid, per_setting, table, trail_groups
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def console(report: Report, console: "Console") -> None:
 
     for _, grid in per_setting(report.runs):
         _print(grid, console)
+    if (grid := spread(report)) is not None:
+        _print(Grid(grid.caption, grid.flat_head, grid.rows), console)
     if report.runs:
         console.print(Text(f"95 % Wilson intervals; {'; '.join(facts(report.runs))}", style="dim"))
         _audits_in_short(report.audits, console)
@@ -43,6 +46,7 @@ def text_tables(report: Report, tablefmt: str) -> str:
              (words.summary_grid(here, [a for _, a in held]), *(words.battery_grid(a) for _, a in held))]  # fmt: skip
     figures = [claim for claim in report.claims if claim.figure in FIGURES]
     grids += [kind_grid(group, figures) for group in trail_groups(report.trails)]
+    grids += [grid] if (grid := spread(report)) is not None else []
     told = [table(report, tablefmt=tablefmt)] if report.runs or not grids else []
     if report.runs and tablefmt.startswith("latex"):
         told.append("\n".join(f"% {fact}" for fact in facts(report.runs)))
