@@ -15,8 +15,8 @@ from lively import lively
 from torch import nn
 from torch.nn import functional as F
 
-from sparsetrail.core.precision import products
-from sparsetrail.snn import cuda, engine, kernels, unfold
+from sparsetrail.core.precision import exact, products
+from sparsetrail.snn import cuda, dense, engine, kernels, unfold
 from sparsetrail.snn.encode import direct, phase
 from sparsetrail.snn.engine import Conv2d, _FireNormed, freeze
 from sparsetrail.snn.kernels import pointer
@@ -329,6 +329,34 @@ def test_a_network_by_the_convolutions_and_pools_of_a_gpu(windows, monkeypatch, 
     z, near = found(freeze(net, half=True), [leaf])
     assert torch.equal(z, ours[1][0]) and not torch.equal(near, ours[1][1])
     assert F.cosine_similarity(near.flatten(), ours[1][1].flatten(), 0) > 0.99
+
+
+@pytest.mark.parametrize("rough", [False, True])
+def test_gradients_are_in_float32_where_their_forward_was(windows, monkeypatch, rough):
+    """Whatever somebody sets in between; on a CPU that says it is a GPU."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(Conv2d, "served", lambda self, x: False)
+    seen = []
+    for room, name in ((unfold, "unfolded"), (dense, "_seen")):
+        f = getattr(room, name)
+        monkeypatch.setattr(room, name, lambda *a, f=f: seen.append(exact()) or f(*a))
+    for side, conv in ((9, Conv2d(8, 8, 3, 2, 1, bias=False)), (2, Conv2d(8, 8, 3, 1, 1, bias=False))):
+        x = torch.rand(2, 8, side, side).requires_grad_()
+        with products(rough):
+            y = conv(x)
+        seen.clear()
+        with products(True):
+            torch.autograd.grad(y.sum(), [x, conv.weight])
+            assert seen == [not rough] and not exact()
+
+
+def test_per_sample_gradients_through_the_average_pool_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    x, found = torch.randn(3, 4, 9, 9, dtype=torch.float64), []
+    for pool in (AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1)):
+        each = torch.func.grad(lambda v, pool=pool: pool(v[None]).pow(3).sum())
+        found.append(torch.func.vmap(each)(x))
+    assert torch.allclose(*found)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from sparsetrail.attacks import attack, pgd
 from sparsetrail.core import Linf
 from sparsetrail.core.precision import products
 from sparsetrail.snn import dense, engine, kernels
+from sparsetrail.snn import neuron as neurons
 from sparsetrail.snn.encode import BACKWARD_RULES, bit_plane, direct, latency, phase, poisson
 from sparsetrail.snn.engine import Conv2d, fire, freeze, has_bf16, share_memory
 from sparsetrail.snn.graphs import Scores
@@ -29,6 +31,7 @@ from sparsetrail.snn.net import NetSpec, _Known, victim
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, reference
 from sparsetrail.snn.pooling import AvgPool2d, pooling_of
 from sparsetrail.snn.resnet import FoldedNeuron
+from sparsetrail.snn.routes import neuron_route
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
 from sparsetrail.snn.workspace import Workspace
 from sparsetrail.training import TrainSpec, train
@@ -491,8 +494,9 @@ def test_second_derivative_of_a_frozen_copy():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_functorch_takes_the_plain_operations(device):
-    net, x, y = network(width=0.125, steps=3, n=3)
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_functorch_takes_the_plain_operations(device, pool):
+    net, x, y = network(width=0.125, steps=3, n=3, pool=pool)
     net, x, y = net.to(device), x.to(device), y.to(device)
     u, weights = phase(steps=3)(x), dict(net.named_parameters())
 
@@ -506,6 +510,26 @@ def test_functorch_takes_the_plain_operations(device):
     close(each, want, 1e-10)
     along = torch.func.jvp(lambda v: net(v), (u,), (torch.ones_like(u),))[1]
     assert along.abs().max() > 0
+
+
+@pytest.mark.parametrize("route", [None, "pdsg"])
+def test_a_plain_forward_has_a_plain_backward_in_any_thread(monkeypatch, route):
+    """A GPU's backward runs in a thread of its own, where no `plain` block was entered."""
+    layer, served = Neuron(NeuronSpec()), []
+    x, made = torch.rand(3, 2, 4, 5, requires_grad=True), neurons.kernel
+    monkeypatch.setattr(neurons, "kernel", lambda *a, **k: served.append(made(*a, **k)) or served[-1])
+
+    def backward_of(mode):
+        served.clear()
+        with mode, neurons.ruled(None if route is None else neuron_route(route).rule(None)):
+            loss = layer(x).sum()
+        with ThreadPoolExecutor(1) as pool:
+            grad = pool.submit(lambda: torch.autograd.grad(loss, x)[0]).result()
+        return grad, [k is not None for k in served]
+
+    (plain, without), (fast, by) = backward_of(kernels.plain()), backward_of(contextlib.nullcontext())
+    assert not any(without) and all(by) == kernels.available() and len(by) == 2
+    close(fast, plain, 1e-6)
 
 
 def test_watched_layers_are_called():

@@ -2,13 +2,15 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from lively import lively
 from torch.nn import functional as F
 
-from sparsetrail.core.precision import products
+from sparsetrail.core.precision import exact, products
 from sparsetrail.data.sets import make_dataset
 from sparsetrail.snn import graphs
 from sparsetrail.snn.encode import phase
@@ -122,6 +124,50 @@ def test_a_second_backward_through_the_same_scores_begins_with_the_forward():
     assert all(torch.allclose(a, b) for a, b in zip(rows, want, strict=True))
 
 
+def recorded():
+    """`toy` by a recording that is there, and an input."""
+    f, u = Plain(toy), torch.randn(3, 4, 2, dtype=torch.float64)
+    f(u), f(u)
+    assert f.ready(u)
+    return f, u
+
+
+def test_many_gradients_as_one_through_a_recording():
+    f, u = recorded()
+    found, want = (torch.autograd.functional.jacobian(lambda v, g=g: g(v).sum(0), u, vectorize=True) for g in (f, toy))
+    assert torch.allclose(found, want) and want.abs().max() > 0
+
+
+def test_functorch_goes_around_a_recording_that_is_there():
+    f, u = recorded()
+    for name in ("grad", "vmap", "jacrev", "jvp"):
+        found = []
+        for g in (f, toy):
+
+            def one(v, g=g):
+                return g(v[:, None]).square().sum()
+
+            if name == "vmap":
+                found.append(torch.func.vmap(torch.func.grad(one), in_dims=1)(u))
+            elif name == "jvp":
+                found.append(torch.func.jvp(lambda v, g=g: g(v), (u,), (u.cos(),))[1])
+            else:
+                found.append(getattr(torch.func, name)(lambda v, g=g: g(v).square().sum())(u))
+        assert torch.allclose(*found) and found[1].abs().max() > 0, name
+
+
+def test_inference_mode_neither_records_nor_ends_recording(caplog):
+    f = Plain(toy)
+    with torch.inference_mode():
+        u = torch.randn(3, 4, 2)
+        assert all(torch.equal(f(u), toy(u)) and not f.ready(u) for _ in range(3))
+    assert not f.failed and not f.made and not caplog.text
+    f, u = recorded()
+    with torch.inference_mode():
+        assert torch.equal(f(u), toy(u)) and not f.ready(u)
+    assert f.ready(u)
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_a_jacobian_through_a_recording():
@@ -151,6 +197,59 @@ def test_products_are_put_back_whoever_leaves_first():
         assert seen == [False, True, False] and cudnn.allow_tf32
     finally:
         cudnn.allow_tf32 = was
+
+
+NEW_NAMES = """
+import torch
+from sparsetrail.core.precision import exact, products
+from sparsetrail.snn import unfold
+b, told = torch.backends, lambda: [w.fp32_precision for w in (b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul)]
+SET
+was = told()
+for inner in (False, True):
+    with products(False), products(inner):
+        assert b.cudnn.allow_tf32 is b.cuda.matmul.allow_tf32 is inner and exact() is not inner
+        assert unfold._rough(torch.ones(1)) is inner
+    assert told() == was, (told(), was)
+try:
+    print(b.cudnn.allow_tf32, b.cuda.matmul.allow_tf32)
+except RuntimeError:
+    print("as before")
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="older than torch 2.9")
+@pytest.mark.parametrize("change", ["b.cuda.matmul.fp32_precision = 'tf32'", "b.cudnn.conv.fp32_precision = 'ieee'"])
+def test_products_serve_who_set_them_by_pytorchs_newer_names(change):
+    """In a process of its own: PyTorch has no way back to the older ones."""
+    run = subprocess.run([sys.executable, "-c", NEW_NAMES.replace("SET", change)], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == "as before", run.stderr
+
+
+def test_nobody_records_while_another_measures_in_float32():
+    inside = []
+    with products(True):
+        with graphs.in_float32(torch.device("cuda")):
+            inside.append((exact(), graphs._one_at_a_time.locked()))
+        with graphs.in_float32(torch.device("cpu")):
+            inside.append((exact(), graphs._one_at_a_time.locked()))
+        assert not exact()
+    assert inside == [(True, True), (False, False)]
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_training_step_is_recorded_in_its_own_precision_whoever_asked_last(monkeypatch, tf32):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    net, seen = torch.nn.Linear(2, 3), []
+
+    def scores(x):
+        seen.append(exact())
+        return net(x)
+
+    step = graphs.Update(net, scores, lambda *_: None, tf32=tf32, record=stand_in, warm=lambda fn: fn())
+    with products(not tf32):  # of another thread
+        assert step(torch.ones(2, 2), torch.tensor([0, 1]))
+    assert seen[0] is seen[1] is not tf32
 
 
 def test_a_recorded_gradient_is_taken_in_float32():

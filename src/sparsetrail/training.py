@@ -31,7 +31,7 @@ from sparsetrail.snn import cuda
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.engine import halve, has_bf16, share_memory
 from sparsetrail.snn.folded import Draws
-from sparsetrail.snn.graphs import Update
+from sparsetrail.snn.graphs import Update, in_float32
 from sparsetrail.snn.kernels import available, switched_on
 from sparsetrail.snn.net import NetSpec, build, running_for
 from sparsetrail.snn.neuron import Neuron, carrying
@@ -455,7 +455,7 @@ def recorder(net: nn.Module, encode: Encoder, optimizer: Optimizer, spec: TrainS
             nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, norm)
         optimizer.step(unless=bad)
 
-    return Update(net, way, move)
+    return Update(net, way, move, tf32=spec.precision == "tf32")
 
 
 def scores(net: nn.Module, encode: Encoder, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
@@ -472,8 +472,7 @@ def accuracy(
     net.eval()
     right = 0
     try:
-        gpu = torch.device(device).type == "cuda"
-        with torch.no_grad(), products(tf32=False) if gpu else contextlib.nullcontext():
+        with torch.no_grad(), in_float32(torch.device(device)):
             for i in range(0, len(data.labels), batch):
                 z = scores(net, encode, pixels(data.images[i : i + batch].to(device)))
                 right += int((z.argmax(1) == data.labels[i : i + batch].to(device)).sum())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 _lock, _asked = threading.Lock(), list[bool]()
-_before: list[bool] = []
+_before: list[tuple[Any, str, Any]] = []  # what has the switch, what it is called there, how it was
 
 
 @contextlib.contextmanager
@@ -18,20 +18,41 @@ def products(tf32: bool) -> Iterator[None]:
     PyTorch's own default is TF32 for convolutions, which is neither: what is called fp32 here is fp32. The switch is
     the process's: of threads that ask for both at once the last one gets its way.
     """
-    where: tuple[Any, Any] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     with _lock:
         if not _asked:
-            _before[:] = [w.allow_tf32 for w in where]
+            _before[:] = _now()
         _asked.append(tf32)
-        _set(where, [tf32] * len(where))
+        _set(_both(tf32))
     try:
         yield
     finally:
         with _lock:
             del _asked[len(_asked) - 1 - _asked[::-1].index(tf32)]
-            _set(where, [_asked[-1]] * len(where) if _asked else _before)
+            _set(_both(_asked[-1]) if _asked else _before)
 
 
-def _set(where: tuple[Any, Any], values: list[bool]) -> None:
-    for w, value in zip(where, values, strict=True):
-        w.allow_tf32 = value
+def exact() -> bool:
+    """Does a GPU take matrix products in float32 here and now, as far as PyTorch tells?"""
+    try:
+        return not torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        return False
+
+
+def _both(tf32: bool) -> list[tuple[Any, str, Any]]:
+    return [(where, "allow_tf32", tf32) for where in (torch.backends.cudnn, torch.backends.cuda.matmul)]
+
+
+def _now() -> list[tuple[Any, str, Any]]:
+    """The switches as they are; PyTorch does not tell those that were set by their names of 2.9 by the older ones."""
+    try:
+        return [(where, name, getattr(where, name)) for where, name, _ in _both(False)]
+    except RuntimeError:
+        cudnn: Any = torch.backends.cudnn
+        layers = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+        return [(where, "fp32_precision", where.fp32_precision) for where in layers]
+
+
+def _set(switches: list[tuple[Any, str, Any]]) -> None:
+    for where, name, value in switches:
+        setattr(where, name, value)

@@ -89,10 +89,12 @@ def fit(
 def fit_all(bench: Bench, jobs: Sequence[Job], *, side_by_side: bool | None = None) -> list[Trained]:
     """`fit` for several models; on a GPU side by side, each on a stream of its own, since one alone does not fill it.
 
-    The models are those of training one after the other. If one fails the others stop at their next step, resumable.
+    The models are those of training one after the other, as it is done before torch 2.10, whose cuBLAS workspaces are
+    the first that are safe from threads (its pull request 167928). If one fails the others stop at their next step,
+    resumable.
     """
     if side_by_side is None:
-        side_by_side = bench.device.startswith("cuda")
+        side_by_side = bench.device.startswith("cuda") and torch.__version__ >= "2.10"  # as versions compare
     if not side_by_side or len(jobs) < 2:
         return [fit(bench, *job) for job in jobs]
     gpu, halt = bench.device.startswith("cuda"), threading.Event()

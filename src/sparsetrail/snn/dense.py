@@ -5,6 +5,7 @@ suits small maps where no kernel of the engine serves (a GPU, or a CPU without a
 channels last, so that nothing is copied but the matrix.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsetrail.core.precision import exact, products
 from sparsetrail.snn import kernels
 
 TINY = 4  # cells of the input map up to which the dense product is taken: 1x1 and 2x2
@@ -66,12 +68,13 @@ def convolve(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> Tensor:
     return y if conv.bias is None else y + conv.bias.to(y.dtype).view(-1, 1, 1)
 
 
-def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """A backward in the types of its forward, whoever asks for it under autocast."""
+def as_its_forward(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A backward in the types of its forward, and in float32 where that was (`ctx.exact`), whatever is set by now."""
 
     @functools.wraps(backward)
     def plainly(ctx: Any, grad: Tensor) -> Any:
-        with torch.autocast(grad.device.type, enabled=False):
+        exact = products(tf32=False) if ctx.exact else contextlib.nullcontext()
+        with torch.autocast(grad.device.type, enabled=False), exact:
             return backward(ctx, grad)
 
     return plainly
@@ -91,13 +94,14 @@ class _Dense(torch.autograd.Function):
         y = torch.empty((m, len(weight), p, q), dtype=kind, device=x.device, memory_format=torch.channels_last)
         torch.mm(_seen(x.to(kind), windows), matrix.T, out=y.permute(0, 2, 3, 1).view(m, -1))
         ctx.windows, ctx.knobs, ctx.size, ctx.kind, ctx.half = windows, (stride, padding), x.shape, kind, half
+        ctx.exact = x.is_cuda and exact()
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight, matrix if ctx.needs_input_grad[0] else None
         )
         return y
 
     @staticmethod
-    @without_autocast
+    @as_its_forward
     def backward(ctx, grad: Tensor):
         (x, weight, matrix), windows, wants = ctx.saved_tensors, ctx.windows, ctx.needs_input_grad
         if kernels.differentiable(grad):

@@ -8,7 +8,7 @@ fails the plain call serves, with one line that says so.
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrail.core.precision import products
-from sparsetrail.snn.kernels import say_once
+from sparsetrail.snn.kernels import batched, overseen, say_once
 
 SIZES = 8  # recordings a network keeps at most; each holds the memory of its intermediate maps
 LARGEST = 64  # examples recorded at most: a larger batch keeps a GPU busy without, and its maps fill the memory
@@ -79,6 +79,16 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def in_float32(device: torch.device) -> Iterator[None]:
+    """Inside this block a GPU's products are float32, and no other thread records a step, which would keep them so."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(_one_at_a_time)
+            stack.enter_context(products(tf32=False))
+        yield
+
+
 class _Recording:
     """The scores of one batch size and their gradient with respect to the input, recorded; for one thread at a time.
 
@@ -125,6 +135,10 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (u,) = ctx.saved_tensors
         r = ctx.recording
+        if batched(grad):  # many gradients as one: a recording takes one
+            with torch.enable_grad():
+                point = u.detach().requires_grad_()
+                return torch.autograd.grad(r.f(point), point, grad)[0], None
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted: a recording has no graph
             with products(tf32=False) if u.is_cuda else contextlib.nullcontext():
                 return torch.autograd.grad(r.f(u), u, grad, create_graph=True)[0], None
@@ -141,8 +155,9 @@ class Scores:
     """`f`, which treats every example alone, by recordings; batches are filled up to the next power of two.
 
     `axis` counts the examples of the input. A size up to LARGEST is recorded when it comes for the second time. A
-    gradient that is itself to be differentiated (`create_graph`) is taken through `f`, unrecorded. `keep` is what a
-    recording reads beside its input: it lives as long as scores that may still be differentiated.
+    gradient that is itself to be differentiated (`create_graph`) is taken through `f`, unrecorded, as is all that
+    functorch or inference mode ask for. `keep` is what a recording reads beside its input: it lives as long as scores
+    that may still be differentiated.
     """
 
     def __init__(
@@ -165,11 +180,15 @@ class Scores:
 
     def ready(self, u: Tensor) -> bool:
         """Would a call only launch a recording?"""
-        return u.shape[self.axis] <= LARGEST and self.made.get(self._room(u)) is not None
+        return not self._plain(u) and self.made.get(self._room(u)) is not None
+
+    def _plain(self, u: Tensor) -> bool:
+        """Must `f` itself be called?"""
+        return self.failed or u.shape[self.axis] > LARGEST or torch.is_inference_mode_enabled() or overseen(u)
 
     def __call__(self, u: Tensor) -> Tensor:
         n = u.shape[self.axis]
-        if self.failed or n > LARGEST:
+        if self._plain(u):
             return self.f(u)
         key = shape, _ = self._room(u)
         room = shape[self.axis]
@@ -219,10 +238,12 @@ class Update:
         scores: Callable[[Tensor], Tensor],
         move: Callable[[tuple[Tensor, ...], Tensor, Tensor], None],
         *,
+        tf32: bool = False,
         record: Record | None = None,
         warm: Callable = warm,
     ) -> None:
-        self.net, self.scores, self.move, self.record, self.warm = net, scores, move, record, warm
+        self.net, self.scores, self.move, self.tf32 = net, scores, move, tf32
+        self.record, self.warm = record, warm
         self.replay: Replay | None = None
         self.failed = False
         self.launched = 0
@@ -267,16 +288,19 @@ class Update:
             self.move(gradients, norm, self.bad)
             return found
 
-        try:
-            with _one_at_a_time, _on(x.device):
+        gpu = x.is_cuda
+        with _one_at_a_time, _on(x.device), products(self.tf32) if gpu else contextlib.nullcontext():
+            try:
                 self.warm(step)
                 record = self.record or on_gpu(torch.cuda.graph_pool_handle())
                 _forget(x.device)
                 self.replay, self.found = record(step)
-        except RuntimeError as error:
-            say_once(f"a training step could not be recorded as a CUDA graph, it is launched plainly ({_first(error)})")
-            self.replay, self.failed = None, True
-        _forget(x.device)
+            except RuntimeError as error:
+                why = _first(error)
+                say_once(f"a training step could not be recorded as a CUDA graph, it is launched plainly ({why})")
+                self.replay, self.failed = None, True
+            finally:
+                _forget(x.device)
         self.bad.zero_()
         with torch.no_grad():  # statistics moved while warming up
             for k, v in self.net.named_buffers():

@@ -315,7 +315,7 @@ def _check_bf16(net: nn.Module) -> None:
         raise ValueError(
             "precision: bf16 is for networks of PyTorch's and our own modules, found others; leave it at fp32"
         )
-    fits = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_bf16()
+    fits = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16()
     if not fits:
         raise ValueError(
             f"precision: expected a device that multiplies bf16, found {device.type} without (a CPU needs AVX-512 BF16 "

@@ -138,6 +138,7 @@ class _Fused(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, leak, ctx.spec = inputs
         _, charged = output
+        ctx.on = kernels.switched_on()  # a GPU's backward runs in a thread of its own, where no block was entered
         ctx.set_materialize_grads(False)
         learnt = leak is not None
         held = charged, leak, x if learnt and ctx.spec.decay_input else None
@@ -147,8 +148,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
         charged, leak, x = ctx.saved_tensors
-        plain = grad_h is None and not torch.is_grad_enabled()
-        k = kernel(ctx.spec, charged, leak, grad_s) if plain and grad_s is not None else None
+        plain = grad_h is not None or torch.is_grad_enabled() or not ctx.on
+        k = None if plain or grad_s is None else kernel(ctx.spec, charged, leak, grad_s)
         if k is None or grad_s is None:
             return (*through_time(grad_s, grad_h, charged, x, leak, ctx.spec), None)
         grad_s, charged = grad_s.contiguous(), charged.contiguous()  # of plain steps they lie as the input did
@@ -397,7 +398,7 @@ class _Ruled(torch.autograd.Function):
             at = map(kernels.pointer, (x, frame, None, None, None, leak, s, h))
             size = x.numel() // len(x)
             k.fire(*at, len(x), size, size, 1, torch.get_num_threads())
-        ctx.rule, ctx.spec, ctx.number = rule, spec, number
+        ctx.rule, ctx.spec, ctx.number, ctx.on = rule, spec, number, kernels.switched_on()
         ctx.save_for_backward(h, leak)
         return s
 
@@ -414,7 +415,7 @@ class _Ruled(torch.autograd.Function):
             whole[:, part] = its if rule.flow == "through" else apart(grad[:, part], its, leak, spec, rule.flow)
         if rule.flow != "through":
             return whole, None, None, None, None
-        k = kernel(spec, h, leak, grad, given=True)
+        k = kernel(spec, h, leak, grad, given=True) if ctx.on else None
         if k is None or h.stride(0) * len(h) != h.numel():
             return through_time(grad, None, h, None, leak, spec, whole)[0], None, None, None, None
         grad, out = in_order_of(grad, h), torch.empty_like(h)

@@ -23,7 +23,8 @@ class AvgPool2d(nn.AvgPool2d):
 
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m c p q"]:
         if x.is_cuda and self.padding not in (0, (0, 0)):
-            return last(super().forward(x.contiguous()))
+            y = super().forward(x.contiguous())
+            return y if kernels.overseen(y) else last(y)
         return super().forward(x)
 
 

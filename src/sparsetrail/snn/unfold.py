@@ -5,15 +5,13 @@ paper's batch that takes half of cuDNN's time in float32, to the same rounding, 
 where it does not, cuDNN serves (H200, torch 2.11).
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparsetrail.core.precision import products
 from sparsetrail.snn import cuda, kernels
-from sparsetrail.snn.dense import plain_backward, without_autocast
+from sparsetrail.snn.dense import as_its_forward, plain_backward
 
 ROOM = 2**27  # bytes of a matrix at most: beyond, a map keeps cuDNN busy
 FEW = 4  # input channels up to which a matrix lies the other way round
@@ -86,7 +84,7 @@ class _Unfolded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, how: _How) -> Tensor:
-        ctx.how, ctx.size = how, x.shape
+        ctx.how, ctx.size, ctx.exact = how, x.shape, not how.rough
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         if how.rough or not how.room:
             return nn.functional.conv2d(x, weight, None, *how.window)
@@ -96,7 +94,7 @@ class _Unfolded(torch.autograd.Function):
         return y
 
     @staticmethod
-    @without_autocast
+    @as_its_forward
     def backward(ctx, grad: Tensor):
         (x, weight), how, size, wants = ctx.saved_tensors, ctx.how, ctx.size, ctx.needs_input_grad
         if kernels.differentiable(grad):
@@ -117,10 +115,8 @@ class _Unfolded(torch.autograd.Function):
 
 
 def _cudnn(grad: Tensor, x: Tensor, weight: Tensor, how: _How, wants: tuple[bool, bool, bool]):
-    """cuDNN's gradients, as precise as the forward was, whatever the switches say by now."""
     knobs = [how.stride] * 2, [how.padding] * 2, [1, 1], False, [0, 0], 1, wants
-    with contextlib.nullcontext() if how.rough else products(tf32=False):
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *knobs)
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *knobs)
 
 
 def unfolded(x: Tensor, weight: Tensor, window: tuple[int, int]) -> Tensor:
