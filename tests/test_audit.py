@@ -293,6 +293,16 @@ def test_the_verdict_follows_its_rules():
     assert verdict(claim=0.77, default=most, worst=most, clean=most) == "supported"  # 75 % are right, within chance
 
 
+def test_a_masked_verdict_tells_of_a_gap_only_where_there_is_one():
+    default, fell = ([i < k for i in range(400)] for k in (200, 198))
+    rang = [finding("G4", "fail", True)]
+    same, lower = (judge(rang, default, worst, [True] * 400, None, True) for worst in (default, fell))
+    assert same[0] == lower[0] == "masked"
+    assert all("a gradient hides adversarials" in why and ": G4 (G4); " in why for _, why in (same, lower))
+    assert "no attack found more than the default: 50.0 %" in same[1] and "points below" not in same[1]
+    assert "49.5 % [44.6, 54.4], n=400, is 0.5 points below the default attack's 50.0 %" in lower[1]
+
+
 @pytest.mark.parametrize("n, before, lost, claim, tied, expected", [
     (1000, 500, 6, None, 0, "supported"),  # surely lower, by less than a point
     (1000, 500, 10, None, 0, "supported"),

@@ -33,7 +33,12 @@ def judge(
     now, before = Rate(sum(worst), n), Rate(sum(default), n)
     fell = f"{100 * (before.value - now.value):.1f} points below the default attack's {100 * before.value:.1f} %"
     if masking:
-        return "masked", f"the gradient does not show the way: {_names(masking)}; the worst case, {now}, is {fell}"
+        more = f"the worst case, {now}, is {fell}" if now.k < before.k else f"no attack found more than the default: {now}"
+        return (
+            "masked",
+            "evidence that a gradient hides adversarials, so that figures got by following it may be too high: "
+            f"{_names(masking)}; {more}",
+        )
     if claim is not None and claim > Rate(sum(clean), n).interval()[1]:
         return (
             "overstated",
