@@ -13,6 +13,7 @@ import torch
 from sparsetrail import cli
 from sparsetrail.cli import DATA_VERBS, THEORY_VERBS, VERBS, main
 from sparsetrail.models import load_model
+from sparsetrail.snn.weights import load_weights
 
 WAY = "hard reset detached; phase encoder: identity"
 
@@ -145,6 +146,26 @@ def test_every_setting_of_an_attack_arrives(model, tmp_path, capsys, monkeypatch
     assert {k: (facts | facts["knobs"])[k] for k in told} == told
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["pgd", "bim", "mifgsm"])
+def test_the_step_told_is_the_step_taken(model, capsys, name, norm):
+    args = ("attack", model, "--name", name, "--norm", norm, "--space", "pixel", "--n", 8, "--steps", 2,
+            "--eps", "3/255" if norm == "linf" else "1")  # fmt: skip
+    code, out, err = run(*args, capsys=capsys)
+    assert code == 0, err
+    told = json.loads(run(*args, "--json", capsys=capsys)[1])["knobs"]["step"]
+    assert f"step={told:g}" in out
+    for step in (told, told / 2):
+        assert json.loads(run(*args, "--step", repr(step), "--json", capsys=capsys)[1])["knobs"]["step"] == step
+    cells = [load_weights(p) for p in (model / "attacks" / "cells").glob("*.safetensors")]
+    points = {
+        card["knobs"]["step"]: tensors["adversarial"]
+        for tensors, card, _ in cells
+        if card["attack"] == name and card["threat"]["norm"] == norm and card["threat"]["eps"] in (3 / 255, 1)
+    }
+    assert torch.equal(points[None], points[told]) and not torch.equal(points[None], points[told / 2])
+
+
 def test_the_published_recipe_is_explicit(model, capsys):
     code, out, _ = run("attack", model, "--compat", "authors", "--n", "20", "--json", capsys=capsys)
     lines = [json.loads(line) for line in out.splitlines()]
@@ -157,7 +178,9 @@ def test_the_published_recipe_is_explicit(model, capsys):
 def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
     ok = ("--eps", "8/255", "--space", "pixel", "--n", "10")
     for argv, words in (
-        (("attack", model), "--eps 8/255 --space pixel"),
+        *(((*verb, model, *flags), f"{' '.join(verb)}: expected --eps and --space, e.g. --eps 8/255 --space pixel")
+          for verb in (("attack",), ("audit",), ("theory", "audit"))
+          for flags in ((), ("--eps", "8/255"), ("--space", "pixel"))),
         (("attack", model, "--eps", "8", "--space", "pixel"), "did you mean 8/255"),
         (("attack", tmp_path / "nowhere", *ok), "found nothing there"),
         (("attack", model, *ok, "--name", "deepfool"), "expected one of noise, fgsm, rfgsm"),

@@ -19,7 +19,7 @@ from sparsetrail.recipes import design as recipe
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import ATTACKS, SIZES, designs, sweep
 from sparsetrail.report import charts, figure, load, write
-from sparsetrail.report.tables import rank_correlation, tradeoff, tradeoff_csv, tradeoff_sentences, undominated
+from sparsetrail.report.tables import rank_correlation, tradeoff, tradeoff_csv, tradeoff_grid, tradeoff_sentences, undominated
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.pools import POOLS
@@ -71,6 +71,10 @@ def test_a_sweep_from_end_to_end(swept, capsys, monkeypatch):
     assert "n=8" in drawn and "L-infinity 8/255" in drawn and "seed 0" in drawn and "sparsetrail 0" in drawn
     page = (out / "report.html").read_text()
     assert "<h2>Trade-off</h2>" in page and '"tradeoff"' in page and '"trail-0"' not in page
+    capsys.readouterr()
+    main(args)
+    for told in (page, (out / "report.md").read_text(), capsys.readouterr().out):
+        assert "clean, n=16" in told and "worst case, n=8" in told and "different sets of images" in told
     for name in ("attack", "trail", "accuracy"):
         monkeypatch.setattr(measure, name, lambda *a, **k: pytest.fail("computed again"))
     capsys.readouterr()
@@ -158,6 +162,9 @@ def test_points_by_hand():
     rows = list(csv.DictReader(io.StringIO(tradeoff_csv([x]))))
     assert rows[0]["robust_k"] == "1" and rows[0]["robust_n"] == "4" and float(rows[0]["density"]) == pytest.approx(0.4)
     assert tradeoff(replace(made(*THREE), models=())) == ()  # a report that is no sweep
+    grid = tradeoff_grid([x, replace(y, clean=Rate(2, 4))])
+    assert grid.head[2:4] == ("clean", "worst case, n=4") and [row[2][-5:] for row in grid.rows] == [" n=10", ", n=4"]
+    assert "different sets" in grid.caption and "different" not in tradeoff_grid([replace(y, clean=Rate(2, 4))]).caption
 
 
 def test_two_threats_are_never_one_worst_case():

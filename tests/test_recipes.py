@@ -265,6 +265,11 @@ def test_a_network_under_every_threat_trained_here_or_before(fake_cifar, tmp_pat
     main(["reproduce", "threats", *show])
     shown = capsys.readouterr().out
     assert "measured by" in shown and "SEW-ResNet18 avg pool" in shown and "n=6" in shown
+    told = [c["clean test accuracy"] for c in again.models]
+    assert all(f"{name}: {clean}" in shown for name, clean in zip(names, told, strict=True)) and "n=6 " not in told[0]
+    main(["reproduce", "threats", *show, "--json"])
+    (brief,) = json.loads(capsys.readouterr().out).values()
+    assert brief["clean_test_accuracy"] == dict(zip(names, told, strict=True))
     with pytest.raises(SystemExit) as stop:
         main(["reproduce", "table1", *show])
     assert stop.value.code == 4 and "there are records of" not in capsys.readouterr().out

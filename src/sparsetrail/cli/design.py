@@ -49,7 +49,8 @@ def design(
     if common.as_json:
         emit({"points": [asdict(p) for p in points], "files": {k: str(v) for k, v in files.items()}})
         return
-    print(tradeoff_grid(points).text("simple"))
+    grid = tradeoff_grid(points)
+    print(f"{grid.caption}\n\n{grid.text('simple')}")
     for line in report.summary:
         print(line)
     print(f"figure   {', '.join(map(str, drawn))}")

@@ -52,8 +52,8 @@ def demo(
 def audit(
     target: str,
     *,
-    eps: Annotated[Number, Parameter(help="L-infinity radius, e.g. 8/255")],
-    space: Space,
+    eps: Annotated[Number | None, Parameter(help="L-infinity radius, e.g. 8/255")] = None,
+    space: Space | None = None,
     data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
     n: int = 64,
     draws: Annotated[int, Parameter(help="random points an image and radius")] = 64,
@@ -68,6 +68,10 @@ def audit(
     theorems.html, theorems.md and theorems.json into --out (default: theory/ beside the model).
     """
     where = common.where()
+    if eps is None or space is None:
+        raise ValueError(
+            "theory audit: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default"
+        )
     threat = Linf(eps, space=space)
     what = audits.target(target, device=where)
     if what.model is None and data_name is None:

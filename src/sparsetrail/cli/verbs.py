@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sparsetrail import __version__, data
 from sparsetrail.attacks import ATTACKS, settings
+from sparsetrail.attacks.pgd import PACE
 from sparsetrail.auditing import refuse
 from sparsetrail.cli.flags import (
     COMMON,
@@ -101,13 +102,25 @@ def _brief(report: Report) -> dict[str, Any]:
 def _run_line(run: Run) -> dict[str, Any]:
     lo, hi = run.accuracy.interval()
     return {
-        "victim": run.victim, "attack": run.attack, "knobs": run.knobs, "space": run.threat.space,
+        "victim": run.victim, "attack": run.attack, "knobs": _knobs(run), "space": run.threat.space,
         "norm": run.threat.norm, "eps": run.threat.eps, "mode": run.mode, "route": run.route, "data": run.data,
         "n": run.n, "clean_acc": run.clean_accuracy.value, "robust_acc": run.accuracy.value, "interval95": [lo, hi],
         "ties": run.ties, "zero_gradient": run.zero_gradient, "dead_examples": run.dead_examples,
         "nonfinite": run.nonfinite, "forwards": run.forwards, "backwards": run.backwards, "seed": run.seed,
         "seconds": round(run.seconds, 2), "note": run.note, "eot": run.eot, "votes": run.votes,
     }  # fmt: skip
+
+
+def _knobs(run: Run) -> dict[str, Any]:
+    """The settings of a run, with the length of a step that the attack took by itself where none was given."""
+    eps = run.threat.eps
+    by_itself = {
+        "pgd": 0.01 if run.threat.norm == "linf" else PACE * eps,
+        "bim": eps / run.knobs.get("steps", 1),
+        "mifgsm": eps / run.knobs.get("steps", 1),
+    }
+    taken = run.attack in by_itself and run.knobs.get("step", 0) is None
+    return run.knobs | ({"step": by_itself[run.attack]} if taken else {})
 
 
 def attack(
@@ -211,9 +224,11 @@ def audit(
     target: str,
     *,
     eps: Annotated[
-        list[Number], Parameter(negative="", help="radius, e.g. 8/255 (l0: entries); one for every --space")
-    ],
-    space: Annotated[list[Space], Parameter(negative="", help="pixel or encoded; repeat both flags for more threats")],
+        list[Number] | None, Parameter(negative="", help="radius, e.g. 8/255 (l0: entries); one for every --space")
+    ] = None,
+    space: Annotated[
+        list[Space] | None, Parameter(negative="", help="pixel or encoded; repeat both flags for more threats")
+    ] = None,
     norm: Norm = "linf",
     data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
     n: int | None = 1000,
@@ -242,10 +257,12 @@ def audit(
     """Judge the robustness of TARGET: checks, a battery of attacks, the worst case per image, a verdict with reasons.
 
     TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim (any PyTorch SNN;
-    the file is run, so let it be yours). Writes a page, the machine-readable card and the adversarials into --out
+    the file is run, so let it be yours). --eps and --space have no default. Writes a page, the machine-readable card and the adversarials into --out
     (default: a folder in audit/ beside the model, named by threats and n); the same command continues.
     """
     where = common.where()
+    if not eps or not space:
+        raise ValueError("audit: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
     if len(eps) != len(space):
         raise ValueError(f"expected one --eps for every --space, got {len(eps)} and {len(space)}")
     threats = [Threat(e, space=s, norm=norm) for e, s in zip(eps, space, strict=True)]
@@ -326,7 +343,7 @@ def _say_run(run: Run) -> None:
     print(f"route    {run.route}")
     print(f"data     {run.data}")
     print(f"clean    {run.clean_accuracy}")
-    told = {k: v for k, v in run.knobs.items() if v is not None} | ({"eot": run.eot} if run.eot > 1 else {})
+    told = {k: v for k, v in _knobs(run).items() if v is not None} | ({"eot": run.eot} if run.eot > 1 else {})
     knobs = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
     print(f"{run.attack:<8} {run.accuracy}" + (f"   ({knobs})" if knobs else ""))
     if run.zero_gradient is not None:
@@ -410,6 +427,7 @@ def reproduce(
 def _show_records(figure: str, folder: Path, as_json: bool) -> None:
     """What records hold of a figure: accuracies or shares with n and interval, and the command that measured them.
 
+    The clean accuracy of a table is that of the attacked images; the models' cards hold that of all images scored.
     Where none holds it, but one holds a table of the same models, that one is shown beside the figures asked for.
     """
     found, other = _records(figure, folder), paper.TWINS.get(figure, "")
@@ -425,7 +443,9 @@ def _show_records(figure: str, folder: Path, as_json: bool) -> None:
         return paper.beside(load_report(path), figure) if twins else load_report(path)
 
     if as_json:
-        emit({str(p): _brief(read(p)) if p.suffix == ".json" else p.read_text() for p in found or twins})
+        told = {p: read(p) for p in found or twins if p.suffix == ".json"}
+        emit({str(p): _brief(told[p]) | {"clean_test_accuracy": _clean(told[p])} if p in told else p.read_text()
+              for p in found or twins})  # fmt: skip
         return
     console = Console()
     if twins:
@@ -440,8 +460,15 @@ def _show_records(figure: str, folder: Path, as_json: bool) -> None:
         print_table(held, console)
         for line in held.summary:
             console.print(line, markup=False, highlight=False)
-        told = held.provenance
-        console.print(f"measured by  {told.get('command', 'not told')}", markup=False, highlight=False, soft_wrap=True)
+        for name, clean in _clean(held).items():
+            console.print(f"clean test accuracy  {name}: {clean}", markup=False, highlight=False, soft_wrap=True)
+        command = held.provenance.get("command", "not told")
+        console.print(f"measured by  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _clean(held: Report) -> dict[str, str]:
+    """The clean test accuracy in the card of every model, by its name."""
+    return {c["name"]: c["clean test accuracy"] for c in held.models if {"name", "clean test accuracy"} <= c.keys()}
 
 
 def _records(figure: str, folder: Path) -> list[Path]:

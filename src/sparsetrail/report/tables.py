@@ -656,16 +656,25 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def tradeoff_grid(points: Sequence[Point]) -> Grid:
-    """A row per network and threat."""
+    """A row per network and threat, the number of images in the head where it is one, else in the cells."""
+    sizes = [{p.clean.n for p in points}, {p.robust.n for p in points}]
+    clean, worst = (
+        f"{name}, n={next(iter(ns))}" if len(ns) == 1 else name
+        for name, ns in zip(("clean", "worst case"), sizes, strict=True)
+    )
+    caption = "Clean accuracy and worst case per image, with 95 % Wilson intervals"
+    if any(p.clean.n != p.robust.n for p in points):
+        caption += "; the two are of different sets of images, so the worst case can come out above clean"
     return Grid(
-        caption="Clean accuracy and worst case per image, with 95 % Wilson intervals",
-        head=("network", "threat", "clean", "worst case", "strongest attack alone", "gradient density"),
+        caption=caption,
+        head=("network", "threat", clean, worst, "strongest attack alone", "gradient density"),
         rows=tuple(
-            (p.victim, str(p.threat), percent(p.clean), percent(p.robust), p.strongest, share(p.density))
+            (p.victim, str(p.threat), percent(p.clean, n=len(sizes[0]) > 1), percent(p.robust, n=len(sizes[1]) > 1),
+             p.strongest, share(p.density))
             for p in points
         ),
         labels=2,
-    )
+    )  # fmt: skip
 
 
 def tradeoff_csv(points: Sequence[Point]) -> str:
