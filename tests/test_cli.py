@@ -178,9 +178,11 @@ def test_the_published_recipe_is_explicit(model, capsys):
 def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
     ok = ("--eps", "8/255", "--space", "pixel", "--n", "10")
     for argv, words in (
-        *(((*verb, model, *flags), f"{' '.join(verb)}: expected --eps and --space, e.g. --eps 8/255 --space pixel")
-          for verb in (("attack",), ("audit",), ("theory", "audit"))
-          for flags in ((), ("--eps", "8/255"), ("--space", "pixel"))),
+        *(
+            ((*verb, model, *flags), f"{' '.join(verb)}: expected --eps and --space, e.g. --eps 8/255 --space pixel")
+            for verb in (("attack",), ("audit",), ("theory", "audit"))
+            for flags in ((), ("--eps", "8/255"), ("--space", "pixel"))
+        ),
         (("attack", model, "--eps", "8", "--space", "pixel"), "did you mean 8/255"),
         (("attack", tmp_path / "nowhere", *ok), "found nothing there"),
         (("attack", model, *ok, "--name", "deepfool"), "expected one of noise, fgsm, rfgsm"),
@@ -327,6 +329,14 @@ def test_a_foreign_checkpoint_is_taken_in_without_running_it(model, tmp_path, ca
     torch.save({"model_state_dict": net.state_dict(), "extra": Bomb()}, tmp_path / "bomb.pth")
     code, _, err = run("import", tmp_path / "bomb.pth", *flags, "--out", tmp_path / "in3", capsys=capsys)
     assert code == 4 and "--trust-pickle" in err and "the pickle ran" not in err
+    assert "torch.save(net.state_dict(), ...)" in err
+    for name, whole in (("net", net), ("bomb2", Bomb())):
+        for old in (False, True):
+            torch.save(whole, tmp_path / f"{name}.pth", _use_new_zipfile_serialization=not old)
+            code, _, err = run("import", tmp_path / f"{name}.pth", *flags, "--out", tmp_path / "in3", capsys=capsys)
+            said = type(net).__qualname__ if name == "net" else "builtin__.exec"
+            assert code == 4 and "torch.save(net.state_dict(), ...)" in err and f"{said}, which only" in err, err
+            assert "--trust-pickle" not in err and "the pickle ran" not in err
     (tmp_path / "page.pth").write_text("<html>404</html>")
     code, _, err = run("import", tmp_path / "page.pth", *flags, "--out", tmp_path / "in4", capsys=capsys)
     assert code == 4 and "expected a PyTorch checkpoint" in err, err

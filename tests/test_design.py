@@ -19,7 +19,14 @@ from sparsetrail.recipes import design as recipe
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import ATTACKS, SIZES, designs, sweep
 from sparsetrail.report import charts, figure, load, write
-from sparsetrail.report.tables import rank_correlation, tradeoff, tradeoff_csv, tradeoff_grid, tradeoff_sentences, undominated
+from sparsetrail.report.tables import (
+    rank_correlation,
+    tradeoff,
+    tradeoff_csv,
+    tradeoff_grid,
+    tradeoff_sentences,
+    undominated,
+)
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.pools import POOLS

@@ -253,7 +253,7 @@ def test_bf16_trains_too_and_is_not_fp32(images, finished, tmp_path):
 
 
 def test_a_loaded_model_gives_the_same_scores(images, finished):
-    again = load_model(finished.path)
+    again = load_model(str(finished.path))
     u = finished.encode(data.pixels(images.images[:4]))
     with torch.no_grad():
         assert torch.equal(again.net(u), finished.net(u))

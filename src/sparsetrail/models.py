@@ -3,6 +3,9 @@
 import hashlib
 import json
 import pickle
+import pickletools
+import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.surrogate import Surrogate
 from sparsetrail.snn.weights import CheckpointError, load_weights, save_weights
 
+STATE_DICT = "a state dict of tensors, as torch.save(net.state_dict(), ...) writes"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
@@ -28,8 +33,9 @@ class Trained:
     sha256: str
 
 
-def load_model(path: Path) -> Trained:
+def load_model(path: str | Path) -> Trained:
     """The model of a run folder, or of one `.safetensors` file, rebuilt from its card; never a partial load."""
+    path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     tensors, card, sha256 = load_weights(file)
     if card.get("kind") != "model":
@@ -54,12 +60,13 @@ def load_model(path: Path) -> Trained:
     )
 
 
-def compact(model: Trained, file: Path) -> Trained:
+def compact(model: Trained, file: str | Path) -> Trained:
     """A copy of half the size: the weights of convolutions and linear layers in bf16, all else as it is.
 
     Another model, with a SHA-256 of its own: rounding moves weights by up to 1/256 of themselves and flips spikes. Its
     card names the one it was made from, whose validation accuracy it keeps.
     """
+    file = Path(file)
     if file.exists():
         raise ValueError(f"{file}: already there; give another file")
     tensors = {k: v.to(torch.bfloat16) if v.ndim > 1 else v for k, v in model.net.state_dict().items()}
@@ -68,7 +75,13 @@ def compact(model: Trained, file: Path) -> Trained:
 
 
 def import_weights(
-    file: Path, net_spec: NetSpec, encode: Encoder, data_name: str, out: Path, *, trust_pickle: bool = False
+    file: str | Path,
+    net_spec: NetSpec,
+    encode: Encoder,
+    data_name: str,
+    out: str | Path,
+    *,
+    trust_pickle: bool = False,
 ) -> Trained:
     """Take a foreign PyTorch checkpoint (.pth, .pt) of a known architecture into a run folder.
 
@@ -77,6 +90,7 @@ def import_weights(
     a pickle that wants more is refused unless `trust_pickle`, since reading it runs its code. SEW- and Spiking-ResNet
     of one depth have the same names: which of the two it is, the file cannot tell.
     """
+    file, out = Path(file), Path(out)
     if not file.is_file():
         raise CheckpointError(f"{file}: expected a PyTorch checkpoint, found no file")
     if (out / "model.safetensors").exists():
@@ -88,9 +102,14 @@ def import_weights(
     try:
         held = torch.load(file, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError:
+        if whole := _whole(file):
+            raise CheckpointError(
+                f"{file}: expected {STATE_DICT}, found a pickle of a whole {whole}, which only its own code can read; "
+                "load it where that code is at hand and trusted, and save its state dict"
+            ) from None
         raise CheckpointError(
             f"{file}: expected tensors only, found a pickle that wants to run code; look into it on a machine that may "
-            "be lost, or pass --trust-pickle if you trust its source"
+            f"be lost, or pass --trust-pickle if you trust its source and it holds {STATE_DICT}: nothing else is taken"
         ) from None
     except (RuntimeError, EOFError, OSError, AttributeError, ModuleNotFoundError) as error:
         raise CheckpointError(f"{file}: expected a PyTorch checkpoint, found {str(error).splitlines()[0]}") from None
@@ -98,7 +117,7 @@ def import_weights(
         if isinstance(held, dict) and isinstance(held.get(key), dict):
             held = held[key]
     if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
-        raise CheckpointError(f"{file}: expected a state dict of tensors, found {type(held).__name__}")
+        raise CheckpointError(f"{file}: expected {STATE_DICT}, found {type(held).__name__}")
     net = build(net_spec, seed=0)
     want = net.state_dict()
     first = next(iter(want))
@@ -123,6 +142,38 @@ def import_weights(
     }
     save_weights(out / "model.safetensors", net.state_dict(), json.loads(json.dumps(card)))
     return load_model(out)
+
+
+def _whole(file: Path) -> str:
+    """The class that a pickle as a whole is of, told by its first opcodes; nothing is run. Empty of a dict."""
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as held:
+                part = next(name for name in held.namelist() if name.endswith("data.pkl"))
+                with held.open(part) as f:
+                    return _first_class(pickletools.genops(f))
+        with open(file, "rb") as f:
+            old = f.read(3)[2:] == pickle.LONG1  # torch.save before zips: magic number, version, system, then the thing
+            f.seek(0)
+            for _ in range(3 * old):
+                for _ in pickletools.genops(f):
+                    pass
+            return _first_class(pickletools.genops(f))
+    except (ValueError, StopIteration, RuntimeError, OSError, EOFError, zipfile.BadZipFile):
+        return ""
+
+
+def _first_class(ops: Iterable[tuple[Any, Any, Any]]) -> str:
+    words: list[str] = []
+    for op, value, _ in ops:
+        if op.name in ("GLOBAL", "STACK_GLOBAL"):
+            name = ".".join(value.split(" ") if op.name == "GLOBAL" else words[-2:])
+            return "" if name == "collections.OrderedDict" else name
+        if "UNICODE" in op.name:
+            words.append(value)
+        elif op.name not in ("PROTO", "FRAME", "MARK", "MEMOIZE") and not op.name.endswith("PUT"):
+            break
+    return ""
 
 
 def net_spec_from(card: dict[str, Any]) -> NetSpec:

@@ -33,7 +33,9 @@ def judge(
     now, before = Rate(sum(worst), n), Rate(sum(default), n)
     fell = f"{100 * (before.value - now.value):.1f} points below the default attack's {100 * before.value:.1f} %"
     if masking:
-        more = f"the worst case, {now}, is {fell}" if now.k < before.k else f"no attack found more than the default: {now}"
+        more = (
+            f"the worst case, {now}, is {fell}" if now.k < before.k else f"no attack found more than the default: {now}"
+        )
         return (
             "masked",
             "evidence that a gradient hides adversarials, so that figures got by following it may be too high: "

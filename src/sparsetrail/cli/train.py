@@ -144,7 +144,9 @@ def import_(
     out: Path,
     network: Network = NETWORK,
     root: Path | None = None,
-    trust_pickle: Annotated[bool, Parameter(negative="", help="let the file run code while it is read")] = False,
+    trust_pickle: Annotated[
+        bool, Parameter(negative="", help="let FILE run code while it is read; of it a state dict alone is taken")
+    ] = False,
     fresh: Fresh = False,
 ) -> None:
     """Take a foreign PyTorch checkpoint FILE of a known architecture into --out, so that it can be attacked and traced.

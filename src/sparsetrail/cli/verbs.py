@@ -257,8 +257,9 @@ def audit(
     """Judge the robustness of TARGET: checks, a battery of attacks, the worst case per image, a verdict with reasons.
 
     TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim (any PyTorch SNN;
-    the file is run, so let it be yours). --eps and --space have no default. Writes a page, the machine-readable card and the adversarials into --out
-    (default: a folder in audit/ beside the model, named by threats and n); the same command continues.
+    the file is run, so let it be yours). --eps and --space have no default. Writes a page, the machine-readable card
+    and the adversarials into --out (default: a folder in audit/ beside the model, named by threats and n); the same
+    command continues.
     """
     where = common.where()
     if not eps or not space:
