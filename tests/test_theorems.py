@@ -210,6 +210,12 @@ def test_pages_tell_the_reader(shown, found, tmp_path):
     assert not [w for w in re.findall(r"\bnan\b|\binf\b", text)]
 
 
+@pytest.mark.parametrize("fidelity, line", [(0.42, "does not reach 0.5"), (0.5, "reaches 0.5")])
+def test_a_fidelity_is_told_with_its_line_and_claims_nothing_of_attacks(found, fidelity, line):
+    said = theorems.sentence(replace(found, fidelity=(fidelity,) * len(found.fidelity)))
+    assert f"is {fidelity:.2f}; it {line}, our line" in said and "robustness numbers" not in said
+
+
 def test_an_audit_alone_has_a_page(found):
     page = theorems.audit_page(found, FACTS)
     assert found.victim in page.title and all(s.results for s in page.statements)
@@ -276,7 +282,7 @@ def test_foreign_victims_from_a_file(tmp_path, capsys):
     code, said = audit("three")
     assert code == 4 and "three: expected 3 classes, found 10 in fashion-mnist-slice" in said
     assert audit("dark")[1]["Theorem 1"]["verdict"] == "undefined"
-    assert "\u2013: read gradient-based" in (tmp_path / "dark" / "theorems.md").read_text()
+    assert "Gradient fidelity is undefined" in (tmp_path / "dark" / "theorems.md").read_text()
     assert "not a function: calls on the same images differ" in audit("noisy")[1]["Theorem 1"]["why"]
 
 

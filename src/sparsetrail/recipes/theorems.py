@@ -176,8 +176,8 @@ NOTES = (
     "spike.",
     "The paper prints the surrogate at the potential, its code takes it at the potential minus the threshold: at "
     f"threshold {literal_vs_centred()['literal']:.4f} against 1. The code's version is used here.",
-    f"Gradient-based numbers count as reliable from a median fidelity of {RELIABLE:g}, a score as linear on the ball "
-    f"from {LINEAR:g}: lines of our own.",
+    f"A gradient counts as describing the score from a median fidelity of {RELIABLE:g}, a score as linear on the ball "
+    f"from {LINEAR:g}: lines of our own. Neither says whether attacks that follow the gradient succeed.",
     "The definitions of rho_adv and rho_rand are recalled from Liu et al.; they are the natural ones that give the "
     "constant 3 (1 / E[U^2] for U uniform on -1..1).",
 )
@@ -194,11 +194,17 @@ def sentence(a: TheoryAudit) -> str:
         else f"first switch not known ({a.no_switch})"
     )
     met = "not met" if _unmet(a) else "met"
-    trust = "unreliable" if fidelity != fidelity else reliability(fidelity)
+    line = "reaches" if reliability(fidelity) == "reliable" else "does not reach"
+    trust = (
+        "Gradient fidelity is undefined: the score or what the gradient predicts of it does not move."
+        if fidelity != fidelity
+        else "Gradient fidelity, the median correlation of what the score does with what the gradient predicts over "
+        f"random directions of this radius, is {_two(fidelity)}; it {line} {RELIABLE:g}, our line for a gradient that "
+        "describes the score. Whether attacks that follow it miss adversarials, `sparsetrail audit` tells."
+    )
     return (
         f"{a.victim[:1].upper()}{a.victim[1:]}, {a.threat}, n={a.n}: vulnerability ratio {ratio}; the linear theory "
-        f"says {_three(at.linear_ratio)}; {switch}; the hypotheses of Theorem 1 are {met}. Gradient fidelity "
-        f"{_two(fidelity)}: read gradient-based robustness numbers as {trust}."
+        f"says {_three(at.linear_ratio)}; {switch}; the hypotheses of Theorem 1 are {met}. {trust}"
     )
 
 

@@ -69,8 +69,9 @@ Reliability = Literal["reliable", "unreliable"]
 
 
 def reliability(median: float) -> Reliability:
-    """Whether to rely on gradient-based numbers of a net, by its median fidelity: from 0.5 on.
+    """Whether the gradient is relied on to describe the score at the radius, by its median fidelity: from 0.5 on.
 
-    Our own line, not a published one: the gradient then tells more of the change than chance does by far.
+    Our own line, not a published one: the gradient then tells more of the change than chance does by far. Below it,
+    attacks that follow the gradient may still find what there is; nan is below.
     """
     return "reliable" if median >= RELIABLE else "unreliable"
