@@ -277,7 +277,7 @@ def test_a_report_of_nothing_is_still_a_page(tmp_path):
     files = write(empty(title="Nothing yet"), tmp_path)
     text = files["html"].read_text()
     assert "Nothing yet" in text and "vegaEmbed" not in text
-    assert files["csv"].read_text().count("\n") == 1
+    assert "csv" not in files and not (tmp_path / "trail.csv").exists()
 
 
 # --- one threat a column ----------------------------------------------------------------------------------------

@@ -22,14 +22,14 @@ from sparsetrail.report.tables import Grid
 
 
 def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Path]:
-    """Write `result.json`, `report.md`, `report.html`, `trail.csv` into the folder `out`; each is whole or absent.
+    """Write `result.json`, `report.md` and `report.html` into the folder `out`; each is whole or absent.
 
     `images` are shown on the page only: mappings with `clean`, `adversarial` (uint8 [h w c] or [h w]), `label`,
     `predicted`, `title`, and of an audit its place among `report.audits` as `audit`; without them, those of an earlier
-    call are shown again. `trail_steps.csv` is written where a trail kept its time steps, `trail_examples.csv` where it
-    kept its images, `trail_origins.csv` where it tells created zeros from inherited ones, `ablation.csv` where parts
-    were replaced, `tradeoff.csv` of a sweep of designs, `card.json` where there is an audit. Returns paths by kind:
-    json, md, html, csv, steps, examples, origins, ablation, tradeoff and card.
+    call are shown again. `trail.csv` is written where there are trails, `trail_steps.csv` where one kept its time
+    steps, `trail_examples.csv` where it kept its images, `trail_origins.csv` where it tells created zeros from inherited
+    ones, `ablation.csv` where parts were replaced, `tradeoff.csv` of a sweep of designs, `card.json` where there is an
+    audit. Returns paths by kind: json, md, html, csv, steps, examples, origins, ablation, tradeoff and card.
     """
     folder = Path(out)
     plain = tuple(t for t in report.trails if not t.replaced)
@@ -38,8 +38,9 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
         "json": (RESULT, to_json(report)),
         "md": ("report.md", markdown(report).encode()),
         "html": ("report.html", page(report, images=images).encode()),
-        "csv": ("trail.csv", trail_csv(replace(report, trails=plain)).encode()),
     }
+    if plain:
+        texts["csv"] = ("trail.csv", trail_csv(replace(report, trails=plain)).encode())
     if any(t.replaced or any(row.created is not None for row in t.rows) for t in report.trails):
         texts["origins"] = ("trail_origins.csv", tables.origins_csv(report.trails).encode())
     if any(row.per_example for t in report.trails for row in t.rows):
