@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -342,6 +343,18 @@ def test_a_foreign_checkpoint_is_taken_in_without_running_it(model, tmp_path, ca
     assert code == 4 and "expected a PyTorch checkpoint" in err, err
     code, _, err = run("attack", tmp_path / "best.pth", "--eps", "8/255", "--space", "pixel", capsys=capsys)
     assert code == 4 and "sparsetrail import" in err
+
+
+def test_a_training_split_can_be_added(tmp_path, capsys):
+    for file, value in (("a.npz", 1), ("b.npz", 2)):
+        np.savez(tmp_path / file, images=np.full((4, 8, 8), value, np.uint8), labels=np.arange(4))
+    root = ("--root", tmp_path / "root")
+    code, out, _ = run("data", "add", tmp_path / "a.npz", "--name", "mine", *root, capsys=capsys)
+    assert code == 0 and "mine/test: 4 images" in out and "taken as test" in out
+    code, _, err = run("train", "--data", "mine", *root, "--out", tmp_path / "t", capsys=capsys)
+    assert code == 4 and "data add PATH --name mine --split train" in err
+    code, out, _ = run("data", "add", tmp_path / "b.npz", "--name", "mine", "--split", "train", *root, capsys=capsys)
+    assert code == 0 and "mine/train: 4 images" in out
 
 
 def test_doctor_and_data_list(tmp_path, capsys):

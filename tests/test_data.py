@@ -800,6 +800,31 @@ def test_names_that_are_no_folder_names_are_refused(name, tmp_path, root):
         data.add(tmp_path / "mine.npz", name=name)
 
 
+def test_an_npz_that_does_not_say_its_split_is_asked_for_it(tmp_path, root):
+    for file, value in (("mine.npz", 1), ("other.npz", 2), ("my_train.npz", 3)):
+        np.savez(tmp_path / file, images=np.full((4, 8, 8), value, np.uint8), labels=np.arange(4))
+    found = data.add(tmp_path / "mine.npz")
+    assert [e.split for e in found.entries] == ["test"]
+    assert any("does not say its split: taken as test" in line and "--split train" in line for line in found.warnings)
+    with pytest.raises(DataError, match=r"run: sparsetrail data add PATH --name mine --split train"):
+        data.load("mine", "train")
+    with pytest.raises(DataError, match=r"say it: sparsetrail data add .*mine\.npz --split train"):
+        data.load(tmp_path / "mine.npz", "train")
+    with pytest.raises(DataError, match=r"mine/train: expected other images than those of .*mine/test, found the same"):
+        data.add(tmp_path / "mine.npz", split="train")
+    found = data.add(tmp_path / "other.npz", name="mine", split="train")
+    assert [e.split for e in found.entries] == ["train"] and not any("its split" in line for line in found.warnings)
+    assert int(data.load("mine", "train").images.max()) == 2 and int(data.load("mine").images.max()) == 1
+    found = data.add(tmp_path / "my_train.npz")
+    assert [e.split for e in found.entries] == ["train"] and not any("its split" in line for line in found.warnings)
+    assert [e.split for e in data.add(tmp_path / "my_train.npz", name="new", split="test").entries] == ["test"]
+    np.savez(tmp_path / "both.npz", x_test=np.zeros((4, 8, 8), np.uint8), y_test=np.arange(4))
+    with pytest.raises(DataError, match=r"with its own test split; leave --split out"):
+        data.add(tmp_path / "both.npz", split="train")
+    with pytest.raises(DataError, match="expected split train or test, found 'val'"):
+        data.add(tmp_path / "other.npz", split="val")
+
+
 def test_missing_sets_say_where_was_looked_and_what_to_run(root, stored):
     with pytest.raises(DataError, match=r"looked in .*cifar10 .*Run: sparsetrail data get cifar10"):
         data.load("cifar10")

@@ -592,9 +592,18 @@ def data_get(name: str, *, root: Path | None = None) -> None:
     _say_import(data.get(name, root=root, progress=lambda line: print(line, file=sys.stderr)))
 
 
-def data_add(path: Path, *, name: str | None = None, root: Path | None = None) -> None:
+def data_add(
+    path: Path,
+    *,
+    name: str | None = None,
+    split: Annotated[
+        Literal["train", "test"] | None,
+        Parameter(help="of an npz with images and labels; default by its name, or test"),
+    ] = None,
+    root: Path | None = None,
+) -> None:
     """Take in PATH: official python or binary files, PNG sheets, npz, IDX, or an image folder; checked before kept."""
-    _say_import(data.add(path, name=name, root=root))
+    _say_import(data.add(path, name=name, split=split, root=root))
 
 
 def _say_import(found: Any) -> None:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def load(name: str | Path, split: str = "test", *, root: Path | str | None = Non
         if not (folder / split).is_dir():
             raise DataError(
                 f"expected the {split} split of {name} in {folder / split}, found {_listing(folder)}; "
-                f"run: sparsetrail data {f'get {name}' if name in KNOWN else 'add PATH'}"
+                f"run: sparsetrail data {f'get {name}' if name in KNOWN else _add_command(name, split)}"
             )
         return _read(folder / split)
     path = Path(name).expanduser()
@@ -79,7 +79,8 @@ def load(name: str | Path, split: str = "test", *, root: Path | str | None = Non
             return _read(path / split)
         found = layouts.read(path)
         if split not in found.splits:
-            raise DataError(f"{path}: expected a {split} split, found {found.layout} without it; try the other split")
+            how = f"say it: sparsetrail data add {path} --split {split}" if found.notes else "try the other split"
+            raise DataError(f"{path}: expected a {split} split, found {found.layout} without it; {how}")
         return found.splits[split]
     looked = f"looked in {folder} and for a file or folder {path}" if folder else f"looked for {path}"
     have = ", ".join(sorted({SLICE, *(entry.name for entry in available(root))}))
@@ -88,10 +89,16 @@ def load(name: str | Path, split: str = "test", *, root: Path | str | None = Non
 
 
 def add(
-    path: Path | str, *, name: str | None = None, root: Path | str | None = None, progress: Progress | None = None
+    path: Path | str,
+    *,
+    name: str | None = None,
+    split: str | None = None,
+    root: Path | str | None = None,
+    progress: Progress | None = None,
 ) -> Import:
     """Read any recognised local layout and write it into the cache, checked first and never half.
 
+    `split` is train or test, for an npz with images and labels that does not say which it is (test unless told).
     The name is by default that of the official set with this content, else what the layout or its folder says. Unknown
     content is let in with a warning, but never over an official set. Raises DataError, and then writes nothing.
     """
@@ -100,10 +107,13 @@ def add(
         raise DataError(f"expected a name of letters, digits, '.', '_' or '-', found {name!r}; {SLICE} is taken")
     if progress:
         progress(f"reading {path}")
-    found = layouts.read(path, name=name)
+    if split is not None and split not in SPLITS:
+        raise DataError(f"expected split train or test, found {split!r}")
+    found = layouts.read(path, name=name, split=split)
     if any(part.name == SLICE for part in found.splits.values()):
         raise DataError(f"{path}: expected a set to add, found {SLICE}, which is inside the package; just load it")
-    return store(list(found.splits.values()), route=f"{found.layout} at {path}", root=root, progress=progress)
+    done = store(list(found.splits.values()), route=f"{found.layout} at {path}", root=root, progress=progress)
+    return replace(done, warnings=(*done.warnings, *found.notes))
 
 
 def store(
@@ -126,6 +136,7 @@ def store(
         with _locked(base, name), _scratch(base, name) as scratch:
             for part in sets:
                 _refuse_to_replace_official(base, part)
+                _refuse_the_same_twice(base, part, [other.split for other in sets])
             new = [part for part in sets if not _is_there(base, part)]
             for part in new:
                 if progress:
@@ -220,6 +231,10 @@ def _split_folders(base: Path) -> list[Path]:
     return [name / split for name in names for split in SPLITS if (name / split).is_dir()]
 
 
+def _add_command(name: Path | str, split: str) -> str:
+    return f"add PATH --name {name} --split {split} (--split where the files do not say it)"
+
+
 def _listing(folder: Path) -> str:
     return ", ".join(sorted(item.name for item in folder.iterdir())) or "an empty folder"
 
@@ -284,6 +299,16 @@ def _refuse_to_replace_official(base: Path, part: Dataset) -> None:
             f"{folder} holds the official {part.name}/{part.split}, found other content ({part.sha256}) to put there; "
             "give it a name of its own: sparsetrail data add PATH --name NAME"
         )
+
+
+def _refuse_the_same_twice(base: Path, part: Dataset, now: list[str]) -> None:
+    """A split that is not written now must not hold the same images: a network would be tested on what it learnt."""
+    for folder in (base / part.name / split for split in SPLITS if split not in now):
+        if folder.is_dir() and _describe(folder).sha256 == part.sha256:
+            raise DataError(
+                f"{part.name}/{part.split}: expected other images than those of {folder}, found the same; if they were "
+                f"taken in there by mistake, delete {folder} and repeat"
+            )
 
 
 def _write(part: Dataset, folder: Path, route: str) -> None:

@@ -20,6 +20,7 @@ from sparsetrail.data.sets import (
     CLASSES,
     KNOWN,
     SHAPES,
+    SPLITS,
     DataError,
     Dataset,
     Pixels,
@@ -61,20 +62,26 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What was recognised at a path: the layout, and the splits that it has."""
+    """What was recognised at a path: the layout, the splits that it has, and what had to be guessed."""
 
     layout: str
     splits: dict[str, Dataset]
+    notes: tuple[str, ...] = ()
 
 
-def read(path: Path, *, name: str | None = None) -> Found:
+def read(path: Path, *, name: str | None = None, split: str | None = None) -> Found:
     """Recognise the layout at `path` and read the splits that it has.
+
+    `split` says which one it is where the layout does not, as in an npz with the keys images and labels.
 
     The name is the given one, else that of the official set with this content, else the set that the file names give
     away, else the name of the folder. Raises DataError with what was found and the nearest layout.
     """
     tree = _tree(path)
     layout, arrays, set_name, classes = _recognise(tree)
+    notes: tuple[str, ...] = ()
+    if split is not None or layout == _NPZ:
+        arrays, notes = _as_split(path, tree, layout, arrays, split)
     if classes is None:
         top = max(int(labels.max(initial=0)) for _, labels in arrays.values())
         if top >= CLASS_LIMIT:
@@ -88,7 +95,7 @@ def read(path: Path, *, name: str | None = None) -> Found:
     splits = {
         split: make_dataset(name, split, *pair, classes, where=f"{path} ({split})") for split, pair in arrays.items()
     }
-    return Found(layout=layout, splits=splits)
+    return Found(layout=layout, splits=splits, notes=notes)
 
 
 def _recognise(tree: Tree) -> tuple[str, dict[str, Arrays], str | None, tuple[str, ...] | None]:
@@ -317,6 +324,33 @@ def _read_npz(tree: Tree) -> dict[str, Arrays]:
                 f"{where}: expected an .npz of plain arrays, found {error}; write it with np.savez"
             ) from error
     return arrays
+
+
+def _as_split(
+    path: Path, tree: Tree, layout: str, arrays: dict[str, Arrays], split: str | None
+) -> tuple[dict[str, Arrays], tuple[str, ...]]:
+    """The arrays under the split that is said, or a note where it was neither said nor told by a file's name."""
+    said = layout != _NPZ or len(arrays) != 1 or not _unsaid(tree)
+    if split is None:
+        named = said or any(word in PurePosixPath(name).stem.lower() for name in tree.names for word in SPLITS)
+        note = f"{path} does not say its split: taken as test; if it is for training, add it with --split train"
+        return arrays, () if named else (note,)
+    if said:
+        raise DataError(
+            f"{path}: expected one .npz with the keys images and labels for --split {split}, found {layout} with its "
+            f"own {' and '.join(arrays)} split; leave --split out"
+        )
+    (pair,) = arrays.values()
+    return {split: pair}, ()
+
+
+def _unsaid(tree: Tree) -> bool:
+    """Whether the only .npz has the keys images and labels, which name no split."""
+    files = [name for name in tree.names if name.endswith(".npz")]
+    if len(files) != 1:
+        return False
+    with np.load(io.BytesIO(tree.read(files[0])), allow_pickle=False) as archive:
+        return "images" in archive
 
 
 def _split_of(file: str) -> str:

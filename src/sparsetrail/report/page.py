@@ -27,9 +27,9 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     `images` are shown on the page only: mappings with `clean`, `adversarial` (uint8 [h w c] or [h w]), `label`,
     `predicted`, `title`, and of an audit its place among `report.audits` as `audit`; without them, those of an earlier
     call are shown again. `trail.csv` is written where there are trails, `trail_steps.csv` where one kept its time
-    steps, `trail_examples.csv` where it kept its images, `trail_origins.csv` where it tells created zeros from inherited
-    ones, `ablation.csv` where parts were replaced, `tradeoff.csv` of a sweep of designs, `card.json` where there is an
-    audit. Returns paths by kind: json, md, html, csv, steps, examples, origins, ablation, tradeoff and card.
+    steps, `trail_examples.csv` where it kept its images, `trail_origins.csv` where it tells created zeros from
+    inherited ones, `ablation.csv` where parts were replaced, `tradeoff.csv` of a sweep of designs, `card.json` where
+    there is an audit. Returns paths by kind: json, md, html, csv, steps, examples, origins, ablation, tradeoff, card.
     """
     folder = Path(out)
     plain = tuple(t for t in report.trails if not t.replaced)
