@@ -134,8 +134,9 @@ def test_an_attack_in_one_line(model, capsys):
         (("--route", "own", "--route", "triangle:1", "--steps", 1),
          {"route": f"BPTT atan(2), {WAY} + BPTT triangle(1), {WAY}"}),
         (("--transfer", "other", "--steps", 1), {"route": f"transfer from other: BPTT atan(2), {WAY}"}),
+        (("--name", "codebook", "--steps", 1), {"route": f"BPTT atan(2), {WAY[:-8]}its codebook, exact"}),
     ],
-    ids=["steps", "set", "draws", "l2", "l0", "eot", "route", "transfer"],
+    ids=["steps", "set", "draws", "l2", "l0", "eot", "route", "transfer", "codebook"],
 )  # fmt: skip
 def test_every_setting_of_an_attack_arrives(model, tmp_path, capsys, monkeypatch, flags, told):
     monkeypatch.chdir(tmp_path)

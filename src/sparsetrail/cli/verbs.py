@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -103,12 +104,18 @@ def _run_line(run: Run) -> dict[str, Any]:
     lo, hi = run.accuracy.interval()
     return {
         "victim": run.victim, "attack": run.attack, "knobs": _knobs(run), "space": run.threat.space,
-        "norm": run.threat.norm, "eps": run.threat.eps, "mode": run.mode, "route": run.route, "data": run.data,
+        "norm": run.threat.norm, "eps": run.threat.eps, "mode": run.mode, "route": _route(run), "data": run.data,
         "n": run.n, "clean_acc": run.clean_accuracy.value, "robust_acc": run.accuracy.value, "interval95": [lo, hi],
         "ties": run.ties, "zero_gradient": run.zero_gradient, "dead_examples": run.dead_examples,
         "nonfinite": run.nonfinite, "forwards": run.forwards, "backwards": run.backwards, "seed": run.seed,
         "seconds": round(run.seconds, 2), "note": run.note, "eot": run.eot, "votes": run.votes,
     }  # fmt: skip
+
+
+def _route(run: Run) -> str:
+    """The gradient route; the codebook step follows the gradient of the code and asks the encoder for none."""
+    exact = "encoder: its codebook, exact"
+    return re.sub(r"encoder: \w+", exact, run.route) if run.attack == "codebook" else run.route
 
 
 def _knobs(run: Run) -> dict[str, Any]:
@@ -341,7 +348,7 @@ def _audit_line(a: Audit) -> dict[str, Any]:
 
 def _say_run(run: Run) -> None:
     print(f"threat   {run.threat}, crafted in {run.mode} mode")
-    print(f"route    {run.route}")
+    print(f"route    {_route(run)}")
     print(f"data     {run.data}")
     print(f"clean    {run.clean_accuracy}")
     told = {k: v for k, v in _knobs(run).items() if v is not None} | ({"eot": run.eot} if run.eot > 1 else {})
