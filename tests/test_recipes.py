@@ -248,7 +248,7 @@ def test_a_network_under_every_threat_trained_here_or_before(fake_cifar, tmp_pat
     kept = tmp_path / "kept"
     for pool in ("max", "avg"):
         model = load_model(fake_cifar.out / "models" / f"cifar10-sew_resnet18-{pool}")
-        small = compact(model, kept / f"sew_resnet18-{pool}" / "model.safetensors")
+        small = compact(model, str(kept / f"sew_resnet18-{pool}" / "model.safetensors"))
         weights = zip(small.net.parameters(), model.net.parameters(), strict=True)
         assert all(torch.equal(a, b.bfloat16().float() if b.ndim > 1 else b) for a, b in weights)
         assert small.card["compact"] == {"type": "bf16", "of": model.sha256} and small.sha256 != model.sha256
