@@ -10,8 +10,8 @@ import pytest
 import torch
 from lively import lively
 
-from sparsetrail.attacks import ATTACKS, attack, authors, fgsm, noise, pgd, settings
-from sparsetrail.core import L0, Linf, Problem, Streams, Victim, margin
+from sparsetrail.attacks import ATTACKS, attack, authors, check_settings, fgsm, noise, pgd, settings
+from sparsetrail.core import L0, Linf, Problem, Route, Streams, Victim, margin
 from sparsetrail.snn.encode import latency, phase
 from sparsetrail.snn.net import NetSpec, build, victim
 
@@ -487,3 +487,66 @@ def test_progress_is_told_from_the_start(snn):
     told.clear()
     authors(net, phase(steps=4), x, y, batch=5, steps=1, say=lambda *at: told.append(at))
     assert told == [(0, 10), (5, 10), (10, 10)]
+
+
+@pytest.mark.parametrize(("name", "knobs"), [
+    ("pgd", {"restarts": 0}), ("pgd", {"restarts": -2}), ("pgd", {"steps": -1}), ("pgd", {"steps": 2.5}),
+    ("pgd", {"step": 0.0}), ("pgd", {"step": -0.01}), ("pgd", {"step": math.inf}), ("apgd", {"restarts": 0}),
+    ("square", {"queries": -5}), ("square", {"p_init": 50}), ("noise", {"draws": 0}), ("codebook", {"momentum": -0.1}),
+    ("fab", {"targets": 0}), ("rfgsm", {"share": 1.5}),
+])  # fmt: skip
+def test_settings_that_leave_an_attack_without_work_are_refused(name, knobs):
+    """Every image would stand: no robustness, nothing was tried."""
+    v, x = linear_victim("pixel")[0], pictures()
+    (setting,) = knobs
+    with pytest.raises(ValueError, match=f"{name}: {setting}: expected a"):
+        strike(name, v, Linf(0.1, space="pixel"), x, v.scores(x).argmax(1), **knobs)
+
+
+def test_every_default_and_every_quick_setting_is_allowed():
+    for name, fn in ATTACKS.items():
+        check_settings(name, settings(fn) | QUICK.get(name, {}))
+
+
+def test_a_victim_that_writes_into_its_input_is_refused_and_nobodys_images_are_touched():
+    w = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    x = (torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 255).round() / 255
+    kept, y = x.clone(), torch.zeros(4, dtype=torch.long)
+
+    def made(write):
+        return Victim(
+            encode=(lambda v: v.sub_(0.5).unsqueeze(0)) if write == "encode" else lambda v: v.unsqueeze(0).clone(),
+            logits=lambda u: (u.mul_(2) if write == "logits" else u)[0].flatten(1) @ w, steps=1, classes=3,
+        )  # fmt: skip
+
+    for write, space in (("encode", "pixel"), ("encode", "encoded"), ("logits", "encoded")):
+        box = {"box": (-1.0, 1.0)} if space == "encoded" else {}
+        for name in ("pgd", "square"):
+            with pytest.raises(ValueError, match="leaves its input as it is"):
+                strike(name, made(write), Linf(0.1, space=space, **box), x, y)
+        assert torch.equal(x, kept)
+    assert attack(pgd, made(""), Linf(0.1, space="pixel"), x, y).n == 4
+
+
+def test_what_a_victim_says_between_grey_levels_is_never_asked():
+    """At a radius that is no whole level, answers off the grid that point the other way change no result."""
+    v, x = linear_victim("pixel")[0], (pictures() * 255).round() / 255
+
+    def hidden(u):
+        level = u[0] * 255
+        between = ((level - level.round()).abs() > 1e-3).flatten(1).any(1)
+        return torch.where(between[:, None], -v.logits(u), v.logits(u))
+
+    y0 = v.scores(x).argmax(1)
+    liar = dataclasses.replace(v, logits=hidden, shortcut=None)
+    for name in ("noise", "fgsm", "bim", "mifgsm", "pgd", "apgd", "sapgd", "square", "spsa"):
+        a, b = (strike(name, w, Linf(0.031, space="pixel"), x, y0, batch=len(x)) for w in (v, liar))
+        assert a.robust == b.robust and sum(a.robust) < len(x), name
+
+
+def test_a_route_may_be_given_by_its_name(snn):
+    _, v, x, y = snn
+    a, b = (attack(pgd, v, Linf(8 / 255, space="pixel"), x, y, route=r) for r in ("atan:4", Route(neuron="atan:4")))
+    assert a.robust == b.robust and a.route == b.route != v.path("pixel")
+    with pytest.raises(ValueError, match="nonsense"):
+        attack(pgd, v, Linf(8 / 255, space="pixel"), x, y, route="nonsense")

@@ -1,5 +1,6 @@
 """The command line as a user meets it: verbs, exit codes, messages, and results that are kept."""
 
+import errno
 import json
 import shutil
 import signal
@@ -381,6 +382,9 @@ def test_reproduce_without_data_says_how_to_get_it(tmp_path, capsys):
 def test_a_bug_of_ours_is_not_hidden():
     assert cli.exit_code(RuntimeError("x")) == 1 and cli.exit_code(KeyError("x")) == 1
     assert cli.exit_code(ValueError("x")) == 4
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/a/state.safetensors")
+    assert cli.exit_code(full) == 4 and "runs/a/state.safetensors" in str(full)
+    assert cli.exit_code(OSError(errno.EIO, "x")) == 1
 
 
 def test_a_second_task_of_the_same_name_has_a_clock_of_its_own(monkeypatch, capsys):
@@ -395,3 +399,15 @@ def test_a_second_task_of_the_same_name_has_a_clock_of_its_own(monkeypatch, caps
                 shown.tick("checks", done, 10, "")
     left = [line.split()[-3] for line in capsys.readouterr().err.splitlines() if line.endswith("left")]
     assert left == ["60", "20", "60", "20"]
+
+
+def test_a_device_that_only_pretends_is_refused(tmp_path, capsys):
+    code, _, err = run(
+        "train", "--data", "fashion-mnist-slice", "--device", "meta", "--out", tmp_path / "m", capsys=capsys
+    )
+    assert code == 4 and "expected auto, cpu, cuda" in err and not (tmp_path / "m").exists()
+
+
+def test_the_package_is_a_command_too():
+    run = subprocess.run([sys.executable, "-m", "sparsetrail", "--version"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip().endswith(cli.__version__)

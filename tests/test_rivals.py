@@ -79,7 +79,7 @@ def posed(request):
 def recorded(p):
     """What a problem is asked about from now on."""
     asked, see = [], p._see
-    p._see = lambda u, m, rows, **how: (asked.append(u.detach().clone()), see(u, m, rows, **how))[1]
+    p._see = lambda u, m, rows, *shown: (asked.append(u.detach().clone()), see(u, m, rows, *shown))[1]
     return asked
 
 

@@ -178,7 +178,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(images, tmp_pat
         (replace(NET, classes=9), "classes"),
     ):
         with pytest.raises(ValueError, match=match):
-            train(net, ENCODE, images, SPEC, tmp_path / "r")
+            train(net, ENCODE, images, SPEC, str(tmp_path / "r"))
+    side = images.images.shape[2]
+    for name in ("crop", "cutout"):
+        with pytest.raises(ValueError, match=f"{name}: expected fewer pixels than the images' {side}"):
+            train(NET, ENCODE, images, replace(SPEC, **{name: side}), tmp_path / "r")
     assert not (tmp_path / "r").exists()
     for bad in (
         {"lr": math.nan},

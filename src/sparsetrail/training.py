@@ -131,7 +131,7 @@ def train(
     encode: Encoder,
     data: Dataset,
     spec: TrainSpec,
-    out: Path,
+    out: Path | str,
     *,
     seams: Seams | None = None,
     start: Trained | None = None,
@@ -153,11 +153,12 @@ def train(
     if spec.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision: tf32 is for products on a GPU, found {device}; take fp32 or bf16")
     identity = _identity(net_spec, encode, data, spec, seams, start)
-    _check_fit(net_spec, encode, data)
+    _check_fit(net_spec, encode, data, spec)
     if seams.check is not None:
         seams.check(net_spec, encode, spec)
     if start is not None and asdict(net_spec_from(start.card["net"])) != asdict(net_spec):
         raise ValueError(f"start: expected a model of the network asked for, found another in {start.path}")
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _check_folder(out, identity)
     gpu = device.type == "cuda"
@@ -503,7 +504,11 @@ def _identity(
     return json.loads(json.dumps(text))
 
 
-def _check_fit(net: NetSpec, encode: Encoder, data: Dataset) -> None:
+def _check_fit(net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec) -> None:
+    side = min(data.images.shape[2:])
+    for name, many in (("crop", spec.crop), ("cutout", spec.cutout)):
+        if many >= side:
+            raise ValueError(f"{name}: expected fewer pixels than the images' {side}, got {many}")
     for name, want, got in (
         ("steps", encode.steps, net.steps),
         ("channels", data.images.shape[1], net.channels),

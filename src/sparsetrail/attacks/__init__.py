@@ -13,7 +13,7 @@ from sparsetrail.attacks.noise import noise
 from sparsetrail.attacks.pgd import pgd
 from sparsetrail.attacks.rays import rays
 from sparsetrail.attacks.rfgsm import rfgsm
-from sparsetrail.attacks.run import Attack, attack, settings
+from sparsetrail.attacks.run import Attack, attack, check_settings, settings
 from sparsetrail.attacks.sapgd import sapgd
 from sparsetrail.attacks.sda import sda
 from sparsetrail.attacks.spsa import spsa
@@ -38,6 +38,6 @@ ATTACKS: dict[str, Attack] = {
 }
 
 __all__ = [
-    "ATTACKS", "LOSSES", "TARGETED", "Attack", "apgd", "attack", "authors", "autoattack", "bim", "codebook", "fab",
-    "fgsm", "mifgsm", "noise", "pgd", "rays", "rfgsm", "sapgd", "sda", "settings", "spsa", "square",
+    "ATTACKS", "LOSSES", "TARGETED", "Attack", "apgd", "attack", "authors", "autoattack", "bim", "check_settings",
+    "codebook", "fab", "fgsm", "mifgsm", "noise", "pgd", "rays", "rfgsm", "sapgd", "sda", "settings", "spsa", "square",
 ]  # fmt: skip

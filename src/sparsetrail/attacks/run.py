@@ -1,8 +1,9 @@
 """Let an attack play, batch by batch, then judge what it found; its own word counts for nothing."""
 
 import inspect
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from sparsetrail.core import Guide, Problem, Route, Run, Streams, Threat, Victim, correct, grey, margin
 
 Attack = Callable[..., None]
+COUNTS = ("steps", "restarts", "draws", "queries", "targets", "samples", "first")
+FROM_ZERO, SHARES = ("momentum", "q", "decay"), ("p_init", "share", "momentum", "q", "rho", "alpha_max")
 EOT = 10  # gradients averaged at every step where a victim draws noise, unless told otherwise
 
 
@@ -22,7 +25,7 @@ def attack(
     x: Tensor,
     y: Tensor,
     *,
-    route: Route | Sequence[Route] | None = None,
+    route: Route | str | Sequence[Route | str] | None = None,
     guide: Victim | None = None,
     eot: int | None = None,
     votes: int = 10,
@@ -38,28 +41,32 @@ def attack(
 ) -> Run:
     """Run `fn(problem, streams, **knobs)` on images `x` [n c h w] in 0..1 with labels `y` [n], judge the best points.
 
-    Only images classified correctly are attacked. `route` differentiates the victim by another backward, several routes
-    by the mean of their gradients; `guide` is another victim whose gradient is followed instead (a transfer attack, its
-    points asked of this victim at every step). `eot` gradients are averaged at every step (expectation over
-    transformation, Athalye et al. 2018, arXiv:1707.07397), by default EOT of a victim that draws noise and one of any
-    other; points of a victim that draws noise are judged by the majority of `votes` fresh draws.
+    Only images classified correctly are attacked. `route` differentiates the victim by another backward (a string names
+    that of its neurons), several routes by the mean of their gradients; `guide` is another victim whose gradient is
+    followed instead (a transfer attack, its points asked of this victim at every step). `eot` gradients are averaged at
+    every step (expectation over transformation, Athalye et al. 2018, arXiv:1707.07397), by default EOT of a victim that
+    draws noise and one of any other; points of a victim that draws noise are judged by the majority of `votes` fresh
+    draws.
 
     `drop` leaves out images as soon as they are fooled; the result is the same, faster. In pixel space, where `x` are
-    images of 256 grey levels, a point counts only if it fools when rounded to them. `keep` stores the adversarial
-    points, on the CPU. `indices` are the places of the images in their data set: random streams are keyed by them.
-    `say(done, n)` is called at the start and after every batch, `stop()` asked before it (KeyboardInterrupt follows).
-    The result does not depend on `batch`, up to float rounding of the matrix products. Bad input is refused before
-    anything runs.
+    images of 256 grey levels, the victim is shown none but such: points are rounded to them. `keep` stores the
+    adversarial points, on the CPU. `indices` are the places of the images in their data set: random streams are keyed
+    by them. `say(done, n)` is called at the start and after every batch, `stop()` asked before it (KeyboardInterrupt
+    follows). The result does not depend on `batch`, up to float rounding of the matrix products. Bad input is refused
+    before anything runs, and the images given are never written to.
     """
-    _refuse(victim, threat, x, y, batch)
+    _refuse(victim, x, y)
     knobs = settings(fn) | knobs
     try:
         inspect.signature(fn).bind(None, None, **knobs)
     except TypeError as error:
         raise ValueError(f"{_name(fn)}: {error}; expected settings {', '.join(settings(fn)) or 'none'}") from None
+    if getattr(fn, "__module__", "").startswith("sparsetrail."):  # somebody's own attack knows its settings itself
+        check_settings(_name(fn), knobs)
     eot = samples(victim) if eot is None else eot
-    if min(eot, votes) < 1:
-        raise ValueError(f"expected at least 1 sample and 1 vote, got eot={eot}, votes={votes}")
+    for name, count in (("batch", batch), ("eot", eot), ("votes", votes)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {count!r}")
     if indices is not None and len(indices) != len(y):
         raise ValueError(f"indices: expected one an image ({len(y)}), got {len(indices)}")
     if guide is not None and route is not None:
@@ -87,10 +94,17 @@ def attack(
     for i in range(0, len(y), batch):
         if stop is not None and stop():
             raise KeyboardInterrupt
-        xs, ys = x[i : i + batch], y[i : i + batch]
+        xs, ys = x[i : i + batch].clone(), y[i : i + batch]
         with torch.no_grad():
+            as_given = xs._version
             u0 = _attacked(victim, threat, xs)
+            fresh = u0._version
             right = judged(judge, u0, ys, votes)[0]
+        if xs._version != as_given or u0._version != fresh:
+            raise ValueError(
+                f"{victim.name}: expected a victim that leaves its input as it is, found one that writes into it; let "
+                "it work on a copy, e.g. x.clone(), or Normalize(inplace=False)"
+            )
         forwards += len(ys) * votes
         rows = right.nonzero().squeeze(1)
         best, held = u0, right.clone()
@@ -172,12 +186,13 @@ def _attacked(victim: Victim, threat: Threat, x: Tensor) -> Tensor:
 
 
 def _guides(
-    victim: Victim, threat: Threat, route: Route | Sequence[Route] | None, guide: Victim | None
+    victim: Victim, threat: Threat, route: Route | str | Sequence[Route | str] | None, guide: Victim | None
 ) -> tuple[list[Guide], str]:
     """Whose gradients are followed, and that in words."""
     if guide is not None:
         return [Guide.of(guide, threat, own=False)], f"transfer from {guide.name}: {guide.path(threat.space)}"
-    routes = [route] if isinstance(route, Route) else list(route or (Route(),))
+    asked = [route] if isinstance(route, Route | str) else list(route or (Route(),))
+    routes = [Route(neuron=None if r == "own" else r) if isinstance(r, str) else r for r in asked]
     by = []
     for r in routes:
         if r.steps is not None and threat.space == "encoded":
@@ -190,11 +205,36 @@ def _guides(
     return [Guide.of(v, threat, own=o) for v, o in zip(by, own, strict=True)], path
 
 
+def check_settings(attack: str, knobs: Mapping[str, Any]) -> None:
+    """ValueError for a number that leaves an attack of ours without work, and so every image standing."""
+    for name, value in knobs.items():
+        if isinstance(value, bool | str) or value is None:
+            continue
+        whole, least = name in COUNTS, 0 if name in FROM_ZERO else None
+        ok = (
+            (not whole or isinstance(value, int))
+            and math.isfinite(value)
+            and (value > 0 if least is None else value >= least)
+            and (name not in SHARES or value <= 1)
+        )
+        if not ok:
+            kind = "a positive whole number" if whole else "a number, 0 or more," if least == 0 else "a positive number"
+            most = ", at most 1" if name in SHARES else ""
+            raise ValueError(f"{attack}: {name}: expected {kind.rstrip(',')}{most}, got {value!r}")
+
+
 def judged(f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor, votes: int) -> tuple[Tensor, Tensor]:
     """By most of `votes` calls: classified correctly, per example; and the lower median of the margins."""
-    z = [f(u).float() for _ in range(votes)]
+    z = [_scores(f(u), len(y)).float() for _ in range(votes)]
     right = torch.stack([correct(v, y) for v in z]).sum(0) * 2 > votes
     return right, torch.stack([margin(v, y) for v in z]).median(0).values
+
+
+def _scores(z: Any, n: int) -> Tensor:
+    if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != n:
+        found = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+        raise ValueError(f"victim: expected a tensor of scores [n k], n = {n}, found {found}; return one row an image")
+    return z
 
 
 def samples(victim: Victim) -> int:
@@ -228,16 +268,18 @@ def _mean(parts: Sequence[tuple[float, int]]) -> float:
     return sum(mean * count for mean, count in parts) / sum(count for _, count in parts)
 
 
-def _refuse(victim: Victim, threat: Threat, x: Tensor, y: Tensor, batch: int) -> None:
+def _refuse(victim: Victim, x: Tensor, y: Tensor) -> None:
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        raise ValueError(f"expected images and labels as tensors, got {type(x).__name__} and {type(y).__name__}")
     if victim.module is not None and victim.mode == "eval" and victim.module.training:
         raise ValueError(f"{victim.name}: expected a network in eval mode, found train mode; call net.eval() first")
-    if x.ndim < 2 or len(x) == 0 or len(x) != len(y):
+    if x.ndim < 2 or len(x) == 0 or y.shape != x.shape[:1]:
         raise ValueError(f"expected images [n c h w] and labels [n], n > 0, got {tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"images: expected float32 pixels in 0..1, got {x.dtype}; divide uint8 images by 255")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError("images: expected finite pixels in 0..1, found others; divide 8-bit images by 255")
+    if y.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"labels: expected whole numbers, the class of every image, got {y.dtype}; use y.long()")
     if int(y.min()) < 0 or int(y.max()) >= victim.classes:
         raise ValueError(f"labels: expected 0..{victim.classes - 1}, got {int(y.min())}..{int(y.max())}")
-    if batch < 1:
-        raise ValueError(f"batch: expected at least 1, got {batch}")

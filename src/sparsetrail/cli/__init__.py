@@ -1,5 +1,6 @@
 """The command line: verbs are loaded when called, so that help does not wait for torch. Exit codes in `main`."""
 
+import errno
 import sys
 from collections.abc import Sequence
 from keyword import iskeyword
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def exit_code(error: Exception) -> int:
-    """Refused input is a ValueError (4), an orderly stop is 130, anything else is a bug of ours (1)."""
+    """Refused input, or no room to write, is 4, an orderly stop is 130, anything else is a bug of ours (1)."""
     if type(error).__name__ == "TrainingStopped":
         return 130
-    return 4 if isinstance(error, ValueError | PermissionError) else 1
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return 4 if full or isinstance(error, ValueError | PermissionError) else 1

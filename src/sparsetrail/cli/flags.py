@@ -81,6 +81,8 @@ def device_named(name: str, threads: int | None) -> str:
             f"--device {name}: no CUDA device; this is torch {torch.__version__}. Use --device cpu or auto"
         )
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {name}: expected auto, cpu, cuda or cuda:i")
         torch.empty(0, device=name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; expected auto, cpu, cuda or cuda:i") from None

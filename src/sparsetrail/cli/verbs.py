@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from sparsetrail import __version__, data
-from sparsetrail.attacks import ATTACKS, settings
+from sparsetrail.attacks import ATTACKS, check_settings, settings
 from sparsetrail.attacks.pgd import PACE
 from sparsetrail.auditing import refuse
 from sparsetrail.cli.flags import (
@@ -217,13 +217,12 @@ def _threat(name: str, eps: float | None, space: Space | None, norm: Norm, knobs
     if name not in ATTACKS:
         raise ValueError(f"--name: expected one of {', '.join(ATTACKS)}, got {name!r}")
     allowed = settings(ATTACKS[name])
-    for k, v in knobs.items():
+    for k in knobs:
         if k not in allowed:
             own = ("steps", "step", "restarts", "draws")
             flags = ", ".join(f"--{a}" if a in own else f"--set {a}=" for a in allowed)
             raise ValueError(f"--{k}: {name} does not have it; expected {flags or 'no settings'}")
-        if not isinstance(v, str) and v is not None and (v < 0 if k in ("momentum", "q") else v <= 0):
-            raise ValueError(f"--{k}: expected a positive number, got {v}")
+    check_settings(name, knobs)
     return Threat(eps, space=space, norm=norm)
 
 

@@ -103,9 +103,11 @@ class Problem:
     ledger stays in tensors; nothing is read back while the attack runs, unless `drop` or `grid` asks for it.
 
     `eot` evaluations stand behind every number (a victim that draws noise): gradients are their mean, a margin is
-    their lower median, so it is positive where most of them are fooled; as many as fit share a batch. `grid` counts an
-    example as fooled only where its point rounded to 256 grey levels is. `guides` are whose gradients are followed,
-    their mean if several; by default that of `f`. `codebook` [256 t] makes `code_grad` possible.
+    their lower median, so it is positive where most of them are fooled; as many as fit share a batch. `grid` is for
+    images of 256 grey levels: points are rounded to them inside the ball before the victim is shown one, so that what
+    it says between them is of no use; of points that may lie outside, only a fooling one is rounded, and counts if it
+    fools then. `guides` are whose gradients are followed, their mean if several; by default that of `f`. `codebook`
+    [256 t] makes `code_grad` possible.
     """
 
     def __init__(
@@ -178,7 +180,8 @@ class Problem:
         rows = self._alive()
         if rows is not None and len(rows) == 0:
             return self.best_margin.clone() if of is None else torch.full_like(self.best_margin, -math.inf)
-        part, y = self._take(u, rows), self._labels(rows)
+        shown = self._shown(u)
+        part, y = self._take(shown, rows), self._labels(rows)
         margins, values = [], []
         with torch.no_grad():
             for copies in self._passes(len(y)):
@@ -186,7 +189,7 @@ class Problem:
                 margins.append(margin(z, y.repeat(copies)).view(copies, -1))
                 if of is not None:
                     values.append(of(z, y.repeat(copies)).view(copies, -1))
-            m = self._see(u, _vote(margins), rows)
+            m = self._see(u, _vote(margins), rows, shown)
         if of is None:
             return m
         value = torch.cat(values).mean(0)
@@ -215,12 +218,13 @@ class Problem:
             if rows is not None and len(rows) == 0:
                 found += [self.best_margin.clone() for _ in some]
                 continue
-            y = self._labels(rows)
-            part = torch.cat([self._take(u, rows) for u in some], self.axis)
-            for u, m in zip(some, self._margins(part, y.repeat(len(some))).view(len(some), -1), strict=True):
+            y, shown = self._labels(rows), [self._shown(u) for u in some]
+            part = torch.cat([self._take(u, rows) for u in shown], self.axis)
+            margins = self._margins(part, y.repeat(len(some))).view(len(some), -1)
+            for u, v, m in zip(some, shown, margins, strict=True):
                 if rows is not None:  # fooled by a point before it in this pass: not asked again one after the other
                     m = torch.where(self.fooled[rows], self.best_margin[rows], m)
-                found.append(self._see(u, m, rows))
+                found.append(self._see(u, m, rows, v))
         return torch.stack(found)
 
     def ranked(self, u: Tensor, count: int) -> Int[Tensor, "n c"]:
@@ -260,7 +264,7 @@ class Problem:
         m = torch.full_like(self.best_margin, -math.inf)
         if len(asked):
             seen = self._margins(u.index_select(self.axis, asked), self.y[asked])
-            m = m.index_copy(0, asked, self._see(u, seen, asked, strict=False)[asked])
+            m = m.index_copy(0, asked, self._see(u, seen, asked)[asked])
         return of & ((m > 0) | (self.fooled if rows is not None else False))
 
     def grad(self, u: Tensor, loss: Loss | None = None, aim: Int[Tensor, " n"] | None = None) -> Tensor:
@@ -301,7 +305,8 @@ class Problem:
         nothing = torch.full_like(self.best_margin, -math.inf)
         if rows is not None and len(rows) == 0:
             return nothing, torch.zeros_like(self.guides[0].encode(u) if code else u)  # type: ignore[misc]
-        part, y = self._take(u, rows).detach(), self._labels(rows)
+        shown = None if outside else self._shown(u)
+        part, y = self._take(u if shown is None else shown, rows).detach(), self._labels(rows)
         axis = 1 if code else self.axis
         total: Tensor | None = None
         worth: Tensor | None = None
@@ -327,7 +332,7 @@ class Problem:
         assert total is not None and worth is not None
         count = self.eot * len(self.guides)
         g, value = (total, worth) if count == 1 else (total / count, worth / count)
-        self._see(u, _vote(margins), rows, strict=not outside)
+        self._see(u, _vote(margins), rows, shown)
         self.backwards += len(y) * count
         flat = g.movedim(axis, 0).flatten(1)
         self.zero_share.append(((flat == 0).float().mean(), len(y)))
@@ -452,11 +457,18 @@ class Problem:
         else:
             flags[rows] |= here
 
+    def _shown(self, u: Tensor) -> Tensor:
+        """What the victim is shown for `u`: with `grid` the image of 256 grey levels next to it, inside the ball."""
+        return self.ball.snap(u.detach(), self.u0) if self.grid else u.detach()
+
     def _see(
-        self, u: Tensor, m: Float[Tensor, " k"], rows: Tensor | None, *, strict: bool = True
+        self, u: Tensor, m: Float[Tensor, " k"], rows: Tensor | None, shown: Tensor | None = None
     ) -> Float[Tensor, " n"]:
-        """Take note of margins `m` at `u`; of the examples `rows`, or of all. `strict`: none may lie outside."""
-        u = u.detach()
+        """Take note of margins `m` at `u`, which were asked at `shown`; of the examples `rows`, or of all.
+
+        Without `shown`, `u` may lie outside of the ball, where it counts for nothing.
+        """
+        u, strict = u.detach(), shown is not None
         self.forwards += len(m) * self.eot
         if strict:
             self.trace.append((m.mean(), len(m)))
@@ -465,7 +477,9 @@ class Problem:
         inside = self.ball.contains(u, self.u0)
         self.left |= strict & ~inside.all()
         found = torch.where(inside, m, -math.inf)
-        if self.grid:
+        if shown is not None:
+            u = shown
+        elif self.grid:
             u, found = self._rounded(u, found)
         better = found > self.best_margin
         self.best = torch.where(self.each(better), u, self.best)

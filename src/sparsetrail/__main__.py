@@ -1,0 +1,5 @@
+"""`python -m sparsetrail`, as the command."""
+
+from sparsetrail.cli import main
+
+main()
