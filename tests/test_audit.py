@@ -415,6 +415,30 @@ def test_a_victim_that_remembers_what_it_was_shown_supports_nothing(brief):
     assert s3f()[0].level == "not applicable"
 
 
+def drawing(base):
+    """The same with a little noise in its scores."""
+    return replace(base, logits=lambda u: base.logits(u) + 1e-3 * torch.randn(u.shape[1], base.classes), random=True)
+
+
+@pytest.mark.parametrize("build, level", [(remembering, "fail"), (lambda: honest("ann"), "pass")])
+def test_a_victim_that_draws_noise_is_asked_what_it_remembers(build, level, brief):
+    probe = case(drawing(build()), n=24)
+    found, _ = audit(
+        probe.victim, probe.threat, probe.x, probe.y, budget="quick", eot=1, fresh=lambda: drawing(build())
+    )
+    told = {f.id: f for f in found.findings}["S3f"]
+    assert told.level == level and ("S3f" in found.reason) == (level == "fail"), told
+
+
+def test_a_supported_victim_says_what_was_not_asked_where_it_could_not_be_made_anew(brief, monkeypatch):
+    v, x, y = line(n=128)
+    monkeypatch.setattr(run, "battery", lambda *a, **k: battery(*a, **k)[:1])
+    found, _ = audit(v, Linf(EPS, space="pixel"), x, y)
+    assert found.verdict == "supported" and "not asked (S3f): no victim made anew was given" in found.reason
+    found, _ = audit(v, Linf(EPS, space="pixel"), x, y, fresh=lambda: line()[0])
+    assert found.verdict == "supported" and "S3f" not in found.reason
+
+
 def test_a_random_victim_whose_adversarials_mostly_do_not_hold_is_not_sound(brief):
     v, x, y = line(n=32)
     noisy = replace(v, random=True)

@@ -24,9 +24,10 @@ from sparsetrail import __version__
 from sparsetrail.attacks import ATTACKS, attack
 from sparsetrail.attacks.run import judged, mean_trace, samples
 from sparsetrail.auditing.battery import Budget, Stage, battery
-from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
+from sparsetrail.auditing.verdict import NOT_ANEW, battery_findings, judge, sample_size
 from sparsetrail.checks import CHECKS, Case
 from sparsetrail.checks.chance import at_least
+from sparsetrail.checks.sanity import apart, draws
 from sparsetrail.core import Audit, Finding, Problem, Rate, Run, Streams, Threat, Victim, correct, grey
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ def audit(
             findings.append(work.check(name))
         findings += battery_findings(ledger.broken_by, ledger.runs, stages)
         findings.append(_control(work, control, budget))
-    findings.append(work.forgets(None if fresh is None else fresh()))
+    findings.append(work.forgets(fresh))
     findings += work.verify(ledger, (fresh or (lambda: victim))())
     findings.append(sample_size(len(y)))
     default = ledger.default
@@ -411,31 +412,48 @@ class _Work:
 
         return self.kept(key, Run, make)
 
-    def forgets(self, fresh: Victim | None) -> Finding:
+    def forgets(self, fresh: Callable[[], Victim] | None) -> Finding:
         """Does the victim, after all it was asked, score points near the images as one made anew does?
 
         A victim that remembers what it was shown can answer an attack's points by the clean image beside them. As much
-        as ten times what a change of the input in its last bit does is rounding, as in S5.
+        as ten times what a change of the input in its last bit does is rounding, as in S5; of victims that draw noise,
+        means over draws are compared, as there. The new one is made after the old one was asked: making it may give
+        anew what the old one reaches into.
         """
         name, limit = "nothing is remembered from the attacks", "lower end of the share of images that change 0.05"
-        if fresh is None or self.victim.random:
-            why = "the victim draws noise" if self.victim.random else "no victim made anew was given"
-            return Finding(id="S3f", name=name, level="not applicable", value=None, limit=limit, evidence=why)
-        case = self.case
+        if fresh is None:
+            return Finding(id="S3f", name=name, level="not applicable", value=None, limit=limit, evidence=NOT_ANEW)
+        case, advice = self.case, "score every image by itself: keep nothing of those before it"
         u = case.within(case.u0 + case.corner * case.draw(case.u0, 7, signs=True), case.u0)
-        f, moved = fresh.of(self.threat.space), 0
-        with self.asking(), torch.no_grad():
-            for part in u.split(self.batch, self.threat.axis):
-                a, b = case.f(part).float(), f(part).float()
+        parts = u.split(self.batch, self.threat.axis)
+
+        def scores(f: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            with self.asking(), torch.no_grad():
+                return [f(part).float() for part in parts]
+
+        if self.victim.random:
+            self._reseed(self.key(check="S3f"))
+            used = draws(lambda: torch.cat(scores(case.f)))
+            f = fresh().of(self.threat.space)
+            new = draws(lambda: torch.cat(scores(f)))
+            found = apart(case, {"beside those of a victim made anew": [used, new]}, advice)
+            return Finding(
+                id="S3f", name=name, level=found.level, value=found.value, limit=found.limit, evidence=found.evidence,
+                advice=found.advice if found.level == "fail" else "",
+            )  # fmt: skip
+        before = scores(case.f)
+        f, moved = fresh().of(self.threat.space), 0
+        for part, a, b in zip(parts, before, scores(f), strict=True):
+            with self.asking(), torch.no_grad():
                 bit = f(part * (1 + 2**-23 * case.draw(part, 1, signs=True))).float()
-                size = torch.maximum(a.abs(), b.abs()).nan_to_num().amax().clamp(min=1)
-                slack = max(1e-4 * float(size), 10 * float((b - bit).abs().nan_to_num().max()))
-                moved += int((~((a - b).abs().amax(1) <= slack) & a.isfinite().all(1)).sum())
+            size = torch.maximum(a.abs(), b.abs()).nan_to_num().amax().clamp(min=1)
+            slack = max(1e-4 * float(size), 10 * float((b - bit).abs().nan_to_num().max()))
+            moved += int((~((a - b).abs().amax(1) <= slack) & a.isfinite().all(1)).sum())
         fails = at_least(moved, case.n) > 0.05
         return Finding(
             id="S3f", name=name, level="fail" if fails else "pass", value=float(moved), limit=limit,
             evidence=f"{moved} of {case.n} points at corners of the ball get other scores than from a victim made anew",
-            advice="score every image by itself: keep nothing of those before it" if fails else "",
+            advice=advice if fails else "",
         )  # fmt: skip
 
     def verify(self, ledger: _Ledger, victim: Victim) -> list[Finding]:

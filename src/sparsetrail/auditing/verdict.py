@@ -11,6 +11,7 @@ NOT_RUN = "not run: nothing stood, nothing of the kind was given, or this victim
 ALONE = 3  # one or two images are chance, whatever share of a small sample they are
 BLIND = 0.2  # share of the images left by the gradient attacks; honest small SNNs were measured at 0.06 to 0.16
 FEW = 100  # images below which nothing is concluded
+NOT_ANEW = "no victim made anew was given"
 
 
 def judge(
@@ -77,6 +78,8 @@ def judge(
         )
     others = [f for f in failed if not f.masking]
     beside = f"; weaknesses of weaker attacks: {_names(others)}" if others else ""
+    if any(f.id == "S3f" and f.evidence == NOT_ANEW for f in findings):
+        beside += f"; whether it remembers what it was shown was not asked (S3f): {NOT_ANEW}"
     what = f"the default attack's {100 * before.value:.1f} %" if claim is None else f"the claimed {100 * claim:.1f} %"
     return "supported", f"nothing in the battery beats {what} by more than chance: {now}{beside}"
 

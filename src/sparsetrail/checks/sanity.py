@@ -106,11 +106,11 @@ def unchanged(case: Case) -> Outcome:
 def state_reset(case: Case) -> Outcome:
     """logits(u), logits(v), logits(u) again: first and third equal to 1e-5. (Forgotten reset: SpikingJelly #594.)
 
-    Of a victim that draws noise, the scores after one stranger and after another, as `_apart` tells.
+    Of a victim that draws noise, the scores after one stranger and after another, as `apart` tells.
     """
     if case.victim.random:
         few = case.x[: min(32, case.batch)]
-        return _apart(
+        return apart(
             case,
             {"after another batch": [_after(case, few, few.flip(3)), _after(case, few, 1 - few)]},
             "reset every membrane and counter at the start of each forward",
@@ -173,15 +173,15 @@ def batch_invariance(case: Case) -> Outcome:
     What rounding does is measured: the input changed in its last bit. A spike within rounding of the threshold may
     flip when a library sums in another order, as GPUs do from one batch size to the next, which is no fault: surely
     more than one image in twenty (Wilson, 95 %) must change. (foolbox #243, TRADES #3.) Of a victim that draws noise,
-    as `_apart` tells.
+    as `apart` tells.
     """
     axis, u = case.axis, case.u0.narrow(case.axis, 0, min(case.n, case.batch))
     if case.victim.random:
         few = u.narrow(axis, 0, min(8, u.shape[axis]))
-        whole = _draws(lambda: case.f(u).float()[: few.shape[axis]])
-        alone = _draws(lambda: torch.cat([case.f(part).float() for part in few.split(1, axis)]))
-        beside = _draws(lambda: case.f(torch.cat([few, case.boxed(1 - u)], axis)).float()[: few.shape[axis]])
-        return _apart(
+        whole = draws(lambda: case.f(u).float()[: few.shape[axis]])
+        alone = draws(lambda: torch.cat([case.f(part).float() for part in few.split(1, axis)]))
+        beside = draws(lambda: case.f(torch.cat([few, case.boxed(1 - u)], axis)).float()[: few.shape[axis]])
+        return apart(
             case,
             {"alone": [whole, alone], "beside strangers": [whole, beside]},
             "use running statistics in eval mode, and nothing else that mixes the images of a batch",
@@ -349,7 +349,8 @@ DRAWS = 16  # of a victim that draws noise, where means are compared
 FAR = 6.0  # standard errors between two means of DRAWS: about one in a million by chance
 
 
-def _draws(scores: Callable[[], Tensor]) -> Float[Tensor, "d n k"]:
+def draws(scores: Callable[[], Tensor]) -> Float[Tensor, "d n k"]:
+    """DRAWS calls of a victim that draws noise."""
     with torch.no_grad():
         return torch.stack([scores().detach() for _ in range(DRAWS)])
 
@@ -361,10 +362,10 @@ def _after(case: Case, x: Tensor, other: Tensor) -> Float[Tensor, "d n k"]:
         case.victim.scores(other)
         return case.victim.scores(x).float()
 
-    return _draws(once)
+    return draws(once)
 
 
-def _apart(case: Case, pairs: dict[str, list[Tensor]], advice: str) -> Outcome:
+def apart(case: Case, pairs: dict[str, list[Tensor]], advice: str) -> Outcome:
     """Images whose mean scores over DRAWS differ by more than FAR standard errors (Welch) between two circumstances;
     surely more than one image in twenty (Wilson, 95 %) fails."""
     said, worst, fails = [], 0, False
