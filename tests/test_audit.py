@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, 
 from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
 from sparsetrail.core import L2, Finding, Linf, Rate, Run, Streams, Victim, margin
-from sparsetrail.recipes.audits import Cells
+from sparsetrail.recipes.audits import Cells, target
 from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec, victim
 
@@ -439,6 +440,67 @@ def test_a_supported_victim_says_what_was_not_asked_where_it_could_not_be_made_a
     assert found.verdict == "supported" and "S3f" not in found.reason
 
 
+HELPER = """
+import torch
+
+W = torch.randn(784, 10, generator=torch.Generator().manual_seed(0))
+SEEN = []
+
+
+def scores(u):
+    z, out = u[0].flatten(1) @ W, []
+    for v, s in zip(u[0], z):
+        near = next((t for w, t in SEEN if (v - w).abs().max() <= 0.15), None)
+        if near is None:
+            SEEN.append((v.detach(), s.detach()))
+        out.append(s if near is None else near + 0 * s)
+    return torch.stack(out)
+"""
+BESIDE = """
+import sys
+
+sys.path.insert(0, {folder!r})
+import torch
+from sparsetrail import Victim
+
+{early}
+
+
+def mine():
+    def logits(u):
+        {late}
+        return helper_of_mine.scores(u)
+
+    return Victim(encode=lambda x: x[None], logits=logits, steps=1, classes=10)
+"""
+
+
+@pytest.mark.parametrize("folder", ["", "elsewhere"])
+@pytest.mark.parametrize("early", [True, False])
+def test_what_a_module_beside_the_victim_remembers_is_found(folder, early, tmp_path, brief, monkeypatch):
+    """Imported by the file or not before it is called, from the folder of the file or from another."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (place := tmp_path / folder).mkdir(exist_ok=True)
+    (home := tmp_path / "home").mkdir()
+    file = (home if folder else tmp_path) / "victim_of_mine.py"
+    (place / "helper_of_mine.py").write_text(HELPER)
+    words = {True: "import helper_of_mine", False: "pass"}
+    file.write_text(BESIDE.format(folder=str(place), early=words[early], late=words[not early]))
+    what = target(f"{file}:mine")
+    probe = case(honest("ann"), n=24)
+    numbers = sys.modules["numpy"]
+    x = probe.x[:, :1]
+    victim = what.make()
+    x = torch.nn.functional.interpolate(x, (28, 28)).mul(255).round() / 255
+    with torch.no_grad():
+        y = victim.scores(x).argmax(1)
+    found, _ = audit(victim, Linf(EPS, space="pixel"), x, y, budget="quick", fresh=what.make)
+    told = {f.id: f.level for f in found.findings}
+    assert told["S3f"] == "fail" and found.verdict == "inconclusive"
+    assert sys.modules["numpy"] is numbers and sys.modules["sparsetrail.auditing.run"] is run
+    sys.modules.pop("helper_of_mine", None)
+
+
 def test_a_random_victim_whose_adversarials_mostly_do_not_hold_is_not_sound(brief):
     v, x, y = line(n=32)
     noisy = replace(v, random=True)
@@ -712,9 +774,9 @@ def test_a_victim_of_your_own_from_the_command_line(tmp_path, monkeypatch, capsy
     (tmp_path / "sub" / "mine.py").write_text(FOREIGN)
     main(["audit", "sub/mine.py:ann", *flags, "--minutes", "0", "--json"])
     assert "runs/sub-mine-ann/audit" in capsys.readouterr().out  # not into the folder of its namesake
-    for target, text in (("mine.py:wrong", "expected a sparsetrail Victim"), ("mine.py:none", "found none of that")):
+    for asked, text in (("mine.py:wrong", "expected a sparsetrail Victim"), ("mine.py:none", "found none of that")):
         with pytest.raises(SystemExit) as stop:
-            main(["audit", target, *flags])
+            main(["audit", asked, *flags])
         assert stop.value.code == 4 and text in capsys.readouterr().err
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"mine-ann", "sub-mine-ann"}  # refused, nothing is made
     with pytest.raises(SystemExit) as stop:

@@ -3,9 +3,12 @@
 import hashlib
 import importlib.util
 import json
+import sys
+import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +36,8 @@ from sparsetrail.snn.weights import load_weights, save_weights
 
 T = TypeVar("T")
 SHOWN = 6  # adversarial images on the page
+LENT = ("__main__", "torch", "numpy", "sparsetrail")  # modules that are never imported anew
+COMPILED = tuple(EXTENSION_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +79,14 @@ def _foreign(path: Path, function: str) -> Target:
     if not path.is_file():
         raise ValueError(f"{path}: expected a Python file with the function {function}, found no file")
     code = path.read_bytes()
+    known: set[str] = set()  # modules there before the first execution
 
     def make() -> Victim:
+        anew = bool(known)
+        if anew:
+            _let_go(known, path)
+        else:
+            known.update(sys.modules)
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -84,7 +95,8 @@ def _foreign(path: Path, function: str) -> Target:
             build = getattr(module, function, None)
             victim = None if build is None else build()
         except Exception as error:
-            raise ValueError(f"{path}:{function} raised {type(error).__name__}: {error}") from error
+            again = "; made once more, with its modules imported anew: let that be possible" if anew else ""
+            raise ValueError(f"{path}:{function} raised {type(error).__name__}: {error}{again}") from error
         if build is None:
             raise ValueError(f"{path}: expected a function {function}, found none of that name")
         if not isinstance(victim, Victim):
@@ -96,6 +108,25 @@ def _foreign(path: Path, function: str) -> Target:
         return victim if victim.name != "victim" else replace(victim, name=f"{path.stem}:{function}")
 
     return Target(name=f"{path.stem}:{function}", make=make, identity=hashlib.sha256(code).hexdigest())
+
+
+def _let_go(known: Collection[str], path: Path) -> None:
+    """Have Python import anew what a victim's file brought in or has in its folder: it may hold what it was shown.
+
+    Not torch, numpy, this package, the standard library, installed packages and compiled modules.
+    """
+    folder = path.resolve().parent
+    library = [Path(sysconfig.get_path(k)) for k in ("stdlib", "platstdlib")]
+    for name, module in list(sys.modules.items()):
+        held = getattr(module, "__dict__", {})
+        place = held.get("__file__") or next(iter(held.get("__path__") or ()), None)
+        if name.partition(".")[0] in LENT or not isinstance(place, str) or place.endswith(COMPILED):
+            continue
+        at = Path(place).absolute()
+        if any(d in at.parents for d in library) or {"site-packages", "dist-packages"} & set(at.parts):
+            continue
+        if name not in known or folder in at.resolve().parents:
+            del sys.modules[name]
 
 
 class Cells:
