@@ -784,6 +784,34 @@ def test_a_victim_of_your_own_from_the_command_line(tmp_path, monkeypatch, capsy
     assert stop.value.code == 4 and "one --eps for every --space" in capsys.readouterr().err
 
 
+STEADY = """
+import torch
+from sparsetrail import Victim
+
+
+def mine():
+    scores = lambda u: 0 * u[0].flatten(1).sum(1, keepdim=True) + torch.eye(10)[{best}]
+    return Victim(encode=lambda x: x[None], logits=scores, steps=1, classes=10, name="steady")
+"""
+
+
+def test_an_audit_in_which_no_image_fell_is_verified_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "steady.py").write_text(STEADY.format(best=3))
+    flags = ["--eps", "8/255", "--space", "pixel", "--data", "fashion-mnist-slice", "--budget", "quick"]
+    main(["audit", "steady.py:mine", *flags, "--n", "40"])
+    capsys.readouterr()
+    main(["audit", "steady.py:mine", *flags, "--n", "40", "--verify"])
+    assert "0 of 0 adversarials hold" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", "steady.py:mine", *flags, "--n", "30", "--verify"])
+    assert stop.value.code == 4 and "run the audit first" in capsys.readouterr().err
+    (tmp_path / "steady.py").write_text(STEADY.format(best=4))
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", "steady.py:mine", *flags, "--n", "40", "--verify"])
+    assert stop.value.code == 4 and "of another model or code" in capsys.readouterr().err
+
+
 def test_margin_is_what_decides():
     z = torch.tensor([[1.0, 1.0], [math.nan, 0.0]])
     assert margin(z, torch.tensor([0, 0])).tolist() == [0.0, -math.inf]

@@ -322,10 +322,11 @@ def _verify(
     lines: list[dict[str, Any]] = []
     for threat in threats:
         folder = out or audits.kept_under(place, threat, len(test_set.labels))
-        held, bad = audits.verify_again(measure.Bench(out=folder, **more), what, threat, test_set)
-        lines.append({"threat": str(threat), "held": held.k, "n": held.n, "bad": bad, "folder": str(folder)})
+        shown, bad = audits.verify_again(measure.Bench(out=folder, **more), what, threat, test_set)
+        held = shown - len(bad)
+        lines.append({"threat": str(threat), "held": held, "n": shown, "bad": bad, "folder": str(folder)})
         if not as_json:
-            print(f"{threat}: {held.k} of {held.n} adversarials hold, shown alone to the model loaded anew")
+            print(f"{threat}: {held} of {shown} adversarials hold, shown alone to the model loaded anew")
             for j, why in sorted(bad.items())[:10]:
                 print(f"  image {j}: {why}")
     if as_json:

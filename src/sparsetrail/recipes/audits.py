@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsetrail._files import write_atomic
 from sparsetrail.auditing import Budget, audit, fingerprint, refuse, verify
-from sparsetrail.core import Audit, Rate, Report, Run, Threat, Trail, Victim, as_fraction
+from sparsetrail.core import Audit, Report, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels, take
 from sparsetrail.models import Trained, load_model
 from sparsetrail.recipes.measure import (
@@ -209,7 +209,8 @@ def run(
             victim, threat, x, y, budget=budget, claim=claim, claim_source=claim_source,
             guides=[g.make() for g in guides], control=None if control is None else control.make(), fresh=what.make,
             eot=eot, minutes=minutes, batch=bench.batch, seed=bench.seed, card=about, data=identity(data),
-            provenance=provenance(bench, started, command) | _contract(what, threat), store=cells, identity=name,
+            provenance=provenance(bench, started, command) | _contract(what, threat) | {"target sha256": what.identity},
+            store=cells, identity=name,
             say=bench.tick, stop=bench.stop,
         )  # fmt: skip
         audits.append(_keep(bench, what, data, found, points))
@@ -267,52 +268,71 @@ def home(text: str, what: Target) -> Path:
 
 
 def kept_under(place: Path, threat: Threat, n: int) -> Path:
-    """The folder of audits of `n` images that holds adversarials of a threat, alone or among others.
+    """The folder of audits of `n` images that holds one under a threat, alone or among others; finished ones first.
 
-    ValueError where there is none.
+    ValueError where there is none. An audit in which no image fell has no adversarials: its folder is known by name.
     """
-    found = sorted(p.parent for p in place.glob(f"*_n{n}/{adversarial_file(Path(), threat).name}"))
+    found = {p.parent for p in place.glob(f"*_n{n}/{adversarial_file(Path(), threat).name}")}
+    found |= {p.parent for p in place.glob(f"*_n{n}/result.json") if short(threat) in p.parent.name.split("_")}
     if not found:
         raise ValueError(f"{place}: expected an audit of {n} images under {threat}, found none; run the audit first")
-    return min(found, key=lambda p: len(p.name))
+    return min(sorted(found), key=lambda p: (not (p / "result.json").is_file(), len(p.name)))
 
 
-def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> tuple[Rate, dict[int, str]]:
-    """Show every kept adversarial of an audit to the model made anew, one by one; how many hold, and why others do not.
+def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> tuple[int, dict[int, str]]:
+    """Show every kept adversarial of an audit to the model made anew, one by one; how many, and why some do not hold.
 
-    ValueError where none are kept, or those of other data, or others than the result beside them counts.
+    ValueError where none are kept though images fell, or those of other data, or others than the result beside them
+    counts.
     """
-    path = adversarial_file(bench.out, threat)
-    if not path.exists():
+    path, result = adversarial_file(bench.out, threat), bench.out / "result.json"
+    held: Mapping[str, Tensor] = {}
+    sha = ""
+    if path.exists():
+        held, about, sha = load_weights(path)
+        if about["victim"] != what.identity:
+            raise ValueError(
+                f"{path}: expected adversarials of {what.name} as it is now, found those of another model or code"
+            )
+        if about["threat"] != repr(threat):
+            raise ValueError(f"{path}: expected adversarials of {threat}, found those of {about['threat']}")
+        if about["data"] != data.sha256:
+            raise ValueError(f"{path}: expected adversarials of {data.name} with this --n, found those of other images")
+    found = _told(result, threat)
+    fallen = [j for j, (was, stands) in enumerate(zip(found.clean, found.worst, strict=True)) if was and not stands]
+    if not held and (fallen or "adversarial tensor sha256" in found.provenance):
         raise ValueError(f"{path}: expected the adversarials of an audit, found none; run the audit first")
-    held, about, sha = load_weights(path)
-    if about["victim"] != what.identity:
+    if held and (held["indices"].tolist() != fallen or found.provenance.get("adversarial tensor sha256") != sha):
         raise ValueError(
-            f"{path}: expected adversarials of {what.name} as it is now, found those of another model or code"
+            f"{result}: expected a result that follows from the {len(held['indices'])} adversarials kept beside it, "
+            f"found one with {len(fallen)} fallen images or of another file; one of the two was changed. Audit again"
         )
-    if about["threat"] != repr(threat):
-        raise ValueError(f"{path}: expected adversarials of {threat}, found those of {about['threat']}")
-    if about["data"] != data.sha256:
-        raise ValueError(f"{path}: expected adversarials of {data.name} with this --n, found those of other images")
-    _as_told(bench.out / "result.json", threat, held, sha)
-    points = dict(zip(held["indices"].tolist(), held["adversarial"], strict=True))
+    if not held:
+        _same(result, found, what, data)
+    points = dict(zip(held["indices"].tolist(), held["adversarial"], strict=True)) if held else {}
     x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
-    bad = verify(what.make(), threat, x, y, points)
-    return Rate(len(points) - len(bad), max(1, len(points))), bad
+    return len(points), verify(what.make(), threat, x, y, points)
 
 
-def _as_told(result: Path, threat: Threat, held: Mapping[str, Tensor], sha: str) -> None:
-    """ValueError unless the adversarials are those that the result beside them counts."""
+def _told(result: Path, threat: Threat) -> Audit:
+    """The audit under a threat that a result tells of."""
     if not result.is_file():
         raise ValueError(f"{result}: expected the result that the adversarials belong to, found none; audit again")
     found = next((a for a in load(result).audits if a.threat == threat), None)
     if found is None:
         raise ValueError(f"{result}: expected an audit under {threat}, found none; audit again")
-    fallen = [j for j, (was, stands) in enumerate(zip(found.clean, found.worst, strict=True)) if was and not stands]
-    if held["indices"].tolist() != fallen or found.provenance.get("adversarial tensor sha256") != sha:
+    return found
+
+
+def _same(result: Path, found: Audit, what: Target, data: Dataset) -> None:
+    """ValueError where an audit without adversarials is of other images or, as far as it says, of another model."""
+    if found.data != identity(data):
+        raise ValueError(f"{result}: expected an audit on {identity(data)}, found one on {found.data}")
+    of = found.provenance.get("target sha256", what.identity)
+    weights = what.identity if what.model is None else found.card.get("weights sha256", what.identity)
+    if not of == weights == what.identity:
         raise ValueError(
-            f"{result}: expected a result that follows from the {len(held['indices'])} adversarials kept beside it, "
-            f"found one with {len(fallen)} fallen images or of another file; one of the two was changed. Audit again"
+            f"{result}: expected an audit of {what.name} as it is now, found one of another model or code; audit again"
         )
 
 
