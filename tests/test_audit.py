@@ -13,8 +13,12 @@ from lively import lively
 from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify
 from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
-from sparsetrail.core import L2, Finding, Linf, Rate, Run, Streams, Victim, margin
-from sparsetrail.recipes.audits import Cells, target
+from sparsetrail.core import L2, Audit, Finding, Linf, Rate, Run, Streams, Victim, margin
+from sparsetrail.data import load as load_images
+from sparsetrail.data import take
+from sparsetrail.recipes.audits import Cells, sentence, target, verify_again
+from sparsetrail.recipes.measure import Bench
+from sparsetrail.report import unpack
 from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec, victim
 
@@ -782,6 +786,117 @@ def test_a_victim_of_your_own_from_the_command_line(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         main(["audit", "mine.py:ann", "--eps", "8/255", "--space", "pixel", "--space", "encoded", "--data", "cifar10"])
     assert stop.value.code == 4 and "one --eps for every --space" in capsys.readouterr().err
+
+
+NEAREST = """
+import torch
+import sparsetrail as st
+
+train = st.load("fashion-mnist-slice", "train")
+means = torch.stack([st.pixels(train.images[train.labels == k]).mean(0).flatten() for k in range(10)])
+
+
+def ann():
+    scores = lambda u: u[0].flatten(1) @ means.T - means.square().sum(1) / 2
+    return st.Victim(encode=lambda x: x[None], logits=scores, steps=1, classes=10, name="ann")
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A kept audit of a victim of one's own; its result as JSON."""
+    folder = tmp_path_factory.mktemp("told")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        (folder / "mine.py").write_text(NEAREST)
+        flags = ["--eps", "8/255", "--space", "pixel", "--data", "fashion-mnist-slice", "--n", "40"]
+        main(["audit", "mine.py:ann", *flags, "--budget", "quick", "--json"])
+        (file,) = folder.glob("runs/*/audit/*/result.json")
+        yield ["audit", "mine.py:ann", *flags, "--verify"], file, json.loads(file.read_text())
+
+
+def raised_flags(a, runs):
+    """An image that was wrong, of which it says that it stands; in its runs too where asked."""
+    j = a["clean"].index(False)
+    a["clean"][j] = a["default"][j] = a["worst"][j] = True
+    for r in a["runs"] if runs else []:
+        at = sum(i < j for i in r["indices"])
+        for key, value in (("indices", j), ("clean", True), ("robust", True)):
+            r[key].insert(at, value)
+
+
+def lowered_default(a):
+    a["default"][a["worst"].index(True)] = False
+
+
+def other_first_attack(a):
+    j = next(j for j, by in enumerate(a["broken_by"]) if by)
+    a["broken_by"][j] = a["runs"][1]["attack"]
+    a["default"][j] = True
+
+
+def of_another_battery(a):
+    a["budget"] = "standard"
+    a["provenance"]["command"] = a["provenance"]["command"].replace("quick", "standard")
+
+
+def run_short(a):
+    del a["runs"][5:]
+
+
+FORGED = {
+    "flags": (lambda a: raised_flags(a, False), "images that stood before it"),
+    "flags and runs": (lambda a: raised_flags(a, True), "scored anew"),
+    "default flags": (lambda a: lowered_default(a), "stand at the end"),
+    "the first to break": (other_first_attack, "broken by pgd"),
+    "verdict": (lambda a: a.update(verdict="supported"), "findings and flags give, inconclusive"),
+    "reason": (lambda a: a.update(reason="all is well"), "found inconclusive: all is well"),
+    "budget": (lambda a: a.update(budget="standard"), "budget quick of its command"),
+    "budget and command": (of_another_battery, "runs of the standard battery, found those of the quick one"),
+    "claim": (lambda a: a.update(claim=0.01), "expected no claim as in its command, found 0.01"),
+    "unfinished": (run_short, "called complete"),
+    "default attack": (lambda a: a.update(default_attack="autoattack"), "as the default attack, found autoattack"),
+    "number of images": (lambda a: a["worst"].append(True), "other numbers"),
+}
+
+
+@pytest.mark.parametrize("what", [*FORGED, "summary"])
+def test_a_result_that_was_changed_is_refused(told, what, capsys):
+    argv, file, whole = told
+    change, words = FORGED.get(what, (lambda a: None, "expected a summary"))
+    body = json.loads(json.dumps(whole))
+    (a,) = body["audits"]
+    assert any(a["worst"]) and not all(a["clean"]) and any(a["broken_by"])
+    change(a)
+    body["summary"] = ["robust"] if what == "summary" else [sentence(unpack(Audit, a))]
+    file.write_text(json.dumps(body))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+    finally:
+        file.write_text(json.dumps(whole))
+    said = capsys.readouterr().err
+    assert stop.value.code == 4 and words in said and "Audit again" in said
+    main(argv)
+    assert "adversarials hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("noise, declared, more", [
+    (0, False, ("--minutes", "0")), (0, False, ("--claim", "0.9")), (1, True, ("--eot", "2", "--seed", "1")),
+    (9, False, ("--batch", "7")),
+])  # fmt: skip
+def test_an_honest_result_is_verified_however_it_was_made(noise, declared, more, tmp_path, monkeypatch):
+    """Out of time, beside a claim, of a victim that draws noise so that images waver, declared or not."""
+    monkeypatch.chdir(tmp_path)
+    file = NEAREST.replace(".square().sum(1) / 2", f".square().sum(1) / 2 + {noise} * torch.randn(u.shape[1], 10)")
+    (tmp_path / "mine.py").write_text(file.replace("steps=1", f"steps=1, random={declared}"))
+    flags = ["--eps", "8/255", "--space", "pixel", "--data", "fashion-mnist-slice", "--n", "40"]
+    main(["audit", "mine.py:ann", *flags, "--budget", "quick", *more])
+    what, data = target("mine.py:ann"), take(load_images("fashion-mnist-slice", "test"), 40, seed=0)
+    (folder,) = tmp_path.glob("runs/*/audit/*")
+    for _ in range(3):
+        shown, _ = verify_again(Bench(out=folder), what, Linf(EPS, space="pixel"), data)
+        assert shown or "--minutes" in more or noise == 9
 
 
 STEADY = """

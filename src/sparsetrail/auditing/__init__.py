@@ -1,6 +1,7 @@
 """Audit a robustness claim: battery, ledger, verdict."""
 
 from sparsetrail.auditing.battery import Budget, Stage, battery
+from sparsetrail.auditing.kept import contradiction, misjudged
 from sparsetrail.auditing.run import Forgetful, Store, audit, fingerprint, join, refuse, verify
 from sparsetrail.auditing.verdict import judge
 
@@ -11,9 +12,11 @@ __all__ = [
     "Store",
     "audit",
     "battery",
+    "contradiction",
     "fingerprint",
     "join",
     "judge",
+    "misjudged",
     "refuse",
     "verify",
 ]

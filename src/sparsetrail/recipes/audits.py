@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsetrail._files import write_atomic
-from sparsetrail.auditing import Budget, audit, fingerprint, refuse, verify
+from sparsetrail.auditing import Budget, audit, contradiction, fingerprint, misjudged, refuse, verify
 from sparsetrail.core import Audit, Report, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels, take
 from sparsetrail.models import Trained, load_model
@@ -36,6 +36,7 @@ from sparsetrail.snn.weights import load_weights, save_weights
 
 T = TypeVar("T")
 SHOWN = 6  # adversarial images on the page
+UNSTEADY = ("S2", "S3", "S3e", "S3f", "S4", "S5")  # where one fails, an image scored anew may be judged otherwise
 LENT = ("__main__", "torch", "numpy", "sparsetrail")  # modules that are never imported anew
 COMPILED = tuple(EXTENSION_SUFFIXES)
 
@@ -282,8 +283,8 @@ def kept_under(place: Path, threat: Threat, n: int) -> Path:
 def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> tuple[int, dict[int, str]]:
     """Show every kept adversarial of an audit to the model made anew, one by one; how many, and why some do not hold.
 
-    ValueError where none are kept though images fell, or those of other data, or others than the result beside them
-    counts.
+    ValueError where none are kept though images fell, or those of other data, or where the result beside them does not
+    follow: from them, from the clean images scored anew, or from its own runs and findings.
     """
     path, result = adversarial_file(bench.out, threat), bench.out / "result.json"
     held: Mapping[str, Tensor] = {}
@@ -298,8 +299,8 @@ def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> t
             raise ValueError(f"{path}: expected adversarials of {threat}, found those of {about['threat']}")
         if about["data"] != data.sha256:
             raise ValueError(f"{path}: expected adversarials of {data.name} with this --n, found those of other images")
-    found = _told(result, threat)
-    fallen = [j for j, (was, stands) in enumerate(zip(found.clean, found.worst, strict=True)) if was and not stands]
+    report, found = _told(result, threat)
+    fallen = [j for j, (was, stands) in enumerate(zip(found.clean, found.worst, strict=False)) if was and not stands]
     if not held and (fallen or "adversarial tensor sha256" in found.provenance):
         raise ValueError(f"{path}: expected the adversarials of an audit, found none; run the audit first")
     if held and (held["indices"].tolist() != fallen or found.provenance.get("adversarial tensor sha256") != sha):
@@ -311,17 +312,38 @@ def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> t
         _same(result, found, what, data)
     points = dict(zip(held["indices"].tolist(), held["adversarial"], strict=True)) if held else {}
     x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
+    _follows(result, report, found, what, x, y, bench.batch)
     return len(points), verify(what.make(), threat, x, y, points)
 
 
-def _told(result: Path, threat: Threat) -> Audit:
-    """The audit under a threat that a result tells of."""
+def _told(result: Path, threat: Threat) -> tuple[Report, Audit]:
+    """A result, and the audit under a threat that it tells of."""
     if not result.is_file():
         raise ValueError(f"{result}: expected the result that the adversarials belong to, found none; audit again")
-    found = next((a for a in load(result).audits if a.threat == threat), None)
+    report = load(result)
+    found = next((a for a in report.audits if a.threat == threat), None)
     if found is None:
         raise ValueError(f"{result}: expected an audit under {threat}, found none; audit again")
-    return found
+    return report, found
+
+
+def _follows(result: Path, report: Report, found: Audit, what: Target, x: Tensor, y: Tensor, batch: int) -> None:
+    """ValueError where an audit does not follow from the images [n c h w], from its own parts, or its summary from it.
+
+    On victims of their own: what these draw must not change what the adversarials are shown to.
+    """
+    said = "" if found.n == len(y) else f"expected flags of {len(y)} images, found {found.n}"
+    said = said or contradiction(found, what.make())
+    if not said and report.title.startswith("Audit of ") and sentence(found) not in report.summary:
+        said = "expected a summary of what its flags, verdict and reason say, found another"
+    steady = not any(f.id in UNSTEADY and f.level == "fail" for f in found.findings)
+    if not said and steady and (bad := misjudged(what.make(), x, y, found.clean, batch=batch)):
+        said = (
+            f"expected images right and wrong without an attack as its clean flags say, found {len(bad)} of {found.n} "
+            f"that are not when scored anew, the first of them image {bad[0]}"
+        )
+    if said:
+        raise ValueError(f"{result}: {said}; it was changed, or the model was. Audit again")
 
 
 def _same(result: Path, found: Audit, what: Target, data: Dataset) -> None:
