@@ -80,6 +80,8 @@ def _foreign(path: Path, function: str) -> Target:
     if not path.is_file():
         raise ValueError(f"{path}: expected a Python file with the function {function}, found no file")
     code = path.read_bytes()
+    if (beside := str(path.resolve().parent)) not in sys.path:  # modules next to it, as for a script; others go first
+        sys.path.append(beside)
     known: set[str] = set()  # modules there before the first execution
 
     def make() -> Victim:
