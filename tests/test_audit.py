@@ -1,5 +1,6 @@
 """The audit: the worst case per image, its resumption, the last judgement, and the rules of the verdict."""
 
+import contextlib
 import json
 import math
 import sys
@@ -880,6 +881,23 @@ def test_a_result_that_was_changed_is_refused(told, what, capsys):
     assert stop.value.code == 4 and words in said and "Audit again" in said
     main(argv)
     assert "adversarials hold" in capsys.readouterr().out
+
+
+def test_a_result_of_another_version_may_word_its_reason_otherwise(told, capsys):
+    argv, file, whole = told
+    for verdict, code in ((None, 0), ("supported", 4)):
+        body = json.loads(json.dumps(whole))
+        (a,) = body["audits"]
+        a["reason"], a["verdict"] = "in other words", verdict or a["verdict"]
+        a["provenance"]["sparsetrail"] = "0.0.9"
+        body["summary"] = [sentence(unpack(Audit, a))]
+        file.write_text(json.dumps(body))
+        try:
+            with pytest.raises(SystemExit) if code else contextlib.nullcontext():
+                main(argv)
+        finally:
+            file.write_text(json.dumps(whole))
+        assert ("findings and flags give, inconclusive" if code else "hold") in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("noise, declared, more", [

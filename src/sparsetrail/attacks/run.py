@@ -62,7 +62,7 @@ def attack(
     except TypeError as error:
         raise ValueError(f"{_name(fn)}: {error}; expected settings {', '.join(settings(fn)) or 'none'}") from None
     if getattr(fn, "__module__", "").startswith("sparsetrail."):  # somebody's own attack knows its settings itself
-        check_settings(_name(fn), knobs)
+        check_settings(_name(fn), knobs, still=threat.eps == 0)
     eot = samples(victim) if eot is None else eot
     for name, count in (("batch", batch), ("eot", eot), ("votes", votes)):
         if not isinstance(count, int) or count < 1:
@@ -205,12 +205,15 @@ def _guides(
     return [Guide.of(v, threat, own=o) for v, o in zip(by, own, strict=True)], path
 
 
-def check_settings(attack: str, knobs: Mapping[str, Any]) -> None:
-    """ValueError for a number that leaves an attack of ours without work, and so every image standing."""
+def check_settings(attack: str, knobs: Mapping[str, Any], *, still: bool = False) -> None:
+    """ValueError for a number that leaves an attack of ours without work, and so every image standing.
+
+    In a ball of radius 0 (`still`) a step may be 0 as well.
+    """
     for name, value in knobs.items():
         if isinstance(value, bool | str) or value is None:
             continue
-        whole, least = name in COUNTS, 0 if name in FROM_ZERO else None
+        whole, least = name in COUNTS, 0 if name in FROM_ZERO or (still and name == "step") else None
         ok = (
             (not whole or isinstance(value, int))
             and math.isfinite(value)

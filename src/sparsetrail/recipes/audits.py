@@ -30,6 +30,7 @@ from sparsetrail.recipes.measure import (
     follow,
     identity,
     provenance,
+    version,
 )
 from sparsetrail.report import load, pack, unpack
 from sparsetrail.snn.weights import load_weights, save_weights
@@ -335,7 +336,7 @@ def _follows(result: Path, report: Report, found: Audit, what: Target, x: Tensor
     On victims of their own: what these draw must not change what the adversarials are shown to.
     """
     said = "" if found.n == len(y) else f"expected flags of {len(y)} images, found {found.n}"
-    said = said or contradiction(found, what.make())
+    said = said or contradiction(found, what.make(), words=found.provenance.get("sparsetrail") == version())
     if not said and report.title.startswith("Audit of ") and sentence(found) not in report.summary:
         said = "expected a summary of what its flags, verdict and reason say, found another"
     steady = not any(f.id in UNSTEADY and f.level == "fail" for f in found.findings)

@@ -351,7 +351,7 @@ def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
     """Versions, machine and time of a report."""
     return {
         "command": command,
-        "sparsetrail": __version__ + _revision(),
+        "sparsetrail": version(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "device": bench.device,
@@ -362,14 +362,14 @@ def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
     }
 
 
-def _revision() -> str:
-    """The commit this code runs from, where it runs from a clone with git at hand; '+changes' if it was altered."""
+def version() -> str:
+    """The version, and the commit this code runs from where that is a clone with git at hand; '+changes' if altered."""
     here = Path(__file__).resolve().parents[3]
     if not (here / ".git").exists() or shutil.which("git") is None:
-        return ""
+        return __version__
     look = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--exclude=*"]
     found = subprocess.run(look, capture_output=True, text=True)
-    return f" at {found.stdout.strip()}" if found.returncode == 0 else ""
+    return __version__ + (f" at {found.stdout.strip()}" if found.returncode == 0 else "")
 
 
 def identity(data: Dataset) -> str:
