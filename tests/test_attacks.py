@@ -507,6 +507,7 @@ def test_every_default_and_every_quick_setting_is_allowed():
     for name, fn in ATTACKS.items():
         check_settings(name, settings(fn) | QUICK.get(name, {}))
     check_settings("pgd", {"step": 0.0}, still=True)
+    check_settings("pgd", {"loss": margin})
 
 
 def test_a_victim_that_writes_into_its_input_is_refused_and_nobodys_images_are_touched():

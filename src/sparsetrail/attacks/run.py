@@ -211,7 +211,7 @@ def check_settings(attack: str, knobs: Mapping[str, Any], *, still: bool = False
     In a ball of radius 0 (`still`) a step may be 0 as well.
     """
     for name, value in knobs.items():
-        if isinstance(value, bool | str) or value is None:
+        if isinstance(value, bool) or not isinstance(value, int | float):  # a loss by its name, or as a function
             continue
         whole, least = name in COUNTS, 0 if name in FROM_ZERO or (still and name == "step") else None
         ok = (
