@@ -137,6 +137,17 @@ def f_victim(f):
     return Victim(encode=lambda x: x[None], logits=lambda u: f(u[0]), steps=1, classes=2)
 
 
+@pytest.mark.parametrize("levels", [2, 8])
+def test_a_code_that_rounds_pixels_sees_no_difference_between_a_point_and_its_grey_levels(levels):
+    """Ties between two levels included, which float32 makes of many a point."""
+    x = torch.randint(0, 256, (64, 3, 16, 16), generator=torch.Generator().manual_seed(0)) / 255
+    ball = Linf(levels / 255, space="pixel")
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for u in (x + ball.eps * noise, x + 0.5 / 255, x - 0.5 / 255, x + ball.eps, x - ball.eps + 0.01):
+        u = ball.project(u, x)
+        assert torch.equal(phase()(u), phase()(ball.snap(u, x)))
+
+
 @pytest.mark.parametrize("ball", [Linf(7.9 / 255, space="pixel"), L2(30.5 / 255, space="pixel")], ids=str)
 def test_rounding_to_grey_levels_stays_in_the_ball(ball):
     g = torch.Generator().manual_seed(0)

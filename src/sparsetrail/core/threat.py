@@ -106,7 +106,7 @@ class Threat:
         level0, level = (u0.double() * 255).round(), u.double() * 255
         if self.norm == "linf":
             reach = math.floor(255 * self.eps + 1e-4)
-            level = level.round().clamp(0, 255)
+            level = (u * 255).round().double().clamp(0, 255)  # a tie as the encoders round it, in u's own precision
             level = torch.minimum(torch.maximum(level, level0 - reach), level0 + reach)
         else:
             near = level.round().clamp(0, 255)
