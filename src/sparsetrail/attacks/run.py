@@ -213,17 +213,12 @@ def check_settings(attack: str, knobs: Mapping[str, Any], *, still: bool = False
     for name, value in knobs.items():
         if isinstance(value, bool) or not isinstance(value, int | float):  # a loss by its name, or as a function
             continue
-        whole, least = name in COUNTS, 0 if name in FROM_ZERO or (still and name == "step") else None
-        ok = (
-            (not whole or isinstance(value, int))
-            and math.isfinite(value)
-            and (value > 0 if least is None else value >= least)
-            and (name not in SHARES or value <= 1)
-        )
-        if not ok:
-            kind = "a positive whole number" if whole else "a number, 0 or more," if least == 0 else "a positive number"
+        whole, zero = name in COUNTS, name in FROM_ZERO or (still and name == "step")
+        fits = isinstance(value, int) or (not whole and math.isfinite(value))
+        if not fits or value < 0 or (value == 0 and not zero) or (name in SHARES and value > 1):
+            kind = "a positive whole number" if whole else "a number of 0 or more" if zero else "a positive number"
             most = ", at most 1" if name in SHARES else ""
-            raise ValueError(f"{attack}: {name}: expected {kind.rstrip(',')}{most}, got {value!r}")
+            raise ValueError(f"{attack}: {name}: expected {kind}{most}, got {value!r}")
 
 
 def judged(f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor, votes: int) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,6 @@ def misjudged(victim: Victim, x: Tensor, y: Tensor, clean: Sequence[bool], *, ba
     """
     f, votes = victim.judge("pixel"), 10 if victim.random else 1
     kept, g = torch.tensor(clean, device=y.device), torch.Generator().manual_seed(0)
-
     with torch.no_grad():
         parts = zip(x.split(batch), y.split(batch), strict=True)
         now = torch.cat([judged(f, u, labels, votes)[0] for u, labels in parts])
