@@ -174,6 +174,9 @@ def test_rows_of_several_seeds_are_networks_of_their_own_and_their_spread_is_tol
     for text in ((folder / "report.md").read_text(), (folder / "report.html").read_text()):
         assert "Over training seeds" in text and "max minus avg, points" in text
     assert "max above avg" in text_tables(report, "github")
+    assert sum("over training seeds" in s for s in report.summary) == 3 and not any(
+        "seed 34" in s for s in report.summary
+    )
     assert {c.row for c in paper.beside(report, "table2").claims} == {"SEW-ResNet18"}
     for wrong, match in (({"seeds": 0}, "at least 1"), ({"seeds": 2, "models": tmp_path}, "1 of trained")):
         with pytest.raises(ValueError, match=match):

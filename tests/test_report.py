@@ -906,3 +906,20 @@ def test_networks_of_two_architectures_or_data_sets_get_no_difference():
         cards = [seeded(pool, seed, **(other if pool == "avg" else {})) for pool in ("max", "avg") for seed in (1, 2)]
         grid = seeds.spread(empty(models=tuple(cards), runs=tuple(run(50, victim=c["name"]) for c in cards)))
         assert [row[0].split()[1] for row in grid.rows] == ["max", "avg"]
+
+
+def test_the_first_lines_of_a_report_over_seeds_are_of_rows_and_its_chart_has_their_colours():
+    left = {"max": {1: 100, 2: 60}, "avg": {1: 90, 2: 40}}  # of 200
+    cards = [seeded(pool, seed) for pool in left for seed in left[pool]]
+    runs = [run(left[c["pool"]][c["training seed"]], victim=c["name"]) for c in cards]
+    assert seeds.sentences(runs, cards) == (
+        "PGD-7, pixel 8/255, eval mode, n=200, mean over training seeds (range), their number: "
+        "SEW-ResNet18 max pool, cifar10 40.0 % (30.0 to 50.0), 2; "
+        "SEW-ResNet18 avg pool, cifar10 32.5 % (20.0 to 45.0), 2; "
+        "max minus avg, seed by seed, +7.5 [-24.3, +39.3] points.",  # 5 and 10 points: 7.5 -+ 12.706 x 3.54 / sqrt(2)
+    )
+    assert seeds.sentences(runs, [c for c in cards if c["training seed"] == 1]) == ()
+    point = charts.accuracy_spec(runs, seeds.seeded(cards))["hconcat"][0]["layer"][1]["encoding"]
+    rows = ["SEW-ResNet18 max pool, cifar10", "SEW-ResNet18 avg pool, cifar10"]
+    assert point["color"]["scale"]["domain"] == point["shape"]["scale"]["domain"] == rows
+    assert len(point["xOffset"]["sort"]) == 4

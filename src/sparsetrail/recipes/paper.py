@@ -30,6 +30,7 @@ from sparsetrail.recipes.measure import (
 )
 from sparsetrail.recipes.systems import FEW_STEPS, SYSTEMS, Twin, facts, train_system
 from sparsetrail.report import claims
+from sparsetrail.report.seeds import seeded, sentences
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import RESNETS, NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
@@ -309,7 +310,12 @@ def reproduce(
     shown = _shown(figure, found, chosen)
     return Report(
         title=f"{figure.replace('fig', 'Figure ').replace('table', 'Table ')} at {scale} scale",
-        summary=(*_published(shown), *_summary(runs, trails), *_told_apart(chosen, judged), *_left(chosen, judged)),
+        summary=(
+            *_published(shown),
+            *_summary(runs, trails, cards),
+            *_told_apart(chosen, judged),
+            *_left(chosen, judged),
+        ),
         models=tuple(cards),
         runs=tuple(runs),
         trails=tuple(trails),
@@ -448,11 +454,16 @@ def _left(chosen: Sequence[Row], judged: Sequence[Audit]) -> tuple[str, ...]:
     return tuple(f"{a.victim}: {audits.sentence(a)}" for a in judged if a.victim in nets)
 
 
-def _summary(runs: list[Run], trails: list[Trail]) -> tuple[str, ...]:
+def _summary(runs: list[Run], trails: list[Trail], cards: list[dict[str, Any]]) -> tuple[str, ...]:
+    """What PGD leaves, a line a network or, of networks from several training seeds, a line a threat; zeros."""
+    several = seeded(cards)
     lines = [
-        f"{r.victim}: PGD leaves {r.accuracy} ({r.threat}, crafted in {r.mode} mode)."
-        for r in runs
-        if r.attack.startswith("pgd")
+        *sentences(runs, cards),
+        *(
+            f"{r.victim}: PGD leaves {r.accuracy} ({r.threat}, crafted in {r.mode} mode)."
+            for r in runs
+            if r.attack.startswith("pgd") and r.victim not in several
+        ),
     ]
     for t in trails:
         kinds: dict[str, list[float]] = {}

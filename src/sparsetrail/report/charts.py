@@ -8,7 +8,7 @@ import math
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from sparsetrail._files import write_atomic
 from sparsetrail.core import Audit, Rate, Report, Run, Trail, TrailRow
 from sparsetrail.report.io import ReportError
 from sparsetrail.report.labels import Setting, columns, settings
+from sparsetrail.report.seeds import seeded
 from sparsetrail.report.tables import (
     Ablation,
     Point,
@@ -225,8 +226,11 @@ def _stages(group: TrailGroup) -> list[Spec]:
     return out
 
 
-def accuracy_spec(runs: Sequence[Run]) -> Spec:
-    """Accuracy with Wilson intervals, a panel per setting: panels of different threats never share an axis."""
+def accuracy_spec(runs: Sequence[Run], named: Mapping[str, str] | None = None) -> Spec:
+    """Accuracy with Wilson intervals, a panel per setting: panels of different threats never share an axis.
+
+    `named` says what victims of several training seeds are told by, one colour for all of them.
+    """
     import altair as alt
 
     cells, datas = columns(runs), list(dict.fromkeys(run.data for run in runs))
@@ -238,26 +242,36 @@ def accuracy_spec(runs: Sequence[Run]) -> Spec:
         for where in settings(runs):
             here = [(c.label, run) for (c, _), run in cells.items() if c.setting == where and run.data == data]
             if here:
-                panels.append(_panel(where, here, victims, route=routes, first=not panels))
+                panels.append(_panel(where, here, victims, named or {}, route=routes, first=not panels))
         row = alt.hconcat(*panels, spacing=34)
         row = row.resolve_scale(x="independent", y="shared", color="shared", shape="shared")
         rows.append(row.properties(title=data) if len(datas) > 1 else row)
     return _spec(rows[0] if len(rows) == 1 else alt.vconcat(*rows, spacing=30))
 
 
-def _panel(where: Setting, runs: Sequence[tuple[str, Run]], victims: list[str], *, route: bool, first: bool) -> Any:
+def _panel(
+    where: Setting,
+    runs: Sequence[tuple[str, Run]],
+    victims: list[str],
+    named: Mapping[str, str],
+    *,
+    route: bool,
+    first: bool,
+) -> Any:
     import altair as alt
 
+    drawn_as = list(dict.fromkeys(named.get(victim, victim) for victim in victims))
     clean = dict.fromkeys((run.victim, run.clean_accuracy) for _, run in runs)
     values = [_bar("clean", victim, rate) for victim, rate in clean]
     values += [_bar(label, run.victim, run.accuracy) for label, run in runs]
+    values = [value | {"row": named.get(value["victim"], value["victim"])} for value in values]
     order = list(dict.fromkeys(["clean", *(label for label, _ in runs)]))
-    wide = max(130, len(order) * max(64, 24 * len(victims)))
+    wide = max(130, len(order) * max(64, (10 if named else 24) * len(victims)))  # of seeds only the spread is read
 
     words = alt.Axis(title=None, labelAngle=0, labelLimit=220, labelExpr="split(datum.label, ' ')")
     offset = alt.XOffset("victim:N", sort=victims, scale=alt.Scale(paddingInner=0.6, paddingOuter=0.6))
     scale, axis = alt.Scale(domain=[0, 100]), alt.Axis(tickCount=5, title="correct, %" if first else None)
-    legend = alt.Legend(title=None, orient="top") if len(victims) > 1 else None
+    legend = alt.Legend(title=None, orient="top") if len(drawn_as) > 1 else None
     hints = [
         alt.Tooltip("victim:N"),
         alt.Tooltip("attack:N"),
@@ -267,11 +281,11 @@ def _panel(where: Setting, runs: Sequence[tuple[str, Run]], victims: list[str], 
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X("attack:N", sort=order, axis=words),
         xOffset=offset,
-        color=alt.Color("victim:N", sort=victims, scale=alt.Scale(domain=victims), legend=legend),
+        color=alt.Color("row:N", sort=drawn_as, scale=alt.Scale(domain=drawn_as), legend=legend),
         tooltip=hints,
     )
     low = alt.Y("low:Q", scale=scale, axis=axis)
-    shape = alt.Shape("victim:N", sort=victims, scale=alt.Scale(domain=victims), legend=legend)
+    shape = alt.Shape("row:N", sort=drawn_as, scale=alt.Scale(domain=drawn_as), legend=legend)
     interval = base.mark_rule(strokeWidth=1.8).encode(y=low, y2="high:Q")
     point = base.mark_point(size=46, filled=True, opacity=1).encode(
         y=alt.Y("accuracy:Q", scale=scale, axis=axis), shape=shape
@@ -508,7 +522,8 @@ def figure(report: Report, path: str | Path, *, which: Which = "trail") -> Path:
 def _which(report: Report, which: str) -> Spec:
     groups = trail_groups(report.trails)
     if which == "accuracy":
-        specs = [stamped(accuracy_spec(report.runs), report, report.runs)] if report.runs else []
+        spec = accuracy_spec(report.runs, seeded(report.models))
+        specs = [stamped(spec, report, report.runs)] if report.runs else []
     elif which == "ablation":
         specs = [
             stamped({**ablation_spec(a), "title": a.victim}, report, [t for t in report.trails if t.victim == a.victim])

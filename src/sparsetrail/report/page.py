@@ -17,7 +17,7 @@ from sparsetrail.report import audit_charts, audits, card, charts, tables
 from sparsetrail.report.images import examples, keep, kept
 from sparsetrail.report.io import RESULT, steps_csv, to_json, trail_csv
 from sparsetrail.report.labels import explain, setting, setting_label, settings, value
-from sparsetrail.report.seeds import spread
+from sparsetrail.report.seeds import seeded, spread
 from sparsetrail.report.tables import Grid
 
 
@@ -219,7 +219,8 @@ def _charts(report: Report) -> dict[str, charts.Spec]:
     if points := tables.tradeoff(report):  # of a sweep, a panel or a bar each would be too many to read
         return out | {"tradeoff": charts.stamped(charts.tradeoff_spec(points), report, report.runs)}
     if report.runs:
-        out["accuracy"] = charts.stamped(charts.accuracy_spec(report.runs), report, report.runs)
+        spec = charts.accuracy_spec(report.runs, seeded(report.models))
+        out["accuracy"] = charts.stamped(spec, report, report.runs)
     for i, group in enumerate(tables.trail_groups(report.trails)):
         for name, spec in (
             ("trail", charts.trail_spec(group)),

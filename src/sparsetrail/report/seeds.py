@@ -5,10 +5,11 @@ Wilson intervals tell of the images alone; networks trained from another seed di
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from sparsetrail.core import Report
-from sparsetrail.report.labels import columns, setting_label, settings
+from sparsetrail.core import Report, Run
+from sparsetrail.report.labels import Column, Setting, columns, setting_label, settings
 from sparsetrail.report.tables import Grid, clean_columns
 
 
@@ -19,38 +20,81 @@ def spread(report: Report) -> Grid | None:
     architecture on the same data get their difference too, seed by seed, with its 95 % t-interval (Student 1908,
     Biometrika 6:1), which tells of training on these images, and the number of seeds in which the first is above.
     """
-    cards = {c["name"]: c for c in report.models if "training seed" in c}
-    runs = [run for run in report.runs if run.victim in cards]
-    if len({card["training seed"] for card in cards.values()}) < 2 or not runs:
+    if not (found := _found(report.runs, report.models)):
         return None
-    cells, clean, among = columns(runs), clean_columns(runs), settings(runs)
-    heads = [*dict.fromkeys(name for name, _ in clean), *dict.fromkeys(column for column, _ in cells)]
-    found: dict[str, dict[int, dict[int, float]]] = {}  # row, place among heads, seed
-    rates = [*clean.items(), *((key, run.accuracy) for key, run in cells.items())]
-    for (head, (victim, _)), rate in rates:
-        card = cards[victim]
-        found.setdefault(card["row"], {}).setdefault(heads.index(head), {})[card["training seed"]] = rate.value
+    heads, rows, among = found.heads, found.rows, found.settings
     lines = []
-    kinds = {card["row"]: (card["arch"], card["trained on"]) for card in cards.values()}
-    pools = {card["row"]: card["pool"] for card in cards.values()}
-    for kind in dict.fromkeys(kinds.values()):
-        rows = [row for row in found if kinds[row] == kind]
-        lines += [(row, *(_mean(found[row].get(i, {})) for i in range(len(heads)))) for row in rows]
-        if len(rows) == 2:
-            pairs = [_pairs(*(found[row].get(i, {}) for row in rows)) for i in range(len(heads))]
-            one, other = (pools[row] for row in rows)
+    for alike in found.alike:
+        lines += [(row, *(_mean(rows[row].get(head, {})) for head in heads)) for row in alike]
+        if len(alike) == 2:
+            pairs = [_pairs(*(rows[row].get(head, {}) for row in alike)) for head in heads]
+            one, other = (found.pools[row] for row in alike)
             lines.append((f"{one} minus {other}, points", *(_difference(pair) for pair in pairs)))
             lines.append((f"{one} above {other}, seeds", *(_above(pair) for pair in pairs)))
-    named = len(heads) - len(dict.fromkeys(column for column, _ in cells))
     return Grid(
         caption="Mean over training seeds (lowest to highest); differences seed by seed with 95 % t-interval",
         head=("row", *(h if isinstance(h, str) else h.label for h in heads)),
         rows=tuple(lines),
         groups=(
-            ("", 1 + named),
+            ("", 1 + sum(isinstance(h, str) for h in heads)),
             *((setting_label(s, among), sum(not isinstance(h, str) and h.setting == s for h in heads)) for s in among),
         ),
     )
+
+
+def sentences(runs: Sequence[Run], models: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What PGD leaves of rows trained from several seeds, a line per setting and column; none without such rows."""
+    if (found := _found(runs, models)) is None:
+        return ()
+    out = []
+    for head in found.heads:
+        if isinstance(head, str) or not head.label.startswith("PGD"):
+            continue
+        n = {run.accuracy.n for (column, _), run in columns(runs).items() if column == head}
+        said = [f"{row} {_mean(found.rows[row][head])}" for row in found.rows if head in found.rows[row]]
+        for one, other in (alike for alike in found.alike if len(alike) == 2):
+            apart = _difference(_pairs(found.rows[one].get(head, {}), found.rows[other].get(head, {})))
+            said += [f"{found.pools[one]} minus {found.pools[other]}, seed by seed, {apart} points"] if apart else []
+        where = f"{setting_label(head.setting, found.settings)}, n={' or '.join(map(str, sorted(n)))}"
+        out.append(f"{head.label}, {where}, mean over training seeds (range), their number: {'; '.join(said)}.")
+    return tuple(out)
+
+
+def seeded(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The row of every network by its name, where rows were trained from several seeds; empty elsewhere."""
+    cards = [card for card in models if "training seed" in card]
+    several = len({card["training seed"] for card in cards}) > 1
+    return {card["name"]: card["row"] for card in cards} if several else {}
+
+
+class _Found(NamedTuple):
+    heads: list[str | Column]  # clean columns, then one per attack and setting
+    rows: dict[str, dict[str | Column, dict[int, float]]]  # row, head, seed
+    alike: list[list[str]]  # rows of one architecture on the same data
+    pools: dict[str, str]
+    settings: tuple[Setting, ...]
+
+
+def _found(runs: Sequence[Run], models: Sequence[Mapping[str, Any]]) -> _Found | None:
+    """The share that is right of every row, column and seed."""
+    named = seeded(models)
+    runs = [run for run in runs if run.victim in named]
+    if not runs:
+        return None
+    cards = {card["name"]: card for card in models if card.get("name") in named}
+    cells, clean = columns(runs), clean_columns(runs)
+    rates = [*clean.items(), *((key, run.accuracy) for key, run in cells.items())]
+    rows: dict[str, dict[str | Column, dict[int, float]]] = {}
+    for (head, (victim, _)), rate in rates:
+        rows.setdefault(named[victim], {}).setdefault(head, {})[cards[victim]["training seed"]] = rate.value
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for card in cards.values():
+        alike = kinds.setdefault((card["arch"], card["trained on"]), [])
+        if card["row"] in rows and card["row"] not in alike:
+            alike.append(card["row"])
+    heads = [*dict.fromkeys(name for name, _ in clean), *dict.fromkeys(column for column, _ in cells)]
+    pools = {card["row"]: card["pool"] for card in cards.values()}
+    return _Found(heads, rows, [*kinds.values()], pools, settings(runs))
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
