@@ -10,7 +10,7 @@ from sparsetrail import data
 from sparsetrail.attacks.run import EOT
 from sparsetrail.auditing import battery
 from sparsetrail.auditing import run as auditing
-from sparsetrail.cli import main, verbs
+from sparsetrail.cli import attacks, main
 from sparsetrail.core import L2, Audit, Linf, Rate, Report, Run
 from sparsetrail.models import compact, load_model
 from sparsetrail.recipes import audits, measure, paper, systems
@@ -514,8 +514,8 @@ def test_the_command_line_hands_an_audit_over_as_it_was_asked_for(done, tmp_path
         asked.update(more | {"bench": bench, "what": what, "threats": threats, "images": images})
         return judged(bench, what, threats, images, budget=more["budget"])
 
-    monkeypatch.setattr(verbs.audits, "run", run)
-    monkeypatch.setattr(verbs, "write", lambda report, out, images: {"html": out / "report.html"})
+    monkeypatch.setattr(attacks.audits, "run", run)
+    monkeypatch.setattr(attacks, "write", lambda report, out, images: {"html": out / "report.html"})
     most, mean = (str(done[0] / "models" / pool) for pool in ("max", "avg"))
     main(["audit", most, "--eps", "8/255", "--space", "pixel", "--norm", "l2", "--n", "8", "--budget", "thorough",
           "--claim", "0.5", "--claim-source", "a paper", "--transfer", mean, "--transfer", most, "--control", mean,

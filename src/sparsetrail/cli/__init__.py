@@ -10,6 +10,8 @@ from cyclopts import App, CycloptsError
 from sparsetrail import __version__
 
 HOMES = {
+    "attack": "sparsetrail.cli.attacks",
+    "audit": "sparsetrail.cli.attacks",
     "train": "sparsetrail.cli.train",
     "defend": "sparsetrail.cli.train",
     "import": "sparsetrail.cli.train",
@@ -18,6 +20,7 @@ HOMES = {
     "design": "sparsetrail.cli.design",
 }
 HOME = "sparsetrail.cli.verbs"  # of all others
+SETS = "sparsetrail.cli.sets"
 THEORY = "sparsetrail.cli.theory"
 VERBS = {
     "quick": "Train two small SEW-ResNets on shipped images, attack both, trace both: a report in minutes.",
@@ -61,7 +64,7 @@ def app(asked: Sequence[str] = ()) -> App:
         root.command(f"{HOMES.get(verb, HOME)}:{verb}{'_' * iskeyword(verb)}", name=verb, help=line(verb, text))
     data = App(name="data", help="Image sets: get, add, verify, list.")
     for verb, text in DATA_VERBS.items():
-        data.command(f"{HOME}:data_{verb}", name=verb, help=line(verb, text))
+        data.command(f"{SETS}:data_{verb}", name=verb, help=line(verb, text))
     root.command(data)
     theory = App(name="theory", help="The paper's theorems, put to the test: demo, audit.")
     for verb, text in THEORY_VERBS.items():

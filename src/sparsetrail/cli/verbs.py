@@ -1,9 +1,8 @@
-"""The verbs: thin functions that turn flags into calls and results into lines; `--json` prints one JSON line."""
+"""The other verbs: thin functions that turn flags into calls and results into lines; `--json` prints one JSON line."""
 
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -15,31 +14,22 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from sparsetrail import __version__, data
-from sparsetrail.attacks import ATTACKS, check_settings, settings
-from sparsetrail.attacks.pgd import PACE
-from sparsetrail.auditing import refuse
+from sparsetrail.cli.attacks import run_line
 from sparsetrail.cli.flags import (
-    COMMON,
     KEPT,
-    Common,
     Device,
     Fresh,
     Json,
     Kept,
-    Norm,
-    Number,
-    Space,
     Threads,
-    chosen,
     device_named,
     emit,
-    images_for,
     model_at,
     output_folder,
 )
 from sparsetrail.cli.screen import Screen
-from sparsetrail.core import Audit, Report, Route, Run, Threat, as_fraction
-from sparsetrail.recipes import audits, measure, paper
+from sparsetrail.core import Report
+from sparsetrail.recipes import measure, paper
 from sparsetrail.recipes import quick as quick_recipe
 from sparsetrail.report import console as print_table
 from sparsetrail.report import load as load_report
@@ -94,275 +84,10 @@ def _finish(report: Report, files: dict[str, Path], as_json: bool) -> None:
 def _brief(report: Report) -> dict[str, Any]:
     return {
         "title": report.title,
-        "runs": [_run_line(r) for r in report.runs],
+        "runs": [run_line(r) for r in report.runs],
         "trails": [{"victim": t.victim, "mode": t.mode, "n": t.n, "operations": len(t.rows)} for t in report.trails],
         "seconds": report.provenance.get("seconds of this command"),
     }
-
-
-def _run_line(run: Run) -> dict[str, Any]:
-    lo, hi = run.accuracy.interval()
-    return {
-        "victim": run.victim, "attack": run.attack, "knobs": _knobs(run), "space": run.threat.space,
-        "norm": run.threat.norm, "eps": run.threat.eps, "mode": run.mode, "route": _route(run), "data": run.data,
-        "n": run.n, "clean_acc": run.clean_accuracy.value, "robust_acc": run.accuracy.value, "interval95": [lo, hi],
-        "ties": run.ties, "zero_gradient": run.zero_gradient, "dead_examples": run.dead_examples,
-        "nonfinite": run.nonfinite, "forwards": run.forwards, "backwards": run.backwards, "seed": run.seed,
-        "seconds": round(run.seconds, 2), "note": run.note, "eot": run.eot, "votes": run.votes,
-    }  # fmt: skip
-
-
-def _route(run: Run) -> str:
-    """The gradient route; the codebook step follows the gradient of the code and asks the encoder for none."""
-    exact = "encoder: its codebook, exact"
-    return re.sub(r"encoder: \w+", exact, run.route) if run.attack == "codebook" else run.route
-
-
-def _knobs(run: Run) -> dict[str, Any]:
-    """The settings of a run, with the length of a step that the attack took by itself where none was given."""
-    eps = run.threat.eps
-    by_itself = {
-        "pgd": 0.01 if run.threat.norm == "linf" else PACE * eps,
-        "bim": eps / run.knobs.get("steps", 1),
-        "mifgsm": eps / run.knobs.get("steps", 1),
-    }
-    taken = run.attack in by_itself and run.knobs.get("step", 0) is None
-    return run.knobs | ({"step": by_itself[run.attack]} if taken else {})
-
-
-def attack(
-    target: str,
-    *,
-    name: Annotated[str, Parameter(help=f"one of {', '.join(ATTACKS)}")] = "pgd",
-    eps: Number | None = None,
-    space: Space | None = None,
-    norm: Norm = "linf",
-    compat: Annotated[
-        Literal["authors"] | None, Parameter(help="the paper's code: encoded 6/255, crafted in train mode")
-    ] = None,
-    steps: int | None = None,
-    step: Number | None = None,
-    restarts: int | None = None,
-    draws: int | None = None,
-    sets: Annotated[
-        list[str] | None, Parameter(name="--set", negative="", help="another setting of the attack, e.g. loss=margin")
-    ] = None,
-    route: Annotated[
-        list[str] | None,
-        Parameter(negative="", help="another backward of the neurons, e.g. triangle:1, hart, assg; several: the mean"),
-    ] = None,
-    transfer: Annotated[str | None, Parameter(help="follow the gradient of this model instead")] = None,
-    eot: Annotated[int | None, Parameter(help="gradients averaged a step; default 10 for a random encoder")] = None,
-    encoder_gradient: Annotated[str | None, Parameter(help="identity, weighted, secant or none")] = None,
-    precision: Annotated[
-        Literal["fp32", "bf16"], Parameter(help="bf16 crafts with faster input gradients; judged in fp32 either way")
-    ] = "fp32",
-    data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
-    n: int | None = 1000,
-    batch: int | None = None,
-    seed: int | None = None,
-    common: Common = COMMON,
-) -> None:
-    """Attack TARGET (a run folder or model.safetensors) on test images; eval mode, best point kept, judged afresh.
-
-    --eps and --space have no default: say what the adversary may do, e.g. --eps 8/255 --space pixel, or with --name sda
-    --norm l0 the number of entries of a binary code that may be flipped. Results are kept beside the model and not
-    computed twice.
-    """
-    where = common.where()
-    given = {"steps": steps, "step": step, "restarts": restarts, "draws": draws}
-    knobs = {k: v for k, v in given.items() if v is not None} | chosen(
-        name, settings(ATTACKS[name]) if name in ATTACKS else {}, sets or []
-    )
-    threat = _threat(name, eps, space, norm, knobs) if compat is None else None
-    asked = (eps, space, encoder_gradient, batch, seed, route, transfer, sets)
-    if compat is not None and (knobs or precision != "fp32" or eot is not None or any(a is not None for a in asked)):
-        raise ValueError(
-            "--compat authors: threat and settings are fixed (encoded space, 6/255, 7 steps of 0.01, batches of "
-            "16, seed 3407, fp32); leave --eps, --space, --route, --transfer, --eot, --batch, --seed, --precision and "
-            "the attack's settings out"
-        )
-    model, folder = model_at(target)
-    test_set = images_for(model, data_name, n, common.root)
-    label = folder.resolve().name
-    with Screen(quiet=common.as_json) as screen:
-        bench = measure.Bench(
-            out=output_folder(folder / "attacks"),
-            device=where,
-            seed=seed or 0,
-            batch=64 if batch is None else batch,
-            tick=screen.tick,
-            stop=screen.stop,
-        )
-        if threat is None:
-            runs = list(measure.strike_as_published(bench, model, label, test_set))
-        else:
-            run = measure.strike(
-                bench, model, label, name, threat, test_set,
-                backward=encoder_gradient, precision=precision, eot=eot,
-                route=tuple(Route(neuron=None if r == "own" else r) for r in route or ()),
-                guide=None if transfer is None else model_at(transfer)[0], **knobs,
-            )  # fmt: skip
-            runs = [run]
-    for run in runs:
-        if common.as_json:
-            emit(_run_line(run))
-        else:
-            _say_run(run)
-
-
-def _threat(name: str, eps: float | None, space: Space | None, norm: Norm, knobs: dict[str, Any]) -> Threat:
-    if eps is None or space is None:
-        raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
-    if name not in ATTACKS:
-        raise ValueError(f"--name: expected one of {', '.join(ATTACKS)}, got {name!r}")
-    allowed = settings(ATTACKS[name])
-    for k in knobs:
-        if k not in allowed:
-            own = ("steps", "step", "restarts", "draws")
-            flags = ", ".join(f"--{a}" if a in own else f"--set {a}=" for a in allowed)
-            raise ValueError(f"--{k}: {name} does not have it; expected {flags or 'no settings'}")
-    check_settings(name, knobs)
-    return Threat(eps, space=space, norm=norm)
-
-
-def audit(
-    target: str,
-    *,
-    eps: Annotated[
-        list[Number] | None, Parameter(negative="", help="radius, e.g. 8/255 (l0: entries); one for every --space")
-    ] = None,
-    space: Annotated[
-        list[Space] | None, Parameter(negative="", help="pixel or encoded; repeat both flags for more threats")
-    ] = None,
-    norm: Norm = "linf",
-    data_name: Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")] = None,
-    n: int | None = 1000,
-    budget: Annotated[
-        Literal["quick", "standard", "thorough"], Parameter(help="how much is tried: a look, the rule, everything")
-    ] = "standard",
-    minutes: Annotated[float | None, Parameter(help="begin no further attack after this long")] = None,
-    claim: Annotated[float | None, Parameter(help="the robust accuracy that is claimed, 0..1")] = None,
-    claim_source: str = "",
-    transfer: Annotated[
-        list[str] | None, Parameter(negative="", help="another model to transfer from: another seed, pool, an ANN")
-    ] = None,
-    control: Annotated[str | None, Parameter(help="an undefended model that must fall to the quick attacks")] = None,
-    eot: Annotated[int | None, Parameter(help="gradients averaged a step; default 10 for a random encoder")] = None,
-    precision: Annotated[
-        Literal["fp32", "bf16"], Parameter(help="bf16 crafts with faster input gradients; judged in fp32 either way")
-    ] = "fp32",
-    verify: Annotated[
-        bool, Parameter(negative="", help="attack nothing: show the kept adversarials to the model again, one by one")
-    ] = False,
-    batch: int = 64,
-    seed: int = 0,
-    out: Path | None = None,
-    common: Kept = KEPT,
-) -> None:
-    """Judge the robustness of TARGET: checks, a battery of attacks, the worst case per image, a verdict with reasons.
-
-    TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim (any PyTorch SNN;
-    the file is run, so let it be yours). --eps and --space have no default. Writes a page, the machine-readable card
-    and the adversarials into --out (default: a folder in audit/ beside the model, named by threats and n); the same
-    command continues.
-    """
-    where = common.where()
-    if not eps or not space:
-        raise ValueError("audit: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
-    if len(eps) != len(space):
-        raise ValueError(f"expected one --eps for every --space, got {len(eps)} and {len(space)}")
-    threats = [Threat(e, space=s, norm=norm) for e, s in zip(eps, space, strict=True)]
-    refuse(threats, claim=claim, batch=batch, eot=eot, minutes=minutes, budget=budget)
-    what = audits.target(target, device=where, precision=precision)
-    if what.model is None and data_name is None:
-        raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")
-    test_set = images_for(what.model, data_name, n, common.root)
-    place = audits.home(target, what) / "audit"
-    if verify:
-        _verify(target, what, threats, test_set, place, out, common.as_json, device=where, batch=batch, seed=seed)
-        return
-    if what.model is None:
-        what.make()  # refused before a folder is made
-    if out is None:
-        out = place / "_".join([*map(audits.short, threats), f"n{len(test_set.labels)}"])
-    with Screen(quiet=common.as_json) as screen:
-        bench = measure.Bench(
-            out=common.folder(out), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
-        )
-        report, examples = audits.run(
-            bench, what, threats, test_set, budget=budget, claim=claim, claim_source=claim_source, eot=eot,
-            minutes=minutes, guides=[audits.target(t, device=where) for t in transfer or ()],
-            control=None if control is None else audits.target(control, device=where),
-            command=" ".join(
-                [f"sparsetrail audit {target}", *(f"--eps {as_fraction(t.eps)} --space {t.space}" for t in threats),
-                 f"--norm {norm} --data {test_set.name} --n {len(test_set.labels)} --budget {budget} --seed {seed}",
-                 f"--precision {precision}", *([] if claim is None else [f"--claim {claim:g}"]),
-                 *([] if eot is None else [f"--eot {eot}"]),
-                 *(f"--transfer {t}" for t in transfer or ()), *([] if control is None else [f"--control {control}"])]
-            ),
-        )  # fmt: skip
-        files = write(report, out, images=examples)
-    if common.as_json:
-        emit({"audits": [_audit_line(a) for a in report.audits], "files": {k: str(v) for k, v in files.items()}})
-        return
-    console = Console()
-    console.print()
-    print_table(report, console)
-    for line in report.summary:
-        console.print(line, markup=False, highlight=False)
-    console.print(f"\nreport   {files['html']}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _verify(
-    target: str, what: audits.Target, threats: list[Threat], test_set: data.Dataset, place: Path, out: Path | None,
-    as_json: bool, **more: Any,
-) -> None:  # fmt: skip
-    """Show kept adversarials to the model once more; ValueError where some do not hold."""
-    lines: list[dict[str, Any]] = []
-    for threat in threats:
-        folder = out or audits.kept_under(place, threat, len(test_set.labels))
-        shown, bad = audits.verify_again(measure.Bench(out=folder, **more), what, threat, test_set)
-        held = shown - len(bad)
-        lines.append({"threat": str(threat), "held": held, "n": shown, "bad": bad, "folder": str(folder)})
-        if not as_json:
-            print(f"{threat}: {held} of {shown} adversarials hold, shown alone to the model loaded anew")
-            for j, why in sorted(bad.items())[:10]:
-                print(f"  image {j}: {why}")
-    if as_json:
-        emit({"verified": lines})
-    if wrong := sum(len(line["bad"]) for line in lines):
-        raise ValueError(f"{target}: {wrong} adversarials do not hold; see above")
-
-
-def _audit_line(a: Audit) -> dict[str, Any]:
-    return {
-        "victim": a.victim, "space": a.threat.space, "norm": a.threat.norm, "eps": a.threat.eps, "n": a.n,
-        "verdict": a.verdict, "reason": a.reason, "claim": a.claim, "clean_acc": a.clean_accuracy.value,
-        "default_attack": a.default_attack, "default_acc": a.default_accuracy.value, "worst_acc": a.accuracy.value,
-        "interval95": list(a.accuracy.interval()), "complete": a.complete, "budget": a.budget,
-        "alarms": [{"id": f.id, "name": f.name, "level": f.level, "evidence": f.evidence} for f in a.alarms],
-        "seconds": round(a.seconds, 1),
-    }  # fmt: skip
-
-
-def _say_run(run: Run) -> None:
-    print(f"threat   {run.threat}, crafted in {run.mode} mode")
-    print(f"route    {_route(run)}")
-    print(f"data     {run.data}")
-    print(f"clean    {run.clean_accuracy}")
-    told = {k: v for k, v in _knobs(run).items() if v is not None} | ({"eot": run.eot} if run.eot > 1 else {})
-    knobs = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
-    print(f"{run.attack:<8} {run.accuracy}" + (f"   ({knobs})" if knobs else ""))
-    if run.zero_gradient is not None:
-        print(f"gradient {run.zero_gradient:.1%} exact zeros; {run.dead_examples} images once without any gradient")
-    notes = (
-        f"{run.ties} ties, counted as not fooled" if run.ties else "",
-        f"{run.nonfinite} images with a gradient that is not finite" if run.nonfinite else "",
-        run.note,
-    )
-    for line in filter(None, notes):
-        print(f"note     {line}")
 
 
 def reproduce(
@@ -592,51 +317,3 @@ def _engine() -> str:
         return f"plain PyTorch, several times slower ({why})"
     half = "bf16 input gradients" if has_bf16() else "no bf16 on this CPU"
     return f"kernels compiled by {' '.join(found[0])}, kept in {kernels.folders()[0]}, {half}"
-
-
-def data_get(name: str, *, root: Path | None = None) -> None:
-    """Download NAME (cifar10, cifar100, fashion-mnist), check it against the known content hash, keep it."""
-    _say_import(data.get(name, root=root, progress=lambda line: print(line, file=sys.stderr)))
-
-
-def data_add(
-    path: Path,
-    *,
-    name: str | None = None,
-    split: Annotated[
-        Literal["train", "test"] | None,
-        Parameter(help="of an npz with images and labels; default by its name, or test"),
-    ] = None,
-    root: Path | None = None,
-) -> None:
-    """Take in PATH: official python or binary files, PNG sheets, npz, IDX, or an image folder; checked before kept."""
-    _say_import(data.add(path, name=name, split=split, root=root))
-
-
-def _say_import(found: Any) -> None:
-    for e in found.entries:
-        tag = "official content" if e.official else "not the official content"
-        print(f"{e.name}/{e.split}: {e.n} images {e.shape}, sha256 {e.sha256[:12]} ({tag})")
-    for line in found.warnings:
-        print(f"note: {line}")
-
-
-def data_verify(*names: str, root: Path | None = None) -> None:
-    """Read every set in the cache, or those of these NAMES, and compare it with its recorded content hash."""
-    held = {e.name for e in data.available(root)}
-    if unknown := sorted(set(names) - held):
-        known = ", ".join(sorted(held)) or "no set, the cache is empty"
-        raise ValueError(f"{', '.join(unknown)}: expected some of {known}")
-    bad = 0
-    for e in (e for name in names or (None,) for e in data.verify(root, name=name)):
-        print(f"{e.name}/{e.split}: {e.problem or 'ok'}")
-        bad += bool(e.problem)
-    if bad:
-        raise ValueError(f"{bad} damaged; see above")
-
-
-def data_list(*, root: Path | None = None) -> None:
-    """Name, split, size and identity of every set at hand."""
-    for e in data.available(root):
-        tag = "official" if e.official else "unofficial"
-        print(f"{e.name:<22}{e.split:<7}{e.n:>7}  {'x'.join(map(str, e.shape)):<10} {e.sha256[:12]}  {tag}  {e.path}")
