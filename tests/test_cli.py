@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sparsetrail import cli
+from sparsetrail._files import alone
 from sparsetrail.cli import DATA_VERBS, THEORY_VERBS, VERBS, main
 from sparsetrail.models import load_model
 from sparsetrail.snn.weights import load_weights
@@ -285,6 +286,11 @@ def test_fresh_moves_aside_and_deletes_nothing(model, tmp_path, capsys):
     assert code == 4 and "--fresh" in err
     assert run(*args, "--lr", "0.01", "--fresh", capsys=capsys)[0] == 0
     assert (tmp_path / "run.old1" / "model.safetensors").exists() and (out / "model.safetensors").exists()
+    (out / "models" / "inner").mkdir(parents=True)
+    for busy in (out, out / "models" / "inner"):
+        with alone(busy):
+            code, _, err = run(*args, "--lr", "0.02", "--fresh", capsys=capsys)
+        assert code == 4 and f"{busy}: another process is training here" in err and not (tmp_path / "run.old2").exists()
 
 
 def test_ctrl_c_stops_in_order_and_the_same_command_continues(tmp_path):

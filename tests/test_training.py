@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsetrail import data
+from sparsetrail import data, training
+from sparsetrail._files import alone
 from sparsetrail.core import Rate
 from sparsetrail.models import load_model
 from sparsetrail.snn.encode import phase, poisson
@@ -306,6 +308,35 @@ def test_a_damaged_snapshot_falls_back_to_the_one_before(images, finished, tmp_p
 def test_a_second_process_in_the_folder_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="another process is training here"):
         train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: train(NET, ENCODE, images, SPEC, tmp_path / "r"))
+
+
+def test_the_snapshot_itself_is_asked_what_experiment_it_is_of(images, tmp_path, monkeypatch):
+    """A folder may change between the look at it and the reading of its snapshot."""
+    steps = iter(range(1, 1000))
+    with pytest.raises(TrainingStopped):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: next(steps) == 3)
+    monkeypatch.setattr(training, "_check_folder", lambda *_: None)
+    with pytest.raises(ValueError, match="different train"):
+        train(NET, ENCODE, images, replace(SPEC, lr=2e-3), tmp_path / "r")
+
+
+def test_a_folder_is_looked_into_under_its_lock(images, finished, tmp_path):
+    out = tmp_path / "r"
+    shutil.copytree(finished.path.parent, out)
+    with alone(out), pytest.raises(ValueError, match="another process is training here"):
+        train(NET, ENCODE, images, replace(SPEC, lr=2e-3), out)
+
+
+def test_a_folder_moved_away_before_its_lock_is_had_is_not_held(tmp_path, monkeypatch):
+    (tmp_path / "r").mkdir()
+
+    def late(*_):
+        os.replace(tmp_path / "r", tmp_path / "r.old1")
+        (tmp_path / "r").mkdir()
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with pytest.raises(ValueError, match="another process"), alone(tmp_path / "r"):
+        pass
 
 
 def test_a_random_encoder_resumes_to_the_bit_too(images, tmp_path):

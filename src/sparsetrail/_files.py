@@ -1,7 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that one process works in."""
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -18,3 +20,23 @@ def write_atomic(path: Path, data: bytes) -> Path:
     finally:
         scratch.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder: a second process that trains here is refused. The kernel frees it when the process dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock
+        yield
+        return
+    with open(folder / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(f.fileno()), os.stat(folder / ".lock")):
+                raise OSError("moved away meanwhile")
+        except OSError:
+            raise ValueError(
+                f"{folder}: another process is training here; wait for it, or give another --out"
+            ) from None
+        yield

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsetrail._files import write_atomic
+from sparsetrail._files import alone, write_atomic
 from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Rate
 from sparsetrail.core.precision import products
@@ -160,9 +160,9 @@ def train(
         raise ValueError(f"start: expected a model of the network asked for, found another in {start.path}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    _check_folder(out, identity)
     gpu = device.type == "cuda"
-    with _alone(out), products(spec.precision == "tf32") if gpu else contextlib.nullcontext():
+    with alone(out), products(spec.precision == "tf32") if gpu else contextlib.nullcontext():
+        _check_folder(out, identity)
         held_in, held_out = split_validation(data, spec.validation, spec.seed) if spec.validation else (data, None)
         if len(held_in.labels) < spec.batch:
             raise ValueError(f"batch: expected at most the {len(held_in.labels)} training images, got {spec.batch}")
@@ -526,31 +526,20 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
             _, card, _ = load_weights(out / name)
         except CheckpointError:
             continue  # a damaged snapshot is dealt with where it is read
-        held = {k: card.get(k) for k in {**identity, "defence": 0, "start": 0} if k in card or k in identity}
-        if held.get("net"):  # written before a field was added: its default
-            held["net"] = json.loads(json.dumps(asdict(net_spec_from(held["net"]))))
-        if held != identity:
-            differs = [k for k in held if held[k] != identity.get(k)]
-            raise ValueError(
-                f"{out}: holds another experiment (different {', '.join(differs)}); give another --out, or --fresh to "
-                "move the old one aside"
-            )
+        _refuse_another(out, identity, card)
 
 
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder: a second process that trains here is refused. The kernel frees it when the process dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock
-        yield
-        return
-    with open(out / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{out}: another process is training here; wait for it, or give another --out") from None
-        yield
+def _refuse_another(out: Path, identity: dict[str, Any], card: dict[str, Any]) -> None:
+    """ValueError where the card of a file in `out` is of another experiment."""
+    held = {k: card.get(k) for k in {**identity, "defence": 0, "start": 0} if k in card or k in identity}
+    if held.get("net"):  # written before a field was added: its default
+        held["net"] = json.loads(json.dumps(asdict(net_spec_from(held["net"]))))
+    if held != identity:
+        differs = [k for k in held if held[k] != identity.get(k)]
+        raise ValueError(
+            f"{out}: holds another experiment (different {', '.join(differs)}); give another --out, or --fresh to "
+            "move the old one aside"
+        )
 
 
 def _keyed(*key: int) -> torch.Generator:
@@ -599,6 +588,7 @@ def _restore(out: Path, identity, net: nn.Module, optimizer: Optimizer, done: _P
         except CheckpointError as error:
             problems.append(str(error))
             continue
+        _refuse_another(out, identity, card)
         net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
         optimizer.restore({k[4:]: v for k, v in tensors.items() if k.startswith("opt.")})
         for k, v in card["progress"].items():

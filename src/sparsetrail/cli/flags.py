@@ -1,5 +1,6 @@
 """What verbs share: the flags of every one of them, and how flags become devices, folders, models and image sets."""
 
+import contextlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import torch
 from cyclopts import Parameter, Token
 
 from sparsetrail import data
+from sparsetrail._files import alone
 from sparsetrail.models import Trained, load_model
 
 
@@ -90,12 +92,15 @@ def device_named(name: str, threads: int | None) -> str:
 
 
 def output_folder(out: Path, fresh: bool = False) -> Path:
-    """The output folder, writable before any work starts; `fresh` moves an older one aside."""
+    """The output folder, writable before any work starts; `fresh` moves an older one aside unless one trains there."""
     if fresh and out.exists():
         n = 1
         while (aside := out.with_name(f"{out.name}.old{n}")).exists():
             n += 1
-        os.replace(out, aside)
+        with contextlib.ExitStack() as held:
+            for lock in sorted(out.rglob(".lock")):
+                held.enter_context(alone(lock.parent))
+            os.replace(out, aside)
         print(f"moved {out} to {aside}", file=sys.stderr)
     try:
         out.mkdir(parents=True, exist_ok=True)
