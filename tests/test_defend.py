@@ -409,6 +409,33 @@ def test_crafting_leaves_statistics_weights_and_gradients_alone(images, name):
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
+@pytest.mark.parametrize(
+    ("make", "knobs"),
+    [
+        (pgd_at, {"eps": 8 / 255}),
+        (pgd_at, {"eps": 8 / 255, "steps": 3}),
+        (pgd_at, {"eps": 8 / 255, "start": "corner", "steps": 3}),
+        (sr, {"eps": 8 / 255}),
+        (tg_reg, {"eps": 8 / 255}),
+        (trades, {"eps": 32 / 255}),
+    ],
+)
+def test_a_radius_that_the_steps_do_not_reach_is_refused(make, knobs):
+    with pytest.raises(ValueError, match=r"eps: expected a radius that .* steps of .* reach"):
+        make(**knobs)
+
+
+def test_a_radius_that_start_or_steps_reach_is_taken(images):
+    x, y = data.pixels(images.images[:6]), images.labels[:6]
+    net = lively(NET, CODE(x)).train()
+    for knobs in ({"steps": 8}, {"step": 4 / 255}, {"start": "uniform"}, {"start": "corner", "steps": 4}):
+        inputs = pgd_at(eps=8 / 255, **knobs).inputs
+        assert inputs is not None
+        moved = inputs(net, CODE, x, y, keyed(0))
+        assert 7 / 255 < float((moved - x).abs().max()) <= 8 / 255 + 1e-7, knobs
+    assert pgd_at(eps=0.0).inputs is None and trades(eps=0.0).name
+
+
 def test_mixed_attacks_and_gradients_are_drawn_by_key(images):
     x, y = data.pixels(images.images[:6]), images.labels[:6]
     net = lively(NET, CODE(x)).train()
@@ -467,7 +494,7 @@ def test_one_period_is_plain_training_to_the_bit(images, tmp_path):
 
 @pytest.mark.parametrize("name", ["snn_rat", "hire_snn", "mppd", "trades"])
 def test_a_defended_run_resumes_to_the_bit(images, tmp_path, name):
-    knobs = {"snn_rat": {"attack": "mix", "rows": 0.5}, "trades": {"steps": 2}}.get(name, {})
+    knobs = {"snn_rat": {"attack": "mix", "rows": 0.5}, "trades": {"steps": 2, "step": 4 / 255}}.get(name, {})
     net, code = (HIRE, direct(steps=4)) if name == "hire_snn" else (NET, CODE)
     spec = replace(SPEC, batch=32, lr=0.01)
     whole = train(net, code, images, spec, tmp_path / "whole", seams=DEFENCES[name](**knobs))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float, Int
-from sparsetrail.core import Route, Victim
+from sparsetrail.core import Route, Victim, as_fraction
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.net import victim as as_victim
@@ -34,6 +34,7 @@ from sparsetrail.snn.wrn import Merge
 from sparsetrail.training import Seams, TrainSpec, scores
 
 STARTS = ("none", "uniform", "normal", "corner")
+NOISE = 0.001  # deviation of the normal start, TRADES' and MS-MPPD's
 MANY_ROWS = 200  # of a linear layer, from which SNN-RAT retracts a random share of them a step
 
 
@@ -92,7 +93,7 @@ def _begin(x: Tensor, how: str, eps: float, generator: torch.Generator) -> Tenso
         noise = eps * (2 * torch.rand(x.shape, generator=generator) - 1)
     else:
         noise = torch.randn(x.shape, generator=generator)
-        noise = 0.001 * noise if how == "normal" else eps / 2 * noise.sign()
+        noise = NOISE * noise if how == "normal" else eps / 2 * noise.sign()
     return (x + noise.to(x)).clamp(0, 1)
 
 
@@ -153,6 +154,17 @@ def _strength(**values: float) -> None:
             raise ValueError(f"{name}: expected 0 (off) or a positive number, got {value:g}")
 
 
+def _reached(*, eps: float, steps: int, step: float, start: str = "none") -> None:
+    """Refuse a radius that the start and all steps in one direction fall short of."""
+    begun = {"none": 0.0, "uniform": eps, "normal": NOISE, "corner": eps / 2}[start]
+    if begun + steps * step < eps * (1 - 1e-9):
+        enough = math.ceil((eps - begun) / step - 1e-9)
+        raise ValueError(
+            f"eps: expected a radius that {steps} steps of {as_fraction(step)} reach, got {as_fraction(eps)}; give "
+            f"steps {enough}, or step {as_fraction((eps - begun) / steps)}"
+        )
+
+
 def _one_of(name: str, got: str, allowed: tuple[str, ...]) -> None:
     if got not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
@@ -192,7 +204,7 @@ def pgd_at(*, eps: float = 2 / 255, steps: int = 2, step: float = 1 / 255, start
     of 4/255 from a uniform start. One step of the radius is FGSM training.
     """
     _radius("eps", eps), _radius("step", step), _count(steps=steps), _positive(step=step)
-    _one_of("start", start, STARTS)
+    _one_of("start", start, STARTS), _reached(eps=eps, steps=steps, step=step, start=start)
     knobs = {"eps": eps, "steps": steps, "step": step, "start": start}
     inputs = _attacked(eps=eps, steps=steps, step=step, start=start)
     return Seams(inputs=inputs, check=_differentiable, name="pgd_at", knobs=knobs)
@@ -208,6 +220,7 @@ def trades(
     """
     _radius("eps", eps), _radius("step", step), _strength(beta=beta)
     _count(steps=steps), _positive(step=step, temperature=temperature)
+    _reached(eps=eps, steps=steps, step=step, start="normal")
     victim = _adversary()
 
     def divergence(z: Tensor, p: Tensor) -> Tensor:
@@ -432,7 +445,7 @@ def sr(*, weight: float = 0.004, h: float = 0.01, eps: float = 0.0, steps: int =
     not known; `weight` is of the order 1e-3 there.
     """
     _radius("eps", eps), _radius("step", step), _radius("h", h), _strength(weight=weight)
-    _count(steps=steps), _positive(h=h, step=step)
+    _count(steps=steps), _positive(h=h, step=step), _reached(eps=eps, steps=steps, step=step)
 
     def penalty(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, z: Tensor, g: torch.Generator) -> Tensor:
         other = _runner_up(z, y)
@@ -531,7 +544,7 @@ def tg_reg(
     """
     _one_of("at", at, ("normalised", "pixel"))
     _radius("eps", eps), _radius("step", step), _strength(weight=weight)
-    _count(steps=steps), _positive(step=step)
+    _count(steps=steps), _positive(step=step), _reached(eps=eps, steps=steps, step=step)
 
     def penalty(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
         label = torch.multinomial(z.detach().softmax(1).cpu(), 1, generator=generator).to(z.device)
