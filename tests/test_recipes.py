@@ -328,6 +328,22 @@ def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_on_fewer_images
     assert "converted from" in measure.card(converted, "c", Rate(1, 2), test_set)["trained"]
 
 
+def test_thresholds_are_not_read_off_the_images_held_out(monkeypatch):
+    train_set, read = data.load("fashion-mnist-slice", "train"), {}
+    monkeypatch.setattr(systems, "fit", lambda *a, **k: None)
+    monkeypatch.setattr(systems, "convert", lambda *a, **k: read.update(read=a[3], **k))
+    bench = measure.Bench(out=data.cache_root(None) / "never")
+    for seed, validation in ((None, None), (7, 0.2), (7, 0.0)):
+        systems.train_system(bench, "hire_vgg11", train_set, seed=seed, validation=validation)
+        share = 0.1 if validation is None else validation
+        some = data.take(read["read"], 512, seed=read["seed"])
+        assert len(read["read"]) == round((1 - share) * len(train_set)) and len(some) == 512
+        if share:
+            _, held_out = data.split_validation(train_set, share, 42 if seed is None else seed)
+            kept = {x.numpy().tobytes() for x in held_out.images}
+            assert not any(x.numpy().tobytes() in kept for x in some.images)
+
+
 NOTHING = Run(
     attack="pgd", knobs={}, threat=Linf(8 / 255, space="pixel"), victim="v", route="", mode="eval", data="d", seed=0,
     clean=(True,), robust=(True,), ties=0, forwards=0, backwards=0, zero_gradient=None, dead_examples=0, nonfinite=0,

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsetrail.attacks import settings
 from sparsetrail.convert import convert
-from sparsetrail.data import Dataset
+from sparsetrail.data import Dataset, split_validation
 from sparsetrail.defend import DEFENCES
 from sparsetrail.models import Trained
 from sparsetrail.recipes.measure import Bench, fit
@@ -248,7 +248,8 @@ def train_system(bench: Bench, name: str, data: Dataset, **how: Any) -> Trained:
     `how` are the settings of `plan`; whatever is left out is as the source has it: width 1, time `steps`, `epochs`, the
     `twin`, its epochs and the steps in which thresholds are read (`calibrate`), `batch`, `weight_decay`, `cutout`,
     `seed`, and `knobs` of the defence. A tenth of the images is held out, unless `validation` says another share (0
-    keeps the last epoch). ValueError, before anything is written, for what does not exist or does not fit.
+    keeps the last epoch); thresholds are read on the others. ValueError, before anything is written, for what does not
+    exist or does not fit.
     """
     p, folder, start = plan(name, data, **how), f"{data.name}-{name}", None
     if p.twin is not None:
@@ -257,8 +258,9 @@ def train_system(bench: Bench, name: str, data: Dataset, **how: Any) -> Trained:
             normalise="half" if SYSTEMS[name].signed_poisson else p.net.normalise,
         )  # fmt: skip
         twin = fit(bench, f"{folder}/twin", relu, direct(steps=1), data, p.twin.train)
+        held_in = split_validation(data, p.spec.validation, p.spec.seed)[0] if p.spec.validation else data
         start = convert(
-            twin, p.net, p.encode, data, bench.out / "models" / folder / "converted",
+            twin, p.net, p.encode, held_in, bench.out / "models" / folder / "converted",
             percentile=p.twin.percentile, scale=p.twin.scale, steps=p.twin.steps, images=p.twin.images,
             seed=p.spec.seed, device=bench.device,
             say=lambda done, of: bench.tick(f"calibrate {folder}", done, of, ""),
