@@ -331,13 +331,19 @@ def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_on_fewer_images
 def test_thresholds_are_not_read_off_the_images_held_out(monkeypatch):
     train_set, read = data.load("fashion-mnist-slice", "train"), {}
     monkeypatch.setattr(systems, "fit", lambda *a, **k: None)
-    monkeypatch.setattr(systems, "convert", lambda *a, **k: read.update(read=a[3], **k))
+
+    def convert(_twin, _net, _encode, images, *_, seed, **__):
+        read.update(of=images, seed=seed)
+        raise StopIteration
+
+    monkeypatch.setattr(systems, "convert", convert)
     bench = measure.Bench(out=data.cache_root(None) / "never")
     for seed, validation in ((None, None), (7, 0.2), (7, 0.0)):
-        systems.train_system(bench, "hire_vgg11", train_set, seed=seed, validation=validation)
+        with pytest.raises(StopIteration):
+            systems.train_system(bench, "hire_vgg11", train_set, seed=seed, validation=validation)
         share = 0.1 if validation is None else validation
-        some = data.take(read["read"], 512, seed=read["seed"])
-        assert len(read["read"]) == round((1 - share) * len(train_set)) and len(some) == 512
+        some = data.take(read["of"], 512, seed=read["seed"])
+        assert len(read["of"]) == round((1 - share) * len(train_set)) and len(some) == 512
         if share:
             _, held_out = data.split_validation(train_set, share, 42 if seed is None else seed)
             kept = {x.numpy().tobytes() for x in held_out.images}
