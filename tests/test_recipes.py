@@ -332,8 +332,8 @@ def test_thresholds_are_not_read_off_the_images_held_out(monkeypatch):
     train_set, read = data.load("fashion-mnist-slice", "train"), {}
     monkeypatch.setattr(systems, "fit", lambda *a, **k: None)
 
-    def convert(_twin, _net, _encode, images, *_, seed, **__):
-        read.update(of=images, seed=seed)
+    def convert(_twin, _net, _encode, given, *_, seed, **__):
+        read.update(of=given, seed=seed)
         raise StopIteration
 
     monkeypatch.setattr(systems, "convert", convert)
