@@ -16,6 +16,7 @@ from sparsetrail import cli
 from sparsetrail._files import alone
 from sparsetrail.cli import DATA_VERBS, THEORY_VERBS, VERBS, main
 from sparsetrail.models import load_model
+from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.weights import load_weights
 
 WAY = "hard reset detached; phase encoder: identity"
@@ -351,6 +352,47 @@ def test_a_foreign_checkpoint_is_taken_in_without_running_it(model, tmp_path, ca
     assert code == 4 and "expected a PyTorch checkpoint" in err, err
     code, _, err = run("attack", tmp_path / "best.pth", "--eps", "8/255", "--space", "pixel", capsys=capsys)
     assert code == 4 and "sparsetrail import" in err
+
+
+def test_what_an_imported_file_cannot_say_is_said_or_told(model, tmp_path, capsys):
+    torch.save(load_model(model).net.state_dict(), tmp_path / "net.pth")
+    shape = ("--data", "fashion-mnist-slice", "--width", "0.125", "--T", "3")
+    args = ("import", tmp_path / "net.pth", "--arch", "sew_resnet18", *shape)
+    code, out, err = run(*args, "--out", tmp_path / "a", capsys=capsys)
+    assert code == 0, err
+    assert "taken    normalise none, readout mean, norm batch, dropout 0" in out and "surrogate atan(2)" in out
+    more = ("--normalise", "half", "--readout", "sum", "--out", tmp_path / "b")
+    code, out, err = run(*args, *more, capsys=capsys)
+    assert code == 0 and "normalise half, readout sum" in out, err
+    net = load_model(tmp_path / "b").card["net"]
+    assert (net["normalise"], net["readout"]) == ("half", "sum")
+    plain = build(NetSpec(arch="vgg5", channels=1, width=0.125, steps=3, norm="none"))
+    torch.save(plain.state_dict(), tmp_path / "vgg.pth")
+    vgg = ("import", tmp_path / "vgg.pth", "--arch", "vgg5", *shape, "--norm", "none", "--dropout", "0.2")
+    assert run(*vgg, "--out", tmp_path / "c", capsys=capsys)[0] == 0
+    net = load_model(tmp_path / "c").card["net"]
+    assert (net["norm"], net["dropout"]) == ("none", 0.2)
+
+
+def test_numbers_that_an_import_would_lose_are_refused(model, tmp_path, capsys):
+    held = load_model(model).net.state_dict()
+    flags = ("--arch", "sew_resnet18", "--data", "fashion-mnist-slice", "--width", "0.125", "--T", "3")
+    exact = {k: v.double() if v.is_floating_point() else v.int() for k, v in held.items()}
+    third = {k: v.double() / 3 if v.ndim > 1 else v for k, v in held.items()}
+    for name, tensors in (
+        ("int8", {k: v.to(torch.int8) if v.ndim > 1 else v for k, v in held.items()}),
+        ("complex64", {k: v.to(torch.complex64) if v.ndim > 1 else v for k, v in held.items()}),
+        ("float64", third),
+    ):
+        torch.save(tensors, tmp_path / f"{name}.pth")
+        code, _, err = run("import", tmp_path / f"{name}.pth", *flags, "--out", tmp_path / name, capsys=capsys)
+        assert code == 4 and f"expected numbers that float32 holds, found {name} in conv1.weight" in err, (name, err)
+        assert not (tmp_path / name / "model.safetensors").exists()
+    for name, tensors in (("half", {k: v.half() if v.ndim > 1 else v for k, v in held.items()}), ("exact", exact)):
+        torch.save(tensors, tmp_path / f"{name}.pth")
+        assert run("import", tmp_path / f"{name}.pth", *flags, "--out", tmp_path / name, capsys=capsys)[0] == 0
+        taken = load_model(tmp_path / name).net.state_dict()
+        assert all(torch.equal(taken[k], v.to(held[k].dtype)) for k, v in tensors.items())
 
 
 def test_a_training_split_can_be_added(tmp_path, capsys):

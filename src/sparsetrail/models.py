@@ -129,6 +129,13 @@ def import_weights(
             f"{file}: does not fit {net_spec.arch}: missing {sorted(set(want) - set(got))[:5]}, unexpected "
             f"{sorted(set(got) - set(want))[:5]}, other shape {wrong[:5]}; check arch, classes, width and stem"
         )
+    for k, v in tensors.items():
+        if not _held(v, want[k].dtype):
+            like, found = (str(t).removeprefix("torch.") for t in (want[k].dtype, v.dtype))
+            raise CheckpointError(
+                f"{file}: expected numbers that {like} holds, found {found} in {k}; if they are meant, save the state "
+                f"dict in {like}"
+            )
     net.load_state_dict(tensors)
     if not all(v.isfinite().all() for v in net.state_dict().values()):
         raise CheckpointError(f"{file}: expected finite weights, found NaN or infinity")
@@ -142,6 +149,13 @@ def import_weights(
     }
     save_weights(out / "model.safetensors", net.state_dict(), json.loads(json.dumps(card)))
     return load_model(out)
+
+
+def _held(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor of another type, as whole or as real numbers, is the same in `dtype`."""
+    if t.is_complex() or t.is_quantized or t.is_floating_point() != dtype.is_floating_point:
+        return False
+    return t.dtype == dtype or torch.equal(t.to(dtype).to(t.dtype).nan_to_num(), t.nan_to_num())
 
 
 def _whole(file: Path) -> str:

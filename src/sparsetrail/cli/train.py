@@ -15,10 +15,12 @@ from sparsetrail.models import Trained, import_weights
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.systems import SYSTEMS, facts, plan, train_system
 from sparsetrail.snn.encode import Encoder, build_encoder
+from sparsetrail.snn.folded import NORMALISATIONS, Readout
 from sparsetrail.snn.net import ARCHITECTURES, NetSpec
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.pools import POOLS
 from sparsetrail.snn.surrogate import Surrogate
+from sparsetrail.snn.vgg import Norm
 from sparsetrail.training import TrainSpec
 from sparsetrail.training import train as train_model
 
@@ -42,8 +44,8 @@ class Network:
     surrogate: str = "atan"
     surrogate_width: float = 2.0
 
-    def spec(self, arch: str, shaped: data.Dataset) -> NetSpec:
-        """The network of an architecture for an image set; ValueError as of NetSpec, NeuronSpec and Surrogate."""
+    def spec(self, arch: str, shaped: data.Dataset, **more: Any) -> NetSpec:
+        """The network of an architecture for an image set, `more` of its settings given; ValueError as of its parts."""
         diet = self.neuron == "diet"
         detach = arch.startswith("sew") if self.detach_reset is None else self.detach_reset
         return NetSpec(
@@ -53,6 +55,7 @@ class Network:
                 kind=self.neuron, threshold=self.threshold, reset=None if self.soft_reset or diet else 0.0,
                 detach_reset=detach or diet, tau=self.tau, surrogate=Surrogate(self.surrogate, self.surrogate_width),
             ),
+            **more,
         )  # fmt: skip
 
     def code(self) -> Encoder:
@@ -143,6 +146,12 @@ def import_(
     ],
     out: Path,
     network: Network = NETWORK,
+    normalise: Annotated[
+        str, Parameter(help=f"the network's first operation: none, {', '.join(NORMALISATIONS)}")
+    ] = "none",
+    readout: Readout = "mean",
+    norm: Annotated[Norm, Parameter(help="of a VGG")] = "batch",
+    dropout: Annotated[float, Parameter(help="of a VGG")] = 0.0,
     root: Path | None = None,
     trust_pickle: Annotated[
         bool, Parameter(negative="", help="let FILE run code while it is read; of it a state dict alone is taken")
@@ -151,13 +160,29 @@ def import_(
 ) -> None:
     """Take a foreign PyTorch checkpoint FILE of a known architecture into --out, so that it can be attacked and traced.
 
-    Reads tensors only; names and shapes must fit. What the file does not say (neuron, encoder, pool) you say here.
+    Reads tensors only; names and shapes must fit. What the file does not say (normalisation, readout, neuron, encoder,
+    pool) you say here, and what is taken for it is told.
     """
     found = data.load(data_name, "test", root=root)
-    net, code = network.spec(arch, found), network.code()
+    net = network.spec(arch, found, normalise=normalise, readout=readout, norm=norm, dropout=dropout)
+    code = network.code()
     folder = output_folder(out, fresh)
     model = import_weights(file, net, code, found.name, folder, trust_pickle=trust_pickle)
     print(f"model    {model.path}   sha256 {model.sha256[:12]}")
+    print(f"taken    {_assumed(net, code)}")
+
+
+def _assumed(net: NetSpec, code: Encoder) -> str:
+    """What the names and shapes of a file cannot tell."""
+    n = net.neuron
+    reset = "soft" if n.reset is None else f"hard to {n.reset:g}"
+    tau = f", tau {n.tau:g}" if n.kind in ("lif", "plif") else ""
+    return (
+        f"normalise {net.normalise}, readout {net.readout}, norm {net.norm}, dropout {net.dropout:g}, pool {net.pool}, "
+        f"connect {net.connect}, neuron {n.kind}, threshold {n.threshold:g}{tau}, {reset} reset"
+        f"{', detached' if n.detach_reset else ''}, surrogate {n.surrogate.name}({n.surrogate.width:g}), encoder "
+        f"{code.name}, T={net.steps}"
+    )
 
 
 def defend(
