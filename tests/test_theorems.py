@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lively import lively
+from torch import nn
 
 from sparsetrail import data
 from sparsetrail.cli import theory as verbs
@@ -65,23 +66,30 @@ def test_audit_finds_what_the_theory_says_of_spiking_networks(found, slice_):
     assert len(alone) == found.above.alone and found.above.jumps.k == sum(j != 0 for j in alone) > 0
     assert found.above.violated.k == found.above.jumps.k
     assert theorems.judge1(found).verdict == "hypothesis not met"
-    assert 0 < found.clipped <= 1 and found.noise_floor == 0
+    assert 0 < max(found.clipped) <= 1 and found.noise_floor == 0
     assert all(1 <= p <= s <= 784 for p, s in zip(found.pr, found.support, strict=True))
-    assert found.tracking[0].layer == "conv1" and len(found.spikes) == len(found.tracking)
-    assert found.spikes[0].lines == 784 and found.spikes[0].violated.n == 8
-    first = found.spikes[0]  # pixels shown at every step: exactly the dark ones are zero
-    assert first.density == pytest.approx(float((x != 0).double().mean()))
-    bad = sum(int((i != 0).sum()) < 784 and bool((i != 0).any()) for i in x)
-    assert first.violated.k == bad
+    assert found.tracking[0].layer == "conv1" and len(found.spikes) == len(found.tracking) - 1
+    assert found.layers_left == ("conv1",)  # pixels are no spikes
+    assert found.spikes[0].layer == "layer1.0.conv1" and found.spikes[0].violated.n == 8
     assert theorems.judge3(found).verdict == "violated (certified)"
     assert len(found.tracking_zeros) == len(found.tracking_scaled) == len(found.tracking)
     tied = replace(found.tracking[0], rho="constant")
-    assert theorems.judge2_zeros(replace(found, tracking_zeros=(tied, *found.tracking[1:]))).verdict == "vacuous"
-    ends = [replace(found.tracking[0], rho=r, low=r - 0.1, high=r + 0.1) for r in (0.1, 0.25, 0.9)]
-    for first, last, verdict in ((1, 0, "holds"), (0, 1, "violated (not certified)"), (0, 2, "violated (certified)")):
-        pair = replace(found, tracking_zeros=(ends[first], ends[last]), tracking_scaled=(ends[first], ends[last]))
-        for judged in (theorems.judge2(pair), theorems.judge2_zeros(pair)):
-            assert judged.verdict == verdict and ("within the error" in judged.why) == (last < 2)
+    alone = replace(found, tracking_zeros=(tied,) * 3 + found.tracking[:1], tracking_scaled=(tied,) * 3)
+    assert theorems.judge2_zeros(alone).verdict == "vacuous" and theorems.judge2(alone).verdict == "undefined"
+    few = theorems.judge2(replace(found, n=2))
+    assert few.verdict == "undefined" and "Too few images to rank: 2" in few.why
+    at = [replace(found.tracking[0], layer=f"at {r}", rho=r, low=r - 0.1, high=r + 0.1) for r in (0.1, 0.25, 0.9)]
+    for order, verdict, wrong in (
+        ((2, 1, 0), "holds", 0),
+        ((1, 0), "holds", 0),
+        ((0, 1), "violated (not certified)", 1),
+        ((1, 2, 0), "violated (certified)", 1),
+    ):
+        layers = tuple(at[k] for k in order)  # the ends of the last agree with the theorem, its middle does not
+        some = replace(found, tracking_zeros=(tied, *layers), tracking_scaled=layers)
+        for judged in (theorems.judge2(some), theorems.judge2_zeros(some)):
+            assert judged.verdict == verdict and f"the farther one follows more in {wrong}" in judged.why
+            assert ("0.25 [0.15, 0.35] in at 0.25, 0.90 [0.80, 1.00] in at 0.9" in judged.why) == (order == (1, 2, 0))
     assert [t.scale for t in found.temperature] == [0.1, 1, 10, 100, 1000]
 
 
@@ -102,12 +110,20 @@ def test_a_linear_victim_meets_the_hypotheses():
     x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.8 + 0.1
     y = torch.arange(6) % 3
     a = measured.audit(v, x, y, Linf(0.001, space="pixel"), draws=400, probe=False)
-    assert a.clipped == 0 and a.no_switch.endswith("its first layer is not known") and a.spikes == ()
+    assert max(a.clipped) == 0 and a.no_switch.endswith("its first layer is not known") and a.spikes == ()
     assert min(a.fidelity) > 0.9999 and a.gain == pytest.approx([1] * 6, abs=1e-3)
     assert a.at.linear_ratio == pytest.approx([3 * p for p in a.pr], rel=1e-9)
     assert a.at.ratio == pytest.approx(a.at.linear_ratio, rel=0.4)
     assert all(lo <= t <= hi for lo, t, hi in zip(a.at.low, a.at.linear_ratio, a.at.high, strict=True))
     assert theorems.judge1(a).verdict == "vacuous"  # 16 of 16 entries
+    assert "met on 6 of 6 images" in theorems.judge1(a).why and "met on 6 of 6 images" in theorems.sentence(a)
+    curved = replace(a, error=(0.0, 0.0, 0.0, 9.0, 9.0, 9.0), support=(4,) * 6)
+    outside = ("holds",) * 3 + ("violated (certified)",) * 3
+    judged = theorems.judge1(replace(curved, radii=(replace(a.at, verdict=outside),)))
+    assert judged.verdict == "holds" and "met on 3 of 6 images" in judged.why and "of these 3 images" in judged.why
+    further = replace(a.at, rho_adv=tuple(1.3 * v for v in a.at.linear_adv))
+    for unfit in ({"error": (0.2,) * 6}, {"gain": (1.2,) * 6}, {"radii": (further,)}, {"support": (0,) * 6}):
+        assert theorems.judge1(replace(a, **unfit)).verdict == "hypothesis not met"
     sparse = replace(a, support=(4,) * 6)
     assert theorems.judge1(sparse).verdict == "holds"
     outside = replace(a, radii=(replace(a.at, verdict=("violated (certified)",) * 6),))
@@ -120,7 +136,7 @@ def test_a_linear_victim_meets_the_hypotheses():
     assert theorems.judge_corollary(falls).verdict == "violated (not certified)"  # of lower bounds
     rises = replace(a, corollary=(replace(a.corollary[1], rho=0.9, low=0.5, high=1.0),))
     assert theorems.judge_corollary(rises).verdict == "holds"
-    assert theorems.judge_corollary(replace(rises, clipped=0.1)).verdict == "hypothesis not met"
+    assert theorems.judge_corollary(replace(rises, clipped=(0.1,) + (0.0,) * 5)).verdict == "hypothesis not met"
 
 
 def test_other_victims_say_why(slice_):
@@ -135,6 +151,17 @@ def test_other_victims_say_why(slice_):
         measured.audit(v, x, y, L2(0.5, space="pixel"))
     with pytest.raises(ValueError, match=r"expected images \[n c h w\] and labels \[n\], n > 0"):
         measured.audit(v, x[:3], y[:2], PIXEL)
+    dark = replace(PIXEL, box=(0.5, 1))
+    with pytest.raises(ValueError, match=r"expected a clean image in 0.5..1 \(the box of the threat\)"):
+        measured.audit(v, x[:3], y[:3], dark, probe=False)
+    lost = replace(
+        v, logits=lambda u: math.nan * u.sum((0, 2, 3, 4))[:, None].expand(-1, 10), exact=None, shortcut=None
+    )
+    with pytest.raises(ValueError, match=r"expected finite scores, found others among images 0\.\.2"):
+        measured.audit(lost, x[:3], y[:3], PIXEL, probe=False)
+    for wrong in ({"batch": 0}, {"draws": 1}):
+        with pytest.raises(ValueError, match="expected batch >= 1 and draws >= 2"):
+            measured.audit(v, x[:3], y[:3], PIXEL, **wrong)
     with pytest.raises(ValueError, match="scale: expected one of smoke, small, paper, got 'huge'"):
         theorems.theorems(measured_bench(), "huge")
 
@@ -145,6 +172,28 @@ def measured_bench():
     from sparsetrail.recipes.measure import Bench
 
     return Bench(out=Path("unused"))
+
+
+class Reversed(nn.Module):
+    """Layers registered in another order than they are called in, one of them never."""
+
+    def __init__(self, backwards):
+        super().__init__()
+        layers = {"a": nn.Linear(16, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 3), "unused": nn.Linear(3, 3)}
+        for name in sorted(layers, reverse=backwards):
+            self.add_module(name, layers[name])
+
+    def forward(self, u):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(u.mean(0).flatten(1))))))
+
+
+def test_layers_come_in_the_order_they_are_called():
+    x, y = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
+    for backwards in (False, True):
+        net = Reversed(backwards).eval()
+        v = Victim(encode=lambda x: x[None], logits=net, steps=1, classes=3, module=net)
+        a = measured.audit(v, x, y, Linf(0.01, space="pixel"), draws=4, shares=(), probe=False)
+        assert [t.layer for t in a.tracking] == ["a", "b", "c"] and list(a.layer_density) == ["a", "b", "c"]
 
 
 def test_demo_measures_what_is_known(shown):
@@ -179,7 +228,10 @@ def test_pages_tell_the_reader(shown, found, tmp_path):
     page = theorems.page("Title <b>", shown, (*shown.nets, found), FACTS)
     names = [s.name for s in page.statements]
     assert names == ["Theorem 1", "Corollary 1", "Theorem 2", "Theorem 3"]
+    (tmp_path / "plot-01-scan.svg").write_text("of an earlier page")
+    (tmp_path / "plot-mine.svg").write_text("of somebody else")
     files = write(page, tmp_path)
+    assert not (tmp_path / "plot-01-scan.svg").exists() and (tmp_path / "plot-mine.svg").exists()
     raw = json.loads(files["json"].read_text())
     assert raw["numbers"]["audits"][2]["eps1"] == pytest.approx(found.eps1)
     assert raw["numbers"]["demo"]["seed"] == 1
@@ -217,7 +269,14 @@ def test_a_fidelity_is_told_with_its_line_and_claims_nothing_of_attacks(found, f
 
 
 def test_an_audit_alone_has_a_page(found):
-    page = theorems.audit_page(found, FACTS)
+    page = theorems.audit_page(replace(found, identity="abcdef" * 9), FACTS)
+    told = ("tiny", "pixel space, L-infinity 8/255", "eval mode", found.route, "slice", "3", "abcdefabcdef")
+    assert page.victims.rows == (told,)
+    for text in (markdown(page), to_html(page)):
+        assert all(part in text for part in told)
+    assert {(r["norm"], r["mode"], r["route"], r["data"]) for r in page.images} == {
+        ("linf", "eval", found.route, "slice")
+    }
     assert found.victim in page.title and all(s.results for s in page.statements)
     assert page.summary[2].startswith("Tiny, pixel space, L-infinity 8/255, n=8") and "not met" in page.summary[2]
 

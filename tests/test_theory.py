@@ -40,8 +40,10 @@ from sparsetrail.theory import (
     gradient_fidelity,
     layer_gradients,
     lead,
+    linear_error,
     linear_vulnerability,
     literal_vs_centred,
+    log_odds,
     nnz_input_jacobian,
     nnz_weight_jacobian,
     paper_bound,
@@ -54,6 +56,7 @@ from sparsetrail.theory import (
     sandwich,
     score_gradient,
     second_order_interval,
+    shortfall,
     smooth_twin,
     structural_bound,
     structural_product,
@@ -167,7 +170,7 @@ def test_box():
 def exact(adv, rand):
     """Vulnerabilities known without error."""
     a, r, n = vec(adv), vec(rand), torch.tensor([1000])
-    rv = RandomVuln(mean=r, se=0 * r, lo=r, hi=r, n=n, n_zero=0 * n, kurtosis=r, max_sq=a)
+    rv = RandomVuln(mean=r, se=0 * r, lo=r, hi=r, least=r, most=r, n=n, n_zero=0 * n, kurtosis=r, max_sq=a)
     return AdvVuln(lower=a, upper=a, best_attack=("known",)), rv
 
 
@@ -205,6 +208,65 @@ def test_square_has_a_ratio_of_five_with_no_gradient():
     assert float(adv.lower) == pytest.approx(1e-4, rel=1e-3)
     at = theorem1_check(*exact(1e-4, 2e-5), torch.zeros(1, dtype=torch.int64), 1)
     assert float(at.ratio) == near(5) and at.verdict == ("violated (certified)",) and float(at.bound) == 0
+
+
+def test_rare_jumps_are_not_certified_by_students_interval():
+    """A slope of 1e-6 and a jump on 3 % of the ball: the ratio is 33, the bound 48; 64 draws may all miss the jump."""
+    score = lambda u, y: 1e-6 * u.double().sum(1) + (u[:, 0].double() > 0.94)  # noqa: E731
+    x, l0 = torch.zeros(64, 16), torch.full((64,), 16)
+    y, more = torch.zeros(64, dtype=torch.int64), {"draws": 64, "alpha": 0.05 / 64}
+    rand = random_vulnerability(score, x, y, 1.0, generator=gen(4), limits=(-1, 2), **more)
+    adv = AdvVuln(lower=torch.ones(64).double(), upper=torch.ones(64).double(), best_attack=("known",) * 64)
+    missed = adv.lower / rand.hi > 48
+    assert 0 < int(missed.sum()) < 64  # Student's interval of these images excludes the truth
+    assert bool((rand.least <= 0.03).all() and (rand.most >= 0.03).all())
+    assert "violated (certified)" not in theorem1_check(adv, rand, l0, 16).verdict
+    sure = random_vulnerability(score, x, y, 1.0, generator=gen(4), limits=(-1, 2), ci="bernstein", **more)
+    assert torch.equal(sure.lo, rand.least) and torch.equal(sure.hi, rand.most)
+    assert bool(random_vulnerability(score, x, y, 1.0, generator=gen(4), **more).most.isinf().all())  # no limits
+
+
+@pytest.mark.parametrize("ahead", [0.5, 30, 35, 60, 200, -105, -200])
+def test_a_confident_image_keeps_its_vulnerability(ahead):
+    """Linear log-odds at a tiny radius: 3 PR(g) however far the true class is ahead or behind."""
+    w = torch.tensor([1.0, 0.5, 2.0, 1.0]).double()
+    f = lambda u: torch.stack([u.double() @ w + ahead, torch.zeros(len(u)).double()], 1)  # noqa: E731
+    x = torch.zeros(1, 4, dtype=torch.float64)
+    score, limits = (shortfall(f), (-1, 0)) if ahead > 0 else (probability(f), (0, 1))
+    g = score_gradient(f, x, NONE)
+    told = linear_vulnerability(g, 1e-3)
+    rand = random_vulnerability(score, x, NONE, 1e-3, generator=gen(), draws=4000)
+    adv = adversarial_vulnerability(
+        score, x, NONE, 1e-3, generator=gen(), random=rand, follow=log_odds(f), limits=limits
+    )
+    assert float(adv.lower) == pytest.approx(float(told.rho_adv), rel=0.02, abs=0)
+    assert float(rand.mean) == pytest.approx(float(told.rho_rand), rel=0.1, abs=0)
+    assert float(told.ratio) == near(3 * float(participation_ratio(g)), 1e-9)
+    here = {"generator": gen(), "directions": 200}
+    assert float(gradient_fidelity(score, g, x, NONE, 1e-3, **here)) > 0.999
+    assert float(linear_error(score, g, x, NONE, 1e-3, **here)) < 0.01
+    assert float(shortfall(f)(x, NONE)) == near(float(probability(f)(x, NONE)) - 1, 1e-12)
+
+
+def test_a_gradient_that_ends_before_the_tensor_is_refused():
+    w = torch.ones(4, 2, requires_grad=True)
+    with pytest.raises(ValueError, match="a gradient that ends before it; an encoder without a backward"):
+        score_gradient(lambda u: u.detach() @ w, torch.zeros(1, 4), NONE)
+
+
+def test_bounds_of_nothing_are_not_numbers():
+    assert math.isnan(paper_bound(4, 0, 1, 1, 3)) and math.isnan(density_bound(0, 0.5, 4, 8))
+    assert all(map(math.isnan, corrected_bound_expect(4, 8, 1, 0, 2)))
+    assert conv_weight_grad_density(1, 1, 2, 3, 3, 1) == 1 and conv_weight_grad_density(1, 1, 2, 3, 3, 0) == 0
+
+
+def test_curvature_is_seen_by_the_error_and_not_by_the_fidelity():
+    score = lambda u, y: 1e-3 * u[:, 0].double() + 50 * u.double().square().sum(1)  # noqa: E731
+    g, x, here = rows([1e-3, 0, 0]), torch.zeros(1, 3, dtype=torch.float64), {"generator": gen(), "directions": 50}
+    assert float(gradient_fidelity(score, g, x, NONE, 0.01, **here)) == near(1, 1e-6)
+    assert float(linear_error(score, g, x, NONE, 0.01, **here)) > 100
+    flat = lambda u, y: u.double() @ rows([3, 4, 1]).T[:, 0]  # noqa: E731
+    assert float(linear_error(flat, rows([3, 4, 1]), x, NONE, 0.01, **here)) < 1e-12
 
 
 def test_second_order_interval():
@@ -603,6 +665,9 @@ def test_a_grey_level_more_flips_two_spikes():
         assert int(flips.sum()) == total and int(flips.max()) == most == int(flips[127])
         code = phase(steps=steps).codebook
         assert torch.equal(flips, (code[1:] != code[:-1]).sum(1))
+    for bits in (1, 4, 6, 10):  # the encoder keeps the highest bits, or shows nothing behind the eighth
+        code = phase(steps=7, bits=bits).codebook
+        assert torch.equal(phase_flips(level, 7, bits=bits), (code[1:] != code[:-1]).sum(1))
 
 
 # Theorem 2 -----------------------------------------------------------------------------------------------------------

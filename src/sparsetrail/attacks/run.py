@@ -97,7 +97,7 @@ def attack(
         xs, ys = x[i : i + batch].clone(), y[i : i + batch]
         with torch.no_grad():
             as_given = xs._version
-            u0 = _attacked(victim, threat, xs)
+            u0 = clean_point(victim, threat, xs)
             fresh = u0._version
             right = judged(judge, u0, ys, votes)[0]
         if xs._version != as_given or u0._version != fresh:
@@ -166,8 +166,8 @@ def attack(
     )
 
 
-def _attacked(victim: Victim, threat: Threat, x: Tensor) -> Tensor:
-    """The clean attacked tensor; ValueError where the threat holds no such tensor."""
+def clean_point(victim: Victim, threat: Threat, x: Tensor) -> Tensor:
+    """The clean tensor that is attacked: images or their code; ValueError where the threat holds no such tensor."""
     u0 = x if threat.space == "pixel" else victim.encode(x).contiguous()
     if u0.dtype not in (torch.float32, torch.float64):
         raise ValueError(

@@ -22,7 +22,7 @@ from sparsetrail.cli.flags import (
     output_folder,
 )
 from sparsetrail.cli.screen import Screen
-from sparsetrail.core import Linf
+from sparsetrail.core import Linf, as_fraction
 from sparsetrail.data import pixels
 from sparsetrail.recipes import audits, theorems
 from sparsetrail.recipes import theory as measured
@@ -88,10 +88,12 @@ def audit(
         audits.fits(victim, x, test_set)
         found = measured.audit(
             victim, x, test_set.labels.to(where), threat,
-            data=identity(test_set), draws=draws, seed=seed, batch=batch, stop=screen.stop,
+            data=identity(test_set), identity=what.identity, draws=draws, seed=seed, batch=batch, stop=screen.stop,
             say=lambda part, done, total: screen.tick(part, done, total, ""),
         )  # fmt: skip
-    command = f"sparsetrail theory audit {target} --eps {eps:g} --space {space} --n {n} --draws {draws} --seed {seed}"
+    radius = as_fraction(eps) if "/" in as_fraction(eps) else repr(eps)
+    command = f"sparsetrail theory audit {target} --eps {radius} --space {space} --n {n} --draws {draws}"
+    command += f" --seed {seed}" + ("" if data_name is None else f" --data {data_name}")
     _finish(theorems.audit_page(found, provenance(bench, started, command)), out, common.as_json)
 
 

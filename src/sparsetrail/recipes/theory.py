@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsetrail.attacks.run import clean_point
 from sparsetrail.core import Linf, Rate, Threat, Victim, correct
 from sparsetrail.snn.encode import direct
 from sparsetrail.snn.folded import FoldedNet
@@ -35,7 +36,9 @@ from sparsetrail.theory import (
     gradient_bound,
     gradient_fidelity,
     layer_gradients,
+    linear_error,
     linear_vulnerability,
+    log_odds,
     nnz_weight_jacobian,
     paper_bound,
     probability,
@@ -43,6 +46,7 @@ from sparsetrail.theory import (
     rank_correlation,
     sandwich,
     score_gradient,
+    shortfall,
     smooth_twin,
     support_size,
     temperature_probe,
@@ -50,6 +54,7 @@ from sparsetrail.theory import (
     tracking,
     violation_scan,
 )
+from sparsetrail.theory.vulnerability import Score
 from sparsetrail.trails import kind_of
 
 LEVEL = 0.95
@@ -177,6 +182,10 @@ class Spikes:
 class TheoryAudit:
     """What the theorems say about a victim and what it does; per-image numbers in order, radii in the tensor's units.
 
+    `identity` is the sha256 of the weights or of the file a victim comes from, `mode` that of its BatchNorm. `error` is
+    the relative distance of the score from what `g` predicts over random directions, `gain` that along its sign,
+    `clipped` the share of entries within the radius of the box. `layers_left` are layers whose inputs are no spikes.
+
     `support` counts non-zero gradient entries of the probability per image with the softmax in float64, `support32` as
     float32 has it, `support_large` those beyond a millionth of the largest, of `entries`. `eps1` are first-switch
     radii, or `no_switch` says why there are none. `noise_floor` is the mean squared difference of calls on the same
@@ -184,7 +193,9 @@ class TheoryAudit:
     """
 
     victim: str
+    identity: str
     route: str
+    mode: str
     threat: Threat
     data: str
     n: int
@@ -193,7 +204,7 @@ class TheoryAudit:
     alpha: float
     clean: Rate
     entries: int
-    clipped: float
+    clipped: Floats
     noise_floor: float
     random: bool
     support: tuple[int, ...]
@@ -202,6 +213,7 @@ class TheoryAudit:
     l1: Floats
     pr: Floats
     fidelity: Floats
+    error: Floats
     gain: Floats
     radii: tuple[AtRadius, ...]
     eps1: Floats
@@ -215,6 +227,7 @@ class TheoryAudit:
     input_density: float
     layer_density: dict[str, float]
     spikes: tuple[Spikes, ...]
+    layers_left: tuple[str, ...]
     temperature: tuple[Temperature, ...]
     seconds: float
 
@@ -443,6 +456,7 @@ def audit(
     threat: Threat,
     *,
     data: str = "",
+    identity: str = "",
     draws: int = 64,
     shares: tuple[float, ...] = (1 / 256, 1 / 64, 1 / 16, 1 / 4),
     seed: int = 0,
@@ -456,12 +470,15 @@ def audit(
     The score is the probability of the true class. Radii are `shares` of that of the threat, and it itself. Intervals
     are of level 95 % for all images together (alpha = 0.05 / n each). What does not fit a victim (first switch, layers)
     is left out, with the reason in its place. `probe` adds the temperature probe. `batch` images at a time; results do
-    not depend on it.
+    not depend on it, up to float rounding. `data` and `identity` are told in the result. ValueError where a clean
+    tensor lies outside the box of the threat, or a score is not finite.
     """
     if threat.norm != "linf" or threat.eps == 0:
         raise ValueError(f"threat: the theorems are about an L-infinity ball of positive radius, got {threat}")
     if len(y) == 0 or len(x) != len(y):
         raise ValueError(f"expected images [n c h w] and labels [n], n > 0, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if batch < 1 or draws < 2:
+        raise ValueError(f"expected batch >= 1 and draws >= 2, got {batch} and {draws}")
     started, n = time.monotonic(), len(y)
     alpha = (1 - LEVEL) / n
     radii = (*(s * threat.eps for s in shares), threat.eps)
@@ -470,75 +487,94 @@ def audit(
     for i in range(0, n, batch):
         if stop():
             raise KeyboardInterrupt
-        xs, ys = x[i : i + batch], y[i : i + batch]
-        parts.append(_measure(f, _attacked(victim, threat, xs), ys, threat, radii, draws, alpha, seed, i, batch))
+        us, ys = _attacked(victim, threat, x[i : i + batch]), y[i : i + batch]
+        with torch.no_grad():
+            z, ahead = f(us), log_odds(f)(us, ys) > 0
+        if not bool(z.isfinite().all()):
+            raise ValueError(f"{victim.name}: expected finite scores, found others among images {i}..{i + len(ys) - 1}")
+        for some, score, limits in ((~ahead, probability(f), (0, 1)), (ahead, shortfall(f), (-1, 0))):
+            rows = some.nonzero().squeeze(1)  # by the smaller side, whose changes rounding leaves
+            if len(rows):
+                where = [i + r for r in rows.tolist()]
+                parts.append(
+                    _measure(f, score, limits, us[rows], ys[rows], threat, radii, draws, alpha, seed, where, batch)
+                )
         say(f"theorems: {victim.name}", min(i + batch, n), n)
 
-    def whole(name: str) -> tuple:
-        return tuple(v for part in parts for v in part[name])
+    def whole(values: Callable[[dict[str, Any]], Sequence]) -> tuple:
+        found = {i: v for part in parts for i, v in zip(part["where"], values(part), strict=True)}
+        return tuple(found[i] for i in range(n))
+
+    def each(name: str) -> tuple:
+        return whole(lambda part: part[name])
 
     at = tuple(
-        AtRadius(eps=eps, **{k: tuple(v for part in parts for v in part["radii"][j][k]) for k in parts[0]["radii"][j]})
+        AtRadius(eps=eps, **{k: whole(lambda part, j=j, k=k: part["radii"][j][k]) for k in parts[0]["radii"][j]})
         for j, eps in enumerate(radii)
     )
     eps1, no_switch, above = _switches(victim, threat, x, y, batch)
     g = torch.Generator().manual_seed(seed)
     adv = torch.tensor(at[-1].rho_adv, dtype=torch.float64)
-    against = {"|g|_0": whole("support"), "PR(g)": whole("pr"), "|g|_1": whole("l1")}
+    against = {"|g|_0": each("support"), "PR(g)": each("pr"), "|g|_1": each("l1")}
     corollary = tuple(
         rank_correlation(k, torch.tensor(v, dtype=torch.float64), adv, generator=g) for k, v in against.items()
     )
     layers, no_tracking = _layers(victim, threat, x, y)
+    spikes, left = _spikes(victim, x, batch)
     return TheoryAudit(
         victim=victim.name,
+        identity=identity,
         route=victim.path(threat.space),
+        mode=victim.mode,
         threat=threat,
         data=data,
         n=n,
         seed=seed,
         draws=draws,
         alpha=alpha,
-        clean=Rate(sum(whole("right")), n),
+        clean=Rate(sum(each("right")), n),
         entries=parts[0]["entries"],
-        clipped=sum(whole("clipped")) / n,
-        noise_floor=sum(whole("noise")) / n,
+        clipped=each("clipped"),
+        noise_floor=sum(each("noise")) / n,
         random=victim.random,
-        support=whole("support"),
-        support32=whole("support32"),
-        support_large=whole("support_large"),
-        l1=whole("l1"),
-        pr=whole("pr"),
-        fidelity=whole("fidelity"),
-        gain=whole("gain"),
+        support=each("support"),
+        support32=each("support32"),
+        support_large=each("support_large"),
+        l1=each("l1"),
+        pr=each("pr"),
+        fidelity=each("fidelity"),
+        error=each("error"),
+        gain=each("gain"),
         radii=at,
         eps1=eps1,
         no_switch=no_switch,
         above=above,
         corollary=corollary,
-        tracking=() if layers is None else tracking(layers, generator=g),
-        tracking_zeros=() if layers is None else tracking(layers, generator=g, of="density"),
-        tracking_scaled=() if layers is None else tracking(layers, generator=g, normalise="dlogits"),
+        tracking=() if layers is None else tracking(layers, generator=g, together=True),
+        tracking_zeros=() if layers is None else tracking(layers, generator=g, of="density", together=True),
+        tracking_scaled=() if layers is None else tracking(layers, generator=g, normalise="dlogits", together=True),
         no_tracking=no_tracking,
         input_density=math.nan if layers is None else float(layers.input["density"].mean()),
         layer_density={}
         if layers is None
         else {name: float(sizes["density"].mean()) for name, sizes in layers.layer.items()},
-        spikes=_spikes(victim, x, batch),
+        spikes=spikes,
+        layers_left=left,
         temperature=temperature_probe(victim, threat, x, y, seed=seed, batch=batch) if probe else (),
         seconds=round(time.monotonic() - started, 1),
     )
 
 
 def _attacked(victim: Victim, threat: Threat, x: Tensor) -> Tensor:
-    """The attacked tensor, images first."""
-    if threat.space == "pixel":
-        return x
+    """The attacked tensor, images first; ValueError where the box of the threat does not hold it."""
     with torch.no_grad():
-        return victim.encode(x).movedim(1, 0).contiguous()
+        return clean_point(victim, threat, x).movedim(threat.axis, 0).contiguous()
 
 
 def _measure(
     f: Callable[[Tensor], Tensor],
+    score: Score,
+    limits: tuple[float, float],
     u: Tensor,
     y: Tensor,
     threat: Threat,
@@ -546,11 +582,11 @@ def _measure(
     draws: int,
     alpha: float,
     seed: int,
-    first: int,
+    where: list[int],
     batch: int,
 ) -> dict[str, Any]:
-    """Everything that is measured image by image, on a few of them."""
-    score, box, where = probability(f), threat.box, list(range(first, first + len(y)))
+    """Everything that is measured image by image, on those at `where`."""
+    box = threat.box
     g = score_gradient(f, u, y)
     flat = g.flatten(1)
     with torch.no_grad():
@@ -568,8 +604,8 @@ def _measure(
 
     rows = []
     for eps in radii:
-        rand = random_vulnerability(score, u, y, eps, draws=draws, limits=(0, 1), alpha=alpha, **fresh())
-        adv = adversarial_vulnerability(score, u, y, eps, random=rand, limits=(0, 1), **fresh())
+        rand = random_vulnerability(score, u, y, eps, draws=draws, limits=limits, alpha=alpha, **fresh())
+        adv = adversarial_vulnerability(score, u, y, eps, random=rand, follow=log_odds(f), limits=limits, **fresh())
         told = linear_vulnerability(flat, eps, box=box, x=u.flatten(1))
         found = theorem1_check(adv, rand, support_size(flat), flat.shape[1])
         rows.append({
@@ -580,6 +616,7 @@ def _measure(
     cut = (u - threat.eps < box[0]) | (u + threat.eps > box[1])
     told = linear_vulnerability(flat, 1.0)
     return {
+        "where": where,
         "radii": rows,
         "right": correct(z, y).tolist(),
         "noise": noise.tolist(),
@@ -591,6 +628,7 @@ def _measure(
         "pr": told.pr.tolist(),
         "l1": flat.abs().sum(1).tolist(),
         "fidelity": gradient_fidelity(score, g, u, y, threat.eps, **fresh()).tolist(),
+        "error": linear_error(score, g, u, y, threat.eps, **fresh()).tolist(),
         "gain": directional_gain(score, g, u, y, threat.eps, box=box).tolist(),
     }
 
@@ -618,20 +656,24 @@ def _layers(victim: Victim, threat: Threat, x: Tensor, y: Tensor) -> tuple[PerSa
 
 
 @torch.no_grad()
-def _spikes(victim: Victim, x: Tensor, batch: int) -> tuple[Spikes, ...]:
+def _spikes(victim: Victim, x: Tensor, batch: int) -> tuple[tuple[Spikes, ...], tuple[str, ...]]:
     """Theorem 3 on the inputs of every convolution and linear layer, each between dense square weights on its lines.
 
     For dense weights |W2 S|_0 = d T', T' the steps with any input, and the printed bound is T kS: exact, no model.
-    Empty for a victim without a network, or whose module does not fold steps into the batch.
+    Layers whose inputs are no spikes (or numbers of spikes, as a residual sum has them) come apart, by name: the
+    statement is not about them. Nothing for a victim without a network, or whose module does not fold steps into the
+    batch.
     """
-    net = victim.module
+    net, left = victim.module, dict[str, None]()
     if not isinstance(net, FoldedNet):
-        return ()
+        return (), ()
     seen: dict[str, list[float]] = {}
     handles = []
 
     def watch(name: str) -> Callable:
         def hook(_: nn.Module, inputs: tuple) -> None:
+            if not bool(((inputs[0] >= 0) & (inputs[0] == inputs[0].round())).all()):
+                left.setdefault(name)
             on = (inputs[0].reshape(victim.steps, -1, inputs[0][0].numel()) != 0).sum(2)  # t n
             lines, active = inputs[0][0].numel(), (on > 0).sum(0)
             bad = lines * active > victim.steps * on.amax(0)
@@ -650,7 +692,7 @@ def _spikes(victim: Victim, x: Tensor, batch: int) -> tuple[Spikes, ...]:
     finally:
         for h in handles:
             h.remove()
-    return tuple(
+    spikes = (
         Spikes(
             layer=name,
             lines=int(lines),
@@ -659,4 +701,6 @@ def _spikes(victim: Victim, x: Tensor, batch: int) -> tuple[Spikes, ...]:
             violated=Rate(int(bad), int(n)),
         )
         for name, (lines, density, bad, n) in seen.items()
+        if name not in left
     )
+    return tuple(spikes), tuple(left)

@@ -78,10 +78,12 @@ class Statement:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """The whole page; `images` is one row an image and radius for the CSV, `numbers` all measurements for the JSON."""
+    """The whole page; `victims` says what was measured and under which threat, `images` is one row an image and radius
+    for the CSV, `numbers` all measurements for the JSON."""
 
     title: str
     summary: tuple[str, ...]
+    victims: Grid | None
     statements: tuple[Statement, ...]
     notes: tuple[str, ...]
     images: tuple[dict[str, Any], ...]
@@ -90,7 +92,10 @@ class Page:
 
 
 def write(page: Page, out: str | Path) -> dict[str, Path]:
-    """Write theorems.json, .csv, .md and .html and every plot as SVG into the folder `out`; each is whole or absent."""
+    """Write theorems.json, .csv, .md and .html and every plot as SVG into the folder `out`; each is whole or absent.
+
+    Plots of an earlier page there are removed.
+    """
     import msgspec
 
     drawn = pictures(page)
@@ -101,7 +106,11 @@ def write(page: Page, out: str | Path) -> dict[str, Path]:
         "html": ("theorems.html", to_html(page, drawn).encode()),
     }
     texts |= {name: (f"{name}.svg", svg.encode()) for name, svg in drawn.items()}
-    return {kind: write_atomic(Path(out) / name, data) for kind, (name, data) in texts.items()}
+    done = {kind: write_atomic(Path(out) / name, data) for kind, (name, data) in texts.items()}
+    for old in Path(out).glob("plot-[0-9][0-9]-*.svg"):  # of an earlier page
+        if old not in done.values():
+            old.unlink()
+    return done
 
 
 def images_csv(page: Page) -> str:
@@ -133,7 +142,7 @@ def verdicts(page: Page) -> Grid:
 def markdown(page: Page) -> str:
     """The page in plain text; plots are the SVG files beside it."""
     names = {id(plot): name for name, plot in named(page).items()}
-    parts = [f"# {page.title}", *page.summary, verdicts(page).text()]
+    parts = [f"# {page.title}", *page.summary, *([page.victims.text()] if page.victims else []), verdicts(page).text()]
     for s in page.statements:
         parts += [f"## {s.name}", f"{s.says} ({s.source})", f"    {s.formula}", f"**Instead.** {s.instead}"]
         for r in s.results:

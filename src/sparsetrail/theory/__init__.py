@@ -16,7 +16,7 @@ from sparsetrail.theory.chain import (
     sandwich,
     tracking,
 )
-from sparsetrail.theory.fidelity import directional_gain, gradient_fidelity, reliability
+from sparsetrail.theory.fidelity import directional_gain, gradient_fidelity, linear_error, reliability
 from sparsetrail.theory.smooth import smooth_twin
 from sparsetrail.theory.structural import bn_backward, phase_flips
 from sparsetrail.theory.support import (
@@ -57,12 +57,14 @@ from sparsetrail.theory.vulnerability import (
     adversarial_vulnerability,
     lead,
     linear_vulnerability,
+    log_odds,
     participation_ratio,
     probability,
     random_vulnerability,
     ratio_interval,
     score_gradient,
     second_order_interval,
+    shortfall,
     support_size,
     theorem1_check,
 )
@@ -73,9 +75,10 @@ __all__ = [
     "adversarial_vulnerability", "against", "backward_from", "bn_backward", "conv_weight_grad_density",
     "corner_probability", "corrected_bound_expect", "dense_chain", "density_bound", "density_degrees",
     "directional_gain", "expected_nnz_bernoulli", "expected_nnz_exact", "first_switch_radius", "first_weights",
-    "gradient_bound", "gradient_fidelity", "layer_gradients", "lead", "linear_vulnerability", "literal_vs_centred",
-    "nnz_input_jacobian", "nnz_weight_jacobian", "paper_bound", "paper_terms", "participation_ratio", "phase_flips",
-    "probability", "random_vulnerability", "rank_correlation", "ratio_interval", "reliability", "sandwich",
-    "score_gradient", "second_order_interval", "smooth_twin", "structural_bound", "structural_product", "support_size",
-    "switch_levels", "temperature_probe", "theorem1_check", "tracking", "violation_scan",
+    "gradient_bound", "gradient_fidelity", "layer_gradients", "lead", "linear_error", "linear_vulnerability",
+    "literal_vs_centred", "log_odds", "nnz_input_jacobian", "nnz_weight_jacobian", "paper_bound", "paper_terms",
+    "participation_ratio", "phase_flips", "probability", "random_vulnerability", "rank_correlation", "ratio_interval",
+    "reliability", "sandwich", "score_gradient", "second_order_interval", "shortfall", "smooth_twin",
+    "structural_bound", "structural_product", "support_size", "switch_levels", "temperature_probe", "theorem1_check",
+    "tracking", "violation_scan",
 ]  # fmt: skip

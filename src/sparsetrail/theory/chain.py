@@ -5,7 +5,8 @@ gradient is J_l^T delta_l, the weight gradient of layer l, in one step, delta_l 
 
     |h_{l-1}| / sigma_max(J_l) |dl/ds| <= |dl/dW_l|_F <= |h_{l-1}| / sigma_min(J_l) |dl/ds|
 
-and the slack, cond(J_l), is what "a longer shared chain" amounts to. Zeros are not shared: W1^T fills them.
+and the slack, cond(J_l), is what "a shared chain" amounts to; it need not grow with l. Zeros are not shared: W1^T fills
+them.
 """
 
 import math
@@ -51,9 +52,10 @@ def layer_gradients(
 ) -> PerSample:
     """Gradients of each image's own loss, one image at a time, in eval mode; only their sizes are kept.
 
-    `layers` are names of modules with a weight, by default every convolution and linear layer in forward order. `loss`
-    takes logits and labels; by default plain cross-entropy, in float64 from the logits on. Scores are the victim's own,
-    which resets what state it has; frozen weights are thawed for the call alone.
+    `layers` are names of modules with a weight, by default every convolution and linear layer whose weight has a
+    gradient, in the order in which they are first called. `loss` takes logits and labels; by default plain
+    cross-entropy, in float64 from the logits on. Scores are the victim's own, which resets what state it has; frozen
+    weights are thawed for the call alone.
     """
     net = victim.module
     if net is None or net.training:
@@ -69,8 +71,10 @@ def layer_gradients(
     weights: list[Tensor] = [modules[name].weight for name in names]  # type: ignore[misc]
     frozen = [w for w in weights if not w.requires_grad]
     rows: list[list[tuple[float, float, float]]] = []
-    confidence = []
-    seen = net.register_forward_hook(lambda *_: None)  # who watches this very network sees it called, not a frozen twin
+    confidence, called, moved = [], dict[str, None](), set[str]()
+    # who watches this very network sees it called, not a frozen twin
+    seen = [modules[name].register_forward_pre_hook(lambda *_, at=name: called.setdefault(at)) for name in names]
+    seen.append(net.register_forward_hook(lambda *_: None))
     try:
         for w in frozen:
             w.requires_grad_()
@@ -88,9 +92,11 @@ def layer_gradients(
             if all(v is None for v in found[1:]):
                 raise ValueError(f"{victim.name}: expected `logits` to run `module`, found no gradient of its weights")
             confidence.append(float(g.norm()))
+            moved |= {name for name, v in zip(names, found[1:], strict=True) if v is not None}
             rows.append([_sizes(v) for v in found])
     finally:
-        seen.remove()
+        for handle in seen:
+            handle.remove()
         for w in frozen:
             w.requires_grad_(False)
     table = torch.tensor(rows, dtype=torch.float64)  # n, input and layers, three quantities
@@ -98,10 +104,11 @@ def layer_gradients(
     def sizes(k: int) -> Sizes:
         return {"norm": table[:, k, 0], "density": table[:, k, 1], "pr": table[:, k, 2]}
 
+    place = {name: k for k, name in enumerate(names, 1)}
     return PerSample(
         space=space,
         input=sizes(0),
-        layer={name: sizes(k) for k, name in enumerate(names, 1)},
+        layer={name: sizes(place[name]) for name in (names if layers else called) if layers or name in moved},
         dlogits_norm=torch.tensor(confidence, dtype=torch.float64),
     )
 
@@ -157,11 +164,15 @@ def tracking(
     normalise: Literal["dlogits"] | None = None,
     n_boot: int = 1000,
     level: float = 0.95,
+    together: bool = False,
 ) -> tuple[Tracking, ...]:
     """How far each layer's gradient ranks the images as the input's does; `normalise` divides both by the logits' norm.
 
-    Images whose gradient at the logits is zero are left out of the normalised one: they have no direction.
+    Images whose gradient at the logits is zero are left out of the normalised one: they have no direction. With
+    `together` the intervals are of `level` for all layers together (Bonferroni).
     """
+    if together:
+        level, n_boot = 1 - (1 - level) / max(1, len(found.layer)), max(n_boot, 200 * len(found.layer))
     keep = found.dlogits_norm > 0 if normalise else torch.ones_like(found.dlogits_norm, dtype=torch.bool)
     by = found.dlogits_norm[keep] if normalise else 1.0
     x = found.input[of][keep] / by

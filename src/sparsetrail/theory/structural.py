@@ -31,9 +31,9 @@ def bn_backward(
 
 
 def phase_flips(level: Int[Tensor, " k"], steps: int, *, bits: int = 8) -> Int[Tensor, " k"]:
-    """Spikes of the phase code that flip when the grey level 0..254 rises by one, over `steps` steps."""
+    """Spikes of the phase code of `bits` bits, the highest first, that flip when the grey level 0..254 rises by one."""
     if int(level.min()) < 0 or int(level.max()) > 254:
         raise ValueError(f"level: expected grey levels 0..254, got {int(level.min())}..{int(level.max())}")
-    place = bits - 1 - torch.arange(steps) % bits
+    place = torch.arange(steps) % bits
     changed = level[:, None] ^ (level[:, None] + 1)
-    return ((changed >> place) & 1).sum(1)
+    return torch.where(place < 8, (changed >> (7 - place).clamp(min=0)) & 1, 0).sum(1)

@@ -59,8 +59,8 @@ def nnz_input_jacobian(w2: Float[Tensor, "m n"], w1: Float[Tensor, "n d"]) -> in
 
 
 def paper_bound(steps: int, d: int, k_s: float, k_1: float, nnz_in: float) -> float:
-    """The paper's eq. 18 as printed: (T/d) (kS/k1) |input gradient|_0; nan where k1 = 0."""
-    return math.nan if k_1 == 0 else steps / d * k_s / k_1 * nnz_in
+    """The paper's eq. 18 as printed: (T/d) (kS/k1) |input gradient|_0; nan where k1 or d is 0."""
+    return math.nan if k_1 == 0 or d == 0 else steps / d * k_s / k_1 * nnz_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,11 @@ def corrected_bound_expect(steps: int, d: int, k_s: float, k_1: float, k_2: floa
     """Least and largest E|W2 S|_0 / E|W2 W1|_0 for random supports, x = kS/k1 and c = k2 k1 / d:
 
     (T/d) min(1, x) and (T/d) min(max(1, x), x (1 + c)). Proof: the chance of an entry is increasing and concave in k
-    and 0 at 0; the union bound above, 1 - (1-a)^d >= d a / (1 + d a) below. Independent entries: k = d p.
+    and 0 at 0; the union bound above, 1 - (1-a)^d >= d a / (1 + d a) below. Independent entries: k = d p. nan where k1
+    or d is 0.
     """
+    if k_1 == 0 or d == 0:
+        return math.nan, math.nan
     x, c = k_s / k_1, k_2 * k_1 / d
     return steps / d * min(1.0, x), steps / d * min(max(1.0, x), x * (1 + c))
 
@@ -115,13 +118,14 @@ def gradient_bound(n: int, lines: int, r_min: int, nnz_in: float) -> float:
 
 def density_bound(p_1: float, p_s: float, steps: int, n: int) -> float:
     """Largest share of weight-gradient density over input-gradient density for independent supports:
-    (1 - (1-pS)^T) / (1 - (1-p1)^n)."""
-    return (1 - (1 - p_s) ** steps) / (1 - (1 - p_1) ** n)
+    (1 - (1-pS)^T) / (1 - (1-p1)^n); nan where p1 or n is 0."""
+    return math.nan if p_1 == 0 or n == 0 else (1 - (1 - p_s) ** steps) / (1 - (1 - p_1) ** n)
 
 
 def conv_weight_grad_density(p_delta: float, p_s: float, steps: int, height: int, width: int, images: int) -> float:
     """Chance that an entry of a convolution's weight gradient is not zero: it sums over steps, map and images."""
-    return -math.expm1(steps * height * width * images * math.log1p(-p_delta * p_s))
+    sums = steps * height * width * images
+    return float(sums > 0) if p_delta * p_s == 1 else -math.expm1(sums * math.log1p(-p_delta * p_s))
 
 
 @dataclass(frozen=True, kw_only=True)
