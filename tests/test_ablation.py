@@ -207,12 +207,22 @@ def test_the_sentence_counts_by_hand():
               rows=rows(("conv1", "conv", 0.0, 0.0, 0.0), ("pool", "pool", 0.8, 0.75, 0.8),
                         ("skip", "conv", 0.75, 0.75, 0.75), ("bn", "norm", 0.45, 0.0, 0.0)))  # fmt: skip
     said = explain(t)
-    assert "50.0 % of all gradient entries are exactly zero" in said  # 200 of 400
+    assert (
+        "50.0 % of the gradient entries at the inputs of the 4 modules measured are exactly zero" in said
+    )  # 200 of 400
     assert "77.5 % of them are created where they stand" in said  # 155 of 200
     assert "pool 51.6 %, skip 48.4 %" in said and "96.8 % of those by geometry alone" in said  # 80, 75; 150 of 155
-    assert "none of the zeros are float underflow" in said and "0 % of the entries at conv1" in said
+    assert (
+        "none of the zeros are float underflow" in said
+        and "0 % of the entries at conv1, the first module to run, are" in said
+    )
     assert pack(t)["rows"][1]["created"] == 0.8
     lost = replace(t, rows=(replace(t.rows[0], zero=0.5, created=0.5, zero64=0.0), *t.rows[1:]))
     assert "20.0 % of the zeros are float underflow" in explain(lost)  # 50 of 250
     none = replace(t, rows=rows(("conv1", "conv", 0.0, 0.0, 0.0)))
-    assert explain(none) == "m, eval mode, n=2: no gradient entry is exactly zero."
+    begin = "m, eval mode, n=2: no gradient entry at the inputs of the 1 modules measured is exactly zero"
+    assert explain(none) == f"{begin}."
+    arrives = replace(none, rows=(replace(none.rows[0], inherited=0.5),))  # an operation that is no module made them
+    assert explain(arrives) == f"{begin}, 50.0 % of those at the output of conv1 are."
+    cut = replace(lost, rows=(*lost.rows[1:3], replace(t.rows[0], op="dead", zero=1.0, created=0.0)), unread=("a (x)",))
+    assert "at pool, the first of them, are zero; wholly zero at dead; not all was read at a (x)." in explain(cut)

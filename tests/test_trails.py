@@ -411,3 +411,154 @@ def test_memory_does_not_grow_with_the_number_of_images():
 
     trail(v, x, y, batch=2, detail="full", per_step=True, say=say)
     assert len(held) == 3 and held[2] == held[1] > 0
+
+
+# --- networks that are not ours -------------------------------------------------------------------------------------
+
+
+class Foreign(nn.Module):
+    """Layers by name, and how they are called on the mean of the input over time; every entry goes into the scores."""
+
+    def __init__(self, call, **layers):
+        super().__init__()
+        self.call = call
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, u):
+        h = self.call(self, u.mean(0)).flatten(1)
+        return h @ torch.randn(h.shape[1], 3, generator=torch.Generator().manual_seed(0)).to(h)
+
+
+def foreign(call, n=4, size=8, **layers):
+    torch.manual_seed(0)
+    net = Foreign(call, **layers).eval()
+    x = torch.rand(n, 2, size, size, generator=torch.Generator().manual_seed(0))
+    v = Victim(encode=lambda x: x[None], logits=net, steps=1, classes=3, module=net)
+    return v, x, torch.arange(n) % 3
+
+
+def conv(*args, **more):
+    return nn.Conv2d(*(args or (2, 4, 3)), **({"padding": 1} | more))
+
+
+@pytest.mark.parametrize("kind", ["spectral_norm", "weight_norm"])
+@pytest.mark.parametrize("detail", ["plain", "full"])
+def test_a_layer_with_a_computed_weight_is_an_operation(kind, detail):
+    layer = getattr(nn.utils.parametrizations, kind)(conv(2, 3, 3))
+    v, x, y = foreign(lambda net, x: net.b(F.relu(net.a(x))), a=layer, b=conv(3, 4, 3))
+    found = trail(v, x, y, detail=detail)
+    assert [(r.op, r.kind) for r in found.rows] == [("a", "conv"), ("b", "conv")] and found.unread == ()
+    (g,) = torch.autograd.grad(F.cross_entropy(v.logits(u := x[None].requires_grad_()), y, reduction="sum"), u)
+    assert found.rows[0].norm == pytest.approx(float(g[0].flatten(1).norm(dim=1).mean()), rel=1e-5)
+
+
+def test_operations_that_no_gradient_reaches_are_told():
+    """Behind the threshold nothing is differentiated: in front of it every entry is zero, behind it there is none."""
+    layers = {"a": conv(), "m": nn.BatchNorm2d(4), "after": conv(4, 4, 3), "b": conv(), "idle": nn.Linear(2, 2)}
+    v, x, y = foreign(lambda net, x: net.after((net.m(net.a(x)) > 0).float()) + net.b(x), **layers)
+    for detail in ("plain", "origin", "full"):
+        found = trail(v, x, y, detail=detail)
+        rows = {r.op: r for r in found.rows}
+        assert list(rows) == ["a", "m", "b"] and (rows["a"].zero, rows["m"].zero) == (1.0, 1.0)
+        assert rows["a"].norm == 0 and rows["a"].entries == 2 * 64 and rows["m"].entries == 4 * 64
+        assert found.unread == ("after (no gradient at its input)", "idle (not called)")
+    assert (rows["a"].created, rows["a"].inherited, rows["m"].created, rows["m"].zero64) == (0.0, 1.0, 0.0, 1.0)
+
+
+def test_a_call_without_a_gradient_counts_among_the_others():
+    v, x, y = foreign(lambda net, x: net.b(net.a(x)) + (net.a(2 * x) > 0), a=conv(), b=conv(4, 4, 3))
+    a, _ = trail(v, x, y, detail="origin").rows
+    assert (a.zero, a.entries, a.created) == (0.5, 2 * 2 * 64, 0.0) and a.inherited == 0.5
+
+
+def test_what_no_image_leads_to_is_no_zero():
+    """A learnt constant goes through an operation too: its gradient is not of the images."""
+
+    class Add(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+    def call(net, x):
+        return net.add(net.a(x), net.a.weight.sum())
+
+    v, x, y = foreign(call, a=conv(), add=Add())
+    a, add = trail(v, x, y).rows
+    assert add.zero < 1 and add.entries == 4 * 64
+
+
+@pytest.mark.parametrize("how", ["input=x", "a list", "a dict"])
+def test_operations_are_seen_however_they_are_called(how):
+    class Sum(nn.Module):
+        def forward(self, parts):
+            return sum(parts.values() if isinstance(parts, dict) else parts)
+
+    def call(net, x):
+        a = net.a(input=x) if how == "input=x" else net.a(x)
+        return a if how == "input=x" else net.sum([a, a] if how == "a list" else {"one": a, "two": a})
+
+    v, x, y = foreign(call, a=conv(), **({} if how == "input=x" else {"sum": Sum()}))
+    found = trail(v, x, y, detail="full")
+    assert [r.op for r in found.rows] == ["a", "sum"][: len(found.rows)] and found.unread == ()
+    assert found.rows[-1].entries == (2 * 64 if how == "input=x" else 2 * 4 * 64)
+
+
+def test_an_operation_that_overwrites_its_input_unasked_is_told():
+    class Double(nn.Module):
+        def forward(self, x):
+            return x.mul_(2)
+
+    v, x, y = foreign(lambda net, x: net.b(net.twice(net.a(x))), a=conv(), twice=Double(), b=conv(4, 4, 3))
+    found = trail(v, x, y, detail="full")
+    assert found.unread == ("twice (writes into its input)",) and [r.op for r in found.rows] == ["a", "b"]
+
+
+def test_no_operation_of_our_networks_goes_unread():
+    for arch, pool in (("sew_resnet18", "max"), ("vgg5", "avg"), ("wrn16_4", "none")):
+        v, x, y = model(arch, pool)
+        assert trail(v, x, y).unread == ()
+
+
+class Hard(nn.Module):
+    """A threshold that says float() and has a backward of its own: of nothing, or of ones near it."""
+
+    def __init__(self, backward):
+        super().__init__()
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return (x > 0).float()
+
+            @staticmethod
+            def backward(ctx, g):
+                near = (ctx.saved_tensors[0].abs() < 0.5).to(g)
+                return {"none": None, "zeros": 0 * g, "near": g * near}[backward]
+
+        self.function = Function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+@pytest.mark.parametrize("detail", ["plain", "origin", "full"])
+@pytest.mark.parametrize("backward", ["none", "zeros", "near"])
+def test_a_threshold_of_foreign_code_is_measured(backward, detail):
+    v, x, y = foreign(lambda net, x: net.b(net.hard(net.a(x))) + net.c(x), a=conv(), hard=Hard(backward),
+                      b=conv(4, 4, 3), c=conv())  # fmt: skip
+    a, hard, b, c = trail(v, x, y, detail=detail).rows
+    assert (a.zero == hard.zero == 1.0) == (backward != "near") and b.zero < 1 and c.zero < 1
+    if backward == "near":
+        h = v.module.a(x)
+        assert hard.zero == pytest.approx(float((h.abs() >= 0.5).double().mean()), abs=1e-9)
+    if detail == "full":
+        assert (hard.zero64, b.zero64, hard.inherited) == (hard.zero, b.zero, b.zero)
+
+
+def test_a_network_of_which_nothing_is_differentiated_is_all_zeros():
+    v, x, y = foreign(lambda net, x: net.b(net.hard(net.a(x))), a=conv(), hard=Hard("none"), b=conv(4, 4, 3))
+    assert [r.zero for r in trail(v, x, y, detail="full").rows] == [1.0, 1.0, 0.0]
+    v, x, y = foreign(lambda net, x: (net.a(x) > 0).float(), a=conv())
+    found = trail(v, x, y, detail="full")
+    assert [r.zero for r in found.rows] == [1.0] and found.rows[0].norm == 0.0

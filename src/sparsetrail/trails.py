@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from sparsetrail._shapes import Bool, Float, Int
 from sparsetrail.core import Mode, Trail, TrailRow, Victim, correct
@@ -38,12 +39,13 @@ def trail(
     say: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Trail:
-    """Measure every leaf operation of `victim.module` on images `x` [n c h w] with labels `y` [n].
+    """Measure every operation of `victim.module` that is a module, on images `x` [n c h w] with labels `y` [n].
 
     Zero share and L2 norm are those of each image's own loss, averaged over images; `mode="train"` normalises with
     batch statistics as the paper's code does (gradients of one batch then mix; running statistics are put back).
     In eval mode the scores are the victim's own `logits`, which must run `module`; train mode calls the module itself.
-    An operation called more than once counts once, over all its calls. No hook is left behind, also after an error.
+    An operation called more than once counts once, over all its calls; one that no gradient comes back to is all zeros.
+    Modules of which this cannot be read are in `unread`. No hook is left behind, also after an error.
 
     `detail="origin"` adds which zeros are created and which arrive, and the participation ratio. `"full"` adds the
     gradients of weights, of the mean loss over all images (a mean over each image's own would take a backward an
@@ -66,7 +68,9 @@ def trail(
         # in eval mode as every attack does it: `logits` may reset state or turn axes around the module
         z = victim.logits(u) if mode == "eval" else net(u)
         loss = F.cross_entropy(z, ys, reduction="sum")
-        return z.detach(), torch.autograd.grad(loss, [u, *more], allow_unused=bool(more))[1:]
+        if not loss.requires_grad:  # nothing of it is differentiated
+            return z.detach(), (None,) * len(more)
+        return z.detach(), torch.autograd.grad(loss, [u, *more], allow_unused=True)[1:]
 
     try:
         net.train(mode == "train")
@@ -75,13 +79,15 @@ def trail(
                 raise KeyboardInterrupt
             ys = y[i:j]
             u = victim.encode(x[i:j]).detach().contiguous()
-            with watch.batch(len(ys)):
-                z, found = back(u.detach().requires_grad_(), ys, *weights.values())
+            u.requires_grad_()
+            with watch.batch(u, len(ys)):
+                z, found = back(u, ys, *weights.values())
             watch.add(dict(zip(weights, found, strict=True)))
             if detail == "full":
                 again.replayed, watch.recorded = watch.recorded, {}
-                with _doubled(net), again.batch(len(ys)):
-                    back(u.double().requires_grad_(), ys)
+                wide = u.detach().double().requires_grad_()
+                with _doubled(net), again.batch(wide, len(ys)):
+                    back(wide, ys)
             right += int(correct(z, ys).sum())
             total += len(ys)
             if say is not None:
@@ -108,6 +114,7 @@ def trail(
         clean_accuracy=right / total,
         rows=rows,
         route=victim.route,
+        unread=_unread(leaves, watch.tallies),
     )
 
 
@@ -121,10 +128,13 @@ def _cuts(n: int, batch: int, steps: int) -> list[tuple[int, int]]:
 
 
 def _leaves(net: nn.Module) -> dict[str, nn.Module]:
-    """The operations by name: modules without modules, and neurons that hold nothing but a surrogate."""
+    """The operations by name: modules without modules, and neurons that hold nothing but a surrogate.
+
+    What computes a weight (`torch.nn.utils.parametrize`) is a part of the operation that has the weight.
+    """
     found: dict[str, nn.Module] = {}
     for name, m in net.named_modules():
-        inner = list(m.children())
+        inner = [child for key, child in m.named_children() if key != "parametrizations" or not is_parametrized(m)]
         whole = kind_of(m) == "neuron" and not any(True for child in inner for _ in child.parameters())
         below = any(name.startswith(f"{above}.") for above in found)
         if name and not below and (not inner or whole) and not isinstance(m, nn.Identity):
@@ -183,14 +193,28 @@ class _Tally:
     weight: Tensor | None = None  # gradient of the summed loss
     parts: list[Tensor] = field(default_factory=list)  # of the batch now seen: zeros, sum of |g|, of g^2 [3 n]
     size: int = 0  # of the batch now seen: entries an image
+    overwritten: bool = False  # did it write into an input, without the word `inplace`?
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of an operation: what was seen of its gradients, and what still has to be."""
+
+    tally: _Tally
+    module: nn.Module
+    arrived: list[Tensor] = field(default_factory=list)  # where the output has a gradient, once that is known
+    inputs: list[tuple[Tensor, int]] = field(default_factory=list)  # while it runs: with their versions
+    waiting: dict[int, tuple[Any, torch.Size]] = field(default_factory=dict)  # of inputs without a gradient as yet
+    output: torch.Size | None = None
+    counted: bool = False
 
 
 class _Replay(torch.autograd.Function):
-    """Other values in the place of an operation's result; its gradient is that of the result."""
+    """Other values in the place of an operation's result, in float64; its gradient is that of the result."""
 
     @staticmethod
     def forward(ctx, result: Tensor, values: Tensor) -> Tensor:
-        return values.to(result.dtype, copy=True)
+        return values.to(torch.float64 if values.is_floating_point() else values.dtype, copy=True)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
@@ -214,22 +238,25 @@ class _Watch:
         self.tallies: dict[str, _Tally] = {}
         self.recorded: dict[str, deque[Tensor]] = {}  # results of every operation in a batch, in the order of its calls
         self.replayed: dict[str, deque[Tensor]] = {}
-        self.arrived: deque[list[Tensor]] = deque()  # of the call now open: where its output has a gradient
+        self.open: list[_Call] = []
+        self.calls: list[_Call] = []
         self.n = 0
 
     @contextlib.contextmanager
-    def batch(self, n: int) -> Iterator[None]:
-        """Count the backward that runs inside this block, of `n` images."""
-        self.n = n
+    def batch(self, u: Tensor, n: int) -> Iterator[None]:
+        """Count the backward that runs inside this block, to the encoded input `u` of `n` images."""
+        self.n, self.open, self.calls = n, [], []
         for t in self.tallies.values():
             t.parts, t.size = [], 0
         handles = []
         try:
             for name, module in self.leaves.items():
-                handles.append(module.register_forward_pre_hook(self._before(name)))
-                handles.append(module.register_forward_hook(self._after(name)))
+                handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
             yield
+            self._rest(u)
         finally:
+            self.open, self.calls = [], []
             for h in handles:
                 h.remove()
         for t in self.tallies.values():
@@ -251,27 +278,42 @@ class _Watch:
                 t.weight = g.double() if t.weight is None else t.weight.add_(g)
 
     def _before(self, name: str):
-        def hook(module: nn.Module, inputs: tuple) -> tuple:
+        def hook(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             t = self.tallies.setdefault(name, _Tally(op=name, kind=kind_of(module), depth=len(self.tallies)))
-            arrived: list[Tensor] = []  # one call's own, so that calls of one module are not mistaken for each other
-            self.arrived.append(arrived)
-
-            def watched(v: Tensor) -> Tensor:
-                # An operation that overwrites its input would lose a hook on an alias; nothing else reads that input.
-                seen = v if getattr(module, "inplace", False) else v.view_as(v)
-                seen.register_hook(lambda g: self._count(t, module, g.detach(), arrived))
-                return seen
-
-            return tuple(watched(v) if isinstance(v, Tensor) and v.requires_grad else v for v in inputs)
+            call = _Call(t, module)  # one call's own, so that calls of one module are not mistaken for each other
+            self.open.append(call)
+            seen = functools.partial(self._seen, call)
+            return _each_tensor(inputs, seen), _each_tensor(named, seen)
 
         return hook
 
+    def _seen(self, call: _Call, v: Tensor) -> Tensor:
+        """An input as the operation is to see it: its gradient is counted."""
+        if self.replayed and v.is_floating_point():  # foreign code may have said float()
+            v = v.double()
+        if not (v.requires_grad and torch.is_grad_enabled()):
+            return v
+        # An operation that overwrites its input would lose a hook on an alias; nothing else reads that input.
+        seen = v if getattr(call.module, "inplace", False) else v.view_as(v)
+        place = len(call.inputs)
+        nothing = functools.partial(torch.zeros, seen.shape, dtype=seen.dtype, device=seen.device)
+        seen.register_hook(lambda g: self._count(call, place, nothing() if g is None else g.detach()))
+        call.inputs.append((seen, seen._version))
+        call.waiting[place] = seen.grad_fn, seen.shape
+        return seen
+
     def _after(self, name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-            t, arrived = self.tallies[name], self.arrived.pop()
-            x = inputs[0] if inputs else None
-            if isinstance(x, Tensor) and x.ndim >= 4:
+        def hook(module: nn.Module, inputs: tuple, named: dict[str, Any], output: Any) -> Tensor | None:
+            call = self.open.pop()
+            t, seen, call.inputs = call.tally, call.inputs, []
+            x = next((v for v in (*inputs, *named.values()) if isinstance(v, Tensor)), None)
+            if x is not None and x.ndim >= 4:
                 t.forced = 1 - density_cap(module, x.shape[-2], x.shape[-1])
+            overwrites = getattr(module, "inplace", False)
+            if not overwrites and any(v._version != version for v, version in seen):
+                t.overwritten, call.waiting = True, {}  # a hook may be lost: without a gradient says nothing
+            if call.waiting:
+                self.calls.append(call)
             if not isinstance(output, Tensor):
                 return None
             if self.record:
@@ -279,21 +321,35 @@ class _Watch:
             known = self.replayed.get(name)
             if known and known[0].shape == output.shape:  # code for float64 may call other operations
                 output = _Replay.apply(output, known.popleft())
-            elif output is x and not getattr(module, "inplace", False):
+            elif not overwrites and any(output is v for v, _ in seen):
                 output = output.view_as(output)  # a hook on it would run after the one on the input
             if self.origin and output.requires_grad:
-                output.register_hook(lambda g: self._arrive(t, g, arrived))
+                call.output = output.shape
+                nothing = functools.partial(torch.zeros, output.shape, dtype=output.dtype, device=output.device)
+                output.register_hook(lambda g: self._arrive(call, nothing() if g is None else g))
             return output
 
         return hook
 
-    def _arrive(self, t: _Tally, g: Tensor, arrived: list[Tensor]) -> None:
-        arrived[:] = [g != 0]
-        t.arrived += g.numel()
-        t.arrived_zeros += g.numel() - int(arrived[0].sum())
+    def _rest(self, u: Tensor) -> None:
+        """What no gradient has come to, of all that was computed from `u`, has a gradient of zeros."""
+        leads: dict[Any, bool] = {}
+        for call in self.calls:
+            waiting = {place: size for place, (node, size) in call.waiting.items() if _leads(node, u, leads)}
+            if (waiting or call.counted) and call.output is not None and not call.arrived:
+                self._arrive(call, u.new_zeros(call.output))
+            for place, size in waiting.items():
+                self._count(call, place, u.new_zeros(size))
 
-    def _count(self, t: _Tally, module: nn.Module, g: Tensor, arrived: list[Tensor]) -> None:
-        zero = g == 0
+    def _arrive(self, call: _Call, g: Tensor) -> None:
+        t, call.arrived = call.tally, [g != 0]
+        t.arrived += g.numel()
+        t.arrived_zeros += g.numel() - int(call.arrived[0].sum())
+
+    def _count(self, call: _Call, place: int, g: Tensor) -> None:
+        t, zero = call.tally, g == 0
+        call.counted = True
+        call.waiting.pop(place, None)
         folded, parts = g.reshape(self._folded(g.shape)), zero.reshape(self._folded(g.shape)).sum(2)
         t.entries += g.numel()
         t.zeros += int(parts.sum())
@@ -305,7 +361,9 @@ class _Watch:
         t.parts.append(torch.stack([parts.sum(0).double(), sums, wide.square().sum((0, 2))]).cpu())
         t.size += g.numel() // self.n
         if self.origin:
-            there = reach(module, arrived[0], g.shape, steps=self._steps(g.shape)) if arrived else None
+            there = None
+            if call.arrived:
+                there = reach(call.module, call.arrived[0], g.shape, steps=self._steps(g.shape))
             t.traced &= there is not None
             t.created += 0 if there is None else int((zero & there).sum())
 
@@ -316,6 +374,49 @@ class _Watch:
 
     def _folded(self, shape: torch.Size) -> tuple[int, int, int]:
         return self._steps(shape), self.n, -1
+
+
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in it changed; lists, tuples and dicts are looked into."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(_each_tensor(v, change) for v in value)
+    if type(value) is dict:
+        return {k: _each_tensor(v, change) for k, v in value.items()}
+    return value
+
+
+def _leads(node: Any, u: Tensor, known: dict[Any, bool]) -> bool:
+    """Was the result of this node of the graph computed from `u`?"""
+    path = [node]
+    while path:
+        at = path[-1]
+        if at is None or at in known:
+            path.pop()
+            continue
+        below = [below for below, _ in at.next_functions if below is not None]
+        if getattr(at, "variable", None) is u or any(known.get(b) for b in below):
+            known[path.pop()] = True
+        elif fresh := [b for b in below if b not in known]:
+            path.append(fresh[0])
+        else:
+            known[path.pop()] = False
+    return known.get(node, False)
+
+
+def _unread(leaves: dict[str, nn.Module], tallies: dict[str, _Tally]) -> tuple[str, ...]:
+    """The operations without a row, and why."""
+    found = []
+    for name in leaves:
+        t = tallies.get(name)
+        if t is None:
+            found.append(f"{name} (not called)")
+        elif t.overwritten:
+            found.append(f"{name} (writes into its input)")
+        elif not t.seen:
+            found.append(f"{name} (no gradient at its input)")
+    return tuple(found)
 
 
 def _row(t: _Tally, again: _Tally | None, origin: bool, n: int, per_step: bool, per_example: bool) -> TrailRow:
@@ -352,7 +453,7 @@ def kind_of(module: nn.Module) -> str:
         return "norm"
     if isinstance(module, nn.Linear):
         return "linear"
-    name = type(module).__name__.lower()
+    name = type_before_parametrizations(module).__name__.lower()
     if "pool" in name:
         return "pool"
     if name == "join":

@@ -227,7 +227,8 @@ class Trail:
     """The sparsity trail of a network: one row per operation in the order of the forward pass.
 
     `route` is how the gradient flows, in words; `replaced` what stands in for a part of the backward, for this
-    measurement only and behind the same forward. Both are empty in older records.
+    measurement only and behind the same forward. `unread` are modules of which not every gradient was read, each with
+    the reason in brackets. All are empty in older records.
     """
 
     victim: str
@@ -239,6 +240,7 @@ class Trail:
     rows: tuple[TrailRow, ...]
     route: str = ""
     replaced: str = ""
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

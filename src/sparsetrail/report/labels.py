@@ -179,18 +179,26 @@ def attack_words(run: Run) -> tuple[str, str, str]:
 def explain(trail: Trail) -> str:
     """One sentence: how many gradient entries of a trail are zero, and which operations create them.
 
-    Operations are named until they account for 95 % of the zeros created, five at most. Of a max pool it is known how
-    many zeros geometry forces, not which: the smaller of both shares counts as forced.
+    It speaks of what was measured, the inputs of modules, and names those that were not. Operations that create zeros
+    are named until they account for 95 % of the zeros created, five at most. Of a max pool it is known how many zeros
+    geometry forces, not which: the smaller of both shares counts as forced.
     """
     zeros, entries = sum(r.zero * r.entries for r in trail.rows), sum(r.entries for r in trail.rows)
-    begin = f"{trail.victim}, {trail.mode} mode, n={trail.n}: "
+    begin, where = (
+        f"{trail.victim}, {trail.mode} mode, n={trail.n}: ",
+        f"at the inputs of the {len(trail.rows)} modules measured",
+    )
+    missing = _missing(trail)
     if not zeros:
-        return begin + "no gradient entry is exactly zero."
-    begin += f"{portion(zeros / entries)} of all gradient entries are exactly zero"
+        most = max(trail.rows, key=lambda r: r.inherited or 0.0)
+        more = f", {portion(most.inherited)} of those at the output of {most.op} are" if most.inherited else ""
+        return f"{begin}no gradient entry {where} is exactly zero{more}{missing}."
+    begin += f"{portion(zeros / entries)} of the gradient entries {where} are exactly zero"
     known = [(r.created * r.entries, r) for r in trail.rows if r.created is not None]
     if not known:
         most = max(trail.rows, key=lambda r: r.zero)
-        return f"{begin}, most at {most.op} ({portion(most.zero)}); where they come from was not measured."
+        text = f"{begin}, most at {most.op} ({portion(most.zero)}); where they come from was not measured"
+        return f"{text}{missing}."
     created = sum(count for count, _ in known)
     forced = sum(min(count, r.forced * r.entries) for count, r in known)
     parts, named = [], 0.0
@@ -208,7 +216,22 @@ def explain(trail: Trail) -> str:
     if all(r.zero64 is not None for r in trail.rows):
         lost = sum(max(0.0, r.underflow or 0.0) * r.entries for r in trail.rows)
         text += f"; {portion(lost / zeros) if lost else 'none'} of the zeros are float underflow"
-    return f"{text}; {portion(trail.rows[0].zero)} of the entries at {trail.rows[0].op}, the first operation, are zero."
+    first = trail.rows[0]
+    place = "the first module to run" if first.depth == 0 else "the first of them"
+    return f"{text}; {portion(first.zero)} of the entries at {first.op}, {place}, are zero{missing}."
+
+
+def _missing(trail: Trail) -> str:
+    """Which modules get no gradient at all, and of which it was not read."""
+    dead = [r.op for r in trail.rows if r.zero == 1]
+    text = f"; wholly zero at {_some(dead)}" if dead else ""
+    return text + (f"; not all was read at {_some(trail.unread)}" if trail.unread else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first five by name."""
+    rest = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def portion(x: float) -> str:

@@ -153,7 +153,11 @@ def markdown(report: Report) -> str:
     figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
     for group in () if points else tables.trail_groups(report.trails):
         grid = tables.kind_grid(group, figures)
-        parts += [f"## Trail: {group.title}", grid.text(), f"{grid.caption}. Every operation is in `trail.csv`."]
+        parts += [
+            f"## Trail: {group.title}",
+            grid.text(),
+            f"{grid.caption}. Every operation measured is in `trail.csv`.",
+        ]
         parts += _origins(group)
     for a in tables.ablations(report.trails):
         parts += [
