@@ -62,8 +62,8 @@ def test_a_compared_system_is_one_command_away(tmp_path, capsys):
     held = load_model(tmp_path / "d" / "models" / "fashion-mnist-slice-rat_vgg11")
     assert told["sha256"] == held.sha256 and "FGSM step of 2/255" in told["open in its source"]
     assert held.card["defence"]["knobs"]["strength"] == 0.01
-    code, _, err = run("train", "sew_resnet18", "--defence", "pgd_at", "--set", "steps=1", *small[:-4], "--threads", 1,
-                       "--out", tmp_path / "at", capsys=capsys)  # fmt: skip
+    code, _, err = run("train", "sew_resnet18", "--defence", "pgd_at", "--set", "steps=1", "--set", "step=2/255",
+                       *small[:-4], "--threads", 1, "--out", tmp_path / "at", capsys=capsys)  # fmt: skip
     assert code == 0 and load_model(tmp_path / "at").card["defence"]["knobs"]["steps"] == 1, err
     code, out, _ = run("attack", held.path, "--eps", "8/255", "--space", "pixel", "--n", 4, capsys=capsys)
     assert code == 0 and "crafted in eval mode" in out
@@ -71,6 +71,7 @@ def test_a_compared_system_is_one_command_away(tmp_path, capsys):
         (("defend", "rat"), "expected one of vanilla_vgg11"),
         (("train", "sew_resnet18", "--defence", "rat"), "expected one of pgd_at"),
         (("train", "sew_resnet18", "--set", "eps=1/255"), "settings (none)"),
+        (("train", "sew_resnet18", "--defence", "pgd_at", "--set", "eps=8/255"), "2 steps of 1/255 reach, got 8/255"),
         (("train", "sew_resnet18", "--defence", "snn_rat", "--weight-decay", "1e-4"), "weight_decay: expected 0"),
         (("defend", "rat_vgg11", "--set", "eps=8"), "grey levels are divided by 255"),
         (("defend", "rat_vgg11", "--set", "steps=8"), "expected key=value of snn_rat's settings"),
