@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsetrail import data
-from sparsetrail.data import DataError, cache, fetch, formats, sets
+from sparsetrail.data import DataError, cache, fetch, formats, layouts, sets
 
 SLICE = "fashion-mnist-slice"
 
@@ -236,6 +236,137 @@ def test_a_known_name_is_refused_to_another_shape(tmp_path, root):
     with pytest.raises(DataError, match=r"cifar10 to have images \[3, 32, 32\] and 10 classes, found \[3, 5, 6\]"):
         data.add(tmp_path / "mine.npz", name="cifar10")
     assert not root.exists()
+
+
+def picture(file, value, side=32):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(file)
+
+
+def test_digits_name_the_labels_themselves_where_the_classes_are_known(tmp_path, root):
+    for label in (3, 10, 9, 99):
+        picture(tmp_path / "set" / "test" / str(label) / "a.png", label)
+    data.add(tmp_path / "set", name="cifar100")
+    for part in (data.load("cifar100"), layouts.read(tmp_path / "set", name="cifar100").splits["test"]):
+        assert part.labels.tolist() == part.images[:, 0, 0, 0].tolist() and sorted(part.labels) == [3, 9, 10, 99]
+        assert part.classes == sets.CLASSES["cifar100"]
+    with pytest.raises(DataError, match=r"cifar10 to have .* 10 classes, found .* 4 classes .* label 99"):
+        data.add(tmp_path / "set", name="cifar10")
+    assert data.load(tmp_path / "set").classes == ("10", "3", "9", "99")
+
+
+def test_official_pictures_in_folders_of_digits_are_known_by_their_hash(tmp_path, monkeypatch):
+    labels = np.array(sorted(range(100), key=str))
+    for label in labels:
+        picture(tmp_path / "test" / str(label) / "a.png", label)
+    images = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], (100, 3, 32, 32))
+    monkeypatch.setitem(data.KNOWN, "cifar100", {"test": data.content_hash(images, labels)})
+    assert data.load(tmp_path).official
+
+
+def test_links_are_followed_and_never_lost(tmp_path, root):
+    for kind, value in (("a", 1), ("b", 2), ("c", 3)):
+        picture(tmp_path / "src" / kind / "a.png", value)
+    top = tmp_path / "set"
+    (top / "test").mkdir(parents=True)
+    for kind in "ab":
+        (top / "test" / kind).symlink_to(tmp_path / "src" / kind)
+    (top / "test" / "c").mkdir()
+    (top / "test" / "c" / "x.png").symlink_to(tmp_path / "src" / "c" / "a.png")
+    (tmp_path / "src" / "a" / "round").symlink_to(top)
+    part = data.load(top)
+    assert part.classes == ("a", "b", "c") and part.images[:, 0, 0, 0].tolist() == [1, 2, 3]
+    (top / "test" / "c" / "y.png").symlink_to(tmp_path / "nothing.png")
+    with pytest.raises(DataError, match=r"y\.png: expected a readable file, found No such file"):
+        data.load(top)
+
+
+def test_links_in_an_archive_are_followed_or_refused(tmp_path, monkeypatch):
+    for kind in "ab":
+        picture(tmp_path / "src" / kind / "0.png", ord(kind))
+    os.link(tmp_path / "src" / "a" / "0.png", tmp_path / "src" / "a" / "1.png")
+    (tmp_path / "src" / "b" / "1.png").symlink_to("0.png")
+
+    def packed(name, *links):
+        with tarfile.open(tmp_path / name, "w") as archive:
+            archive.add(tmp_path / "src", "test")
+            for place, target in links:
+                member = tarfile.TarInfo(place)
+                member.type, member.linkname = tarfile.SYMTYPE, target
+                archive.addfile(member)
+        return tmp_path / name
+
+    assert data.load(packed("good.tar")).labels.tolist() == [0, 0, 1, 1]
+    for name, link in (
+        ("gone.tar", ("test/b/2.png", "nothing.png")),
+        ("folder.tar", ("test/c", "a")),
+        ("round.tar", ("test/b/2.png", "2.png")),
+    ):
+        with pytest.raises(DataError, match=f"{link[0]}: expected a link to a file of the archive"):
+            data.load(packed(name, link))
+    size = (tmp_path / "src" / "a" / "0.png").stat().st_size
+    monkeypatch.setattr(layouts, "ARCHIVE_LIMIT", 4 * size - 1)  # links are unpacked too
+    with pytest.raises(DataError, match="bytes unpacked"):
+        data.load(tmp_path / "good.tar")
+
+
+def test_pictures_that_are_not_read_are_told(tmp_path, root):
+    for place in ("a/1.png", "b/1.png", "a/2.bmp", "c/1.bmp", "a/deeper/3.png"):
+        picture(tmp_path / "set" / "test" / place, 1)
+    picture(tmp_path / "set" / "val" / "a" / "1.png", 1)
+    (tmp_path / "set" / "test" / "a" / "._1.png").write_bytes(b"of a Mac")
+    (note,) = (line for line in data.add(tmp_path / "set").warnings if "not read" in line)
+    assert "4 pictures are not read" in note and "test/a/2.bmp, test/a/deeper/3.png" in note and "class c" in note
+    with pytest.warns(UserWarning, match="4 pictures are not read"):
+        assert len(data.load(tmp_path / "set")) == 2
+
+
+# --- what tests must not have been learnt ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_test_set_of_training_images_is_refused(tmp_path, root, order):
+    x, y = draw(20, (8, 8, 3), classes=5)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[::order][:7], y_test=y[::order][:7])
+    for read in (data.add, data.load):
+        with pytest.raises(DataError, match="all 7 test images are among the training images"):
+            read(tmp_path / "a.npz")
+    assert not root.exists()
+
+
+def test_shared_images_are_counted_within_an_import_and_against_the_cache(tmp_path, root):
+    x, y = draw(20, (8, 8, 3), classes=5)
+    np.savez(tmp_path / "a.npz", x_train=x[:15], y_train=y[:15], x_test=x[12:], y_test=y[12:])
+    line = "3 of 8 test images are among the training images"
+    assert any(line in note for note in data.add(tmp_path / "a.npz").warnings)
+    with pytest.warns(UserWarning, match=line):
+        data.load(tmp_path / "a.npz")
+    for split, part in (("train", x[:15]), ("test", x[12:])):
+        np.savez(tmp_path / f"{split}.npz", images=part, labels=np.arange(len(part)) % 5)
+    data.add(tmp_path / "train.npz", name="b")
+    assert any(line in note for note in data.add(tmp_path / "test.npz", name="b").warnings)
+    data.add(tmp_path / "test.npz", name="c")
+    assert any(line in note for note in data.add(tmp_path / "train.npz", name="c").warnings)
+    np.savez(tmp_path / "test.npz", images=x[3:9], labels=np.arange(6) % 5)
+    with pytest.raises(DataError, match="all 6 test images are among the training images"):
+        data.add(tmp_path / "test.npz", name="b")
+
+
+@pytest.mark.parametrize(
+    ("file", "split"),
+    [
+        ("adversarially_trained_test_images", "test"),
+        ("my-TRAIN-images", "train"),
+        ("constrained", None),
+        ("latest", None),
+        ("train_or_test", None),
+    ],
+)
+def test_whole_words_of_a_file_name_tell_the_split(file, split, tmp_path, root):
+    np.savez(tmp_path / f"{file}.npz", images=draw(4, (8, 8))[0], labels=np.arange(4))
+    found = data.add(tmp_path / f"{file}.npz")
+    assert found.entries[0].split == (split or "test")
+    assert any("does not say its split" in line for line in found.warnings) == (split is None)
 
 
 class Bomb:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sparsetrail.data import layouts
-from sparsetrail.data.sets import CLASSES, KNOWN, SPLITS, DataError, Dataset, make_dataset
+from sparsetrail.data.sets import CLASSES, KNOWN, SPLITS, DataError, Dataset, learnt, make_dataset
 
 Progress = Callable[[str], None]
 
@@ -81,6 +82,8 @@ def load(name: str | Path, split: str = "test", *, root: Path | str | None = Non
         if split not in found.splits:
             how = f"say it: sparsetrail data add {path} --split {split}" if found.notes else "try the other split"
             raise DataError(f"{path}: expected a {split} split, found {found.layout} without it; {how}")
+        for note in found.notes:
+            warnings.warn(note, stacklevel=2)
         return found.splits[split]
     looked = f"looked in {folder} and for a file or folder {path}" if folder else f"looked for {path}"
     have = ", ".join(sorted({SLICE, *(entry.name for entry in available(root))}))
@@ -121,7 +124,7 @@ def store(
 ) -> Import:
     """Write splits of one set into the cache: all to a temporary folder first, synced, then each moved into place."""
     base, name = cache_root(root), sets[0].name
-    warnings = [
+    notes = [
         f"{part.name}/{part.split} is not the official set: content hash {part.sha256}, "
         + (f"official {KNOWN[part.name][part.split]}" if part.name in KNOWN else "none on record for this name")
         for part in sets
@@ -137,6 +140,7 @@ def store(
             for part in sets:
                 _refuse_to_replace_official(base, part)
                 _refuse_the_same_twice(base, part, [other.split for other in sets])
+                notes += _learnt(base, part, [other.split for other in sets])
             new = [part for part in sets if not _is_there(base, part)]
             for part in new:
                 if progress:
@@ -147,7 +151,7 @@ def store(
     except OSError as error:
         raise DataError(f"{base}: expected to write {name} there, found {error}; set SPARSETRAIL_DATA") from error
     return Import(
-        entries=tuple(_entry(part, base / name / part.split) for part in sets), route=route, warnings=tuple(warnings)
+        entries=tuple(_entry(part, base / name / part.split) for part in sets), route=route, warnings=tuple(notes)
     )
 
 
@@ -309,6 +313,19 @@ def _refuse_the_same_twice(base: Path, part: Dataset, now: list[str]) -> None:
                 f"{part.name}/{part.split}: expected other images than those of {folder}, found the same; if they were "
                 f"taken in there by mistake, delete {folder} and repeat"
             )
+
+
+def _learnt(base: Path, part: Dataset, now: list[str]) -> tuple[str, ...]:
+    """The note of `learnt` on a split and the other one that is there already; none where that cannot be read."""
+    (other,) = (split for split in SPLITS if split != part.split)
+    folder = base / part.name / other
+    if other in now or not folder.is_dir() or (part.official and _describe(folder).official):
+        return ()
+    try:
+        held = _read(folder)
+    except DataError:
+        return ()
+    return learnt(*((part, held) if part.split == "train" else (held, part)), where=f"{base / part.name}")
 
 
 def _write(part: Dataset, folder: Path, route: str) -> None:

@@ -9,7 +9,7 @@ import itertools
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +26,7 @@ from sparsetrail.data.sets import (
     Pixels,
     content_hash,
     identify,
+    learnt,
     make_dataset,
 )
 
@@ -87,14 +88,19 @@ def read(path: Path, *, name: str | None = None, split: str | None = None) -> Fo
         if top >= CLASS_LIMIT:
             raise DataError(f"{path}: expected labels below {CLASS_LIMIT}, found {top}; are these labels at all?")
         classes = tuple(str(label) for label in range(top + 1))
+    numbered = _numbered(arrays, classes) if layout == _IMAGE_FOLDER else arrays
     if name is None:
-        official = [identify(content_hash(*pair), split) for split, pair in arrays.items()]
+        official = [identify(content_hash(*pair), split) for split, pair in numbered.items()]
         name = next(filter(None, official), None) or set_name or _plain_name(path)
     if name in KNOWN:
-        classes = _official_classes(name, arrays, classes, path)
+        arrays, classes = numbered, _official_classes(name, arrays, classes, path)
     splits = {
         split: make_dataset(name, split, *pair, classes, where=f"{path} ({split})") for split, pair in arrays.items()
     }
+    if layout == _IMAGE_FOLDER:
+        notes += _unread(tree)
+    if len(splits) == 2 and not all(part.official for part in splits.values()):
+        notes += learnt(splits["train"], splits["test"], where=str(path))
     return Found(layout=layout, splits=splits, notes=notes)
 
 
@@ -118,16 +124,30 @@ def _recognise(tree: Tree) -> tuple[str, dict[str, Arrays], str | None, tuple[st
 
 def _official_classes(name: str, arrays: dict[str, Arrays], classes: tuple[str, ...], path: Path) -> tuple[str, ...]:
     """The class names of a set that goes by an official name, refused if it cannot be that set or a part of it."""
-    named = not all(label.isdigit() for label in classes)
+    top = max(map(int, classes)) if _digits(classes) else -1
+    named = top < 0
     shapes = {images.shape[1:] for images, _ in arrays.values()}
-    if shapes != {SHAPES[name]} or len(classes) > len(CLASSES[name]) or (named and classes != CLASSES[name]):
+    if shapes != {SHAPES[name]} or top >= len(CLASSES[name]) or (named and classes != CLASSES[name]):
         sizes = " and ".join(str(list(shape)) for shape in shapes)
         raise DataError(
             f"{path}: expected {name} to have images {list(SHAPES[name])} and {len(CLASSES[name])} classes, found "
-            f"{sizes} and {len(classes)} classes ({', '.join(classes[:3])} ...); "
+            f"{sizes} and {len(classes)} classes ({', '.join(classes[:3])} ...)"
+            f"{'' if named else f' up to label {top}'}; "
             "give it another name: sparsetrail data add PATH --name NAME"
         )
     return CLASSES[name]
+
+
+def _digits(classes: tuple[str, ...]) -> bool:
+    return all(label.isascii() and label.isdigit() for label in classes)
+
+
+def _numbered(arrays: dict[str, Arrays], classes: tuple[str, ...]) -> dict[str, Arrays]:
+    """Classes called by digits taken for the labels themselves: in name order 10 stands before 9."""
+    if not _digits(classes) or max(map(int, classes)) >= CLASS_LIMIT:
+        return arrays
+    told = np.array([int(label) for label in classes], dtype=np.int64)
+    return {split: (images, told[labels]) for split, (images, labels) in arrays.items()}
 
 
 def _plain_name(path: Path) -> str:
@@ -140,40 +160,79 @@ def _plain_name(path: Path) -> str:
 
 def _tree(path: Path) -> Tree:
     if path.is_dir():
-        files = (file for file in path.rglob("*") if file.is_file())
-        names = tuple(sorted(file.relative_to(path).as_posix() for file in itertools.islice(files, FOLDER_LIMIT + 1)))
+        files = itertools.islice(_walk(path, frozenset()), FOLDER_LIMIT + 1)
+        names = tuple(sorted(file.relative_to(path).as_posix() for file in files))
         if len(names) > FOLDER_LIMIT:
             raise DataError(f"{path}: expected the folder of one data set, found over {FOLDER_LIMIT} files; go deeper")
-        return Tree(where=path, names=names, read=lambda name: (path / name).read_bytes())
+        return Tree(where=path, names=names, read=lambda name: _bytes(path / name))
     if path.name.endswith((".tar.gz", ".tgz", ".tar")) and path.is_file():
         members = _untar(path)
         return Tree(where=path, names=tuple(sorted(members)), read=members.__getitem__)
     if path.is_file():
-        return Tree(where=path.parent, names=(path.name,), read=lambda name: path.read_bytes())
+        return Tree(where=path.parent, names=(path.name,), read=lambda name: _bytes(path))
     raise DataError(f"{path}: expected a folder, an archive or an .npz file, found nothing there; check the path")
 
 
+def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """The files below a folder, behind links too, but not round in a circle; a link to nothing is a file."""
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        inside = list(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: expected a folder to look into, found {error.strerror}; make it readable") from None
+    for item in inside:
+        if item.is_dir():
+            yield from _walk(item, above | {real})
+        elif item.is_file() or item.is_symlink():
+            yield item
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: expected a readable file, found {error.strerror}; mend or remove it") from None
+
+
 def _untar(path: Path) -> dict[str, bytes]:
-    """Regular files of an archive by name, kept in memory: nothing reaches the disk, so no name can do harm there."""
+    """Files of an archive by name, links followed within it, in memory: none reaches the disk, no name can do harm."""
     members: dict[str, bytes] = {}
     total = 0
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
-                total += member.size
-                if total > ARCHIVE_LIMIT:
-                    raise DataError(
-                        f"{path}: expected at most {ARCHIVE_LIMIT} bytes unpacked, found more; unpack it yourself"
-                    )
-                stream = archive.extractfile(member) if member.isreg() else None
-                if stream is not None:
-                    members[member.name] = stream.read()
+                if not (member.isreg() or member.issym() or member.islnk()):
+                    continue
+                _refuse_too_much(path, total + member.size)
+                members[member.name] = _unpacked(path, archive, member)
+                total += len(members[member.name])
+                _refuse_too_much(path, total)  # a link has no size of its own
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         start = path.read_bytes()[:16] if path.is_file() else b""
         raise DataError(
             f"{path}: expected a whole tar archive, found {error} (it starts with {start!r}); download it again"
         ) from error
     return members
+
+
+def _refuse_too_much(path: Path, size: int) -> None:
+    if size > ARCHIVE_LIMIT:
+        raise DataError(f"{path}: expected at most {ARCHIVE_LIMIT} bytes unpacked, found more; unpack it yourself")
+
+
+def _unpacked(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    try:
+        stream = archive.extractfile(member)
+    except (KeyError, RecursionError):
+        stream = None
+    if stream is None:
+        raise DataError(
+            f"{path}: {member.name}: expected a link to a file of the archive, found {member.linkname}; unpack it "
+            "yourself and give the folder"
+        )
+    return stream.read()
 
 
 def _canonical(name: str) -> str:
@@ -294,7 +353,7 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def _read_npz(tree: Tree) -> dict[str, Arrays]:
-    """Keys x_train, y_train, x_test, y_test; or images and labels, with the split in the file name ("test" if not)."""
+    """Keys x_train, y_train, x_test, y_test; or images and labels, the split in the file name ("test" if not)."""
     files = [name for name in tree.names if name.endswith(".npz")]
     arrays: dict[str, Arrays] = {}
     for file in files:
@@ -304,7 +363,7 @@ def _read_npz(tree: Tree) -> dict[str, Arrays]:
                 keys = {
                     "train": ("x_train", "y_train"),
                     "test": ("x_test", "y_test"),
-                    **({_split_of(file): ("images", "labels")} if "images" in archive else {}),
+                    **({_split_of(file) or "test": ("images", "labels")} if "images" in archive else {}),
                 }
                 here = {split: pair for split, pair in keys.items() if all(key in archive for key in pair)}
                 if not here:
@@ -332,7 +391,7 @@ def _as_split(
     """The arrays under the split that is said, or a note where it was neither said nor told by a file's name."""
     said = layout != _NPZ or len(arrays) != 1 or not _unsaid(tree)
     if split is None:
-        named = said or any(word in PurePosixPath(name).stem.lower() for name in tree.names for word in SPLITS)
+        named = said or any(_split_of(name) for name in tree.names if name.endswith(".npz"))
         note = f"{path} does not say its split: taken as test; if it is for training, add it with --split train"
         return arrays, () if named else (note,)
     if said:
@@ -353,8 +412,11 @@ def _unsaid(tree: Tree) -> bool:
         return "images" in archive
 
 
-def _split_of(file: str) -> str:
-    return "train" if "train" in PurePosixPath(file).stem.lower() else "test"
+def _split_of(file: str) -> str | None:
+    """The split that a file's name tells by a whole word, None if by none or by both."""
+    words = re.split(r"[^a-z]+", PurePosixPath(file).stem.lower())
+    told = [split for split in SPLITS if split in words]
+    return told[0] if len(told) == 1 else None
 
 
 def _channels_first(images: np.ndarray, where: str) -> Pixels:
@@ -384,6 +446,26 @@ def _pictures(tree: Tree) -> list[tuple[str, str, str]]:
             f"{tree.where}: expected one data set, found image folders in {', '.join(places[:4])}; give the path of one"
         )
     return [(match[2].lower(), match[3], match[0]) for match in matches]
+
+
+_ANY_PICTURE = re.compile(r".*\.(?:png|jpe?g|bmp|gif|tiff?|webp|ppm|pgm)", re.IGNORECASE)
+_CLASS = re.compile(r"(?:.*/)?(?:train|test)/([^/]+)/.+", re.IGNORECASE)
+
+
+def _unread(tree: Tree) -> tuple[str, ...]:
+    """A note of the pictures that lie where none is looked for, or are of another kind."""
+    read = _pictures(tree)
+    names, classes = {name for *_, name in read}, {kind for _, kind, _ in read}
+    left = [
+        name for name in tree.names
+        if name not in names and _ANY_PICTURE.fullmatch(name) and not any(p[0] == "." for p in name.split("/"))
+    ]  # fmt: skip
+    if not left:
+        return ()
+    lost = sorted({found[1] for found in map(_CLASS.fullmatch, left) if found} - classes)
+    some = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+    gone = f"; lost with them: class {', '.join(lost[:8])}" if lost else ""
+    return (f"{tree.where}: {len(left)} pictures are not read ({some}), only split/class/*.png and *.jpg are{gone}",)
 
 
 def _read_pictures(

@@ -151,6 +151,24 @@ def make_dataset(
     )
 
 
+def learnt(train: Dataset, test: Dataset, *, where: str) -> tuple[str, ...]:
+    """A note of the test images that are among the training images to the last pixel; DataError if all are."""
+    if train.images.shape[1:] != test.images.shape[1:]:
+        return ()
+    known = set(map(_fingerprint, train.images.numpy()))
+    shared = sum(_fingerprint(image) in known for image in test.images.numpy())
+    if shared == len(test):
+        raise DataError(
+            f"{where}: expected a test set that was not trained on, found that all {shared} test images are among the "
+            "training images; give other images for one of them"
+        )
+    return (f"{where}: {shared} of {len(test)} test images are among the training images",) if shared else ()
+
+
+def _fingerprint(image: Pixels) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
 def take(dataset: Dataset, n: int | None, *, seed: int | None = None) -> Dataset:
     """The first `n` images, or with a seed a random subset in which class counts differ by as little as possible.
 
