@@ -562,3 +562,25 @@ def test_a_network_of_which_nothing_is_differentiated_is_all_zeros():
     v, x, y = foreign(lambda net, x: (net.a(x) > 0).float(), a=conv())
     found = trail(v, x, y, detail="full")
     assert [r.zero for r in found.rows] == [1.0] and found.rows[0].norm == 0.0
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular", "replicate", "reflect"])
+@pytest.mark.parametrize("size, kernel, stride, padding", [(5, 1, 2, 1), (7, 2, 3, 2), (6, 3, 4, "same"), (4, 3, 5, 3)])
+def test_a_padding_mode_decides_what_the_geometry_forces(size, kernel, stride, padding, padding_mode):
+    stride = 1 if padding == "same" else stride
+    layer = nn.Conv2d(1, 2, kernel, stride, padding, dilation=2 if padding == "same" else 1, padding_mode=padding_mode)
+    nn.init.ones_(layer.weight)
+    x = torch.rand(2, 1, size, size, requires_grad=True)
+    out = layer(x)
+    (g,) = torch.autograd.grad(out.sum(), x)
+    assert density_cap(layer, size, size) == pytest.approx(float((g != 0).double().mean()), abs=1e-12)
+    arrived = torch.rand(out.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    (some,) = torch.autograd.grad(layer(x), x, arrived.float())
+    assert torch.equal(reach(layer, arrived, x.shape), (some != 0) | (g == 0))
+
+
+def test_forced_is_that_of_all_calls_by_their_entries():
+    """One strided 1x1 on 7x7, then on 4x4: 33 of 49 and 12 of 16 cells are left out, 45 of 65 together."""
+    v, x, y = foreign(lambda net, x: net.down(net.down(net.a(x))), size=7, a=conv(), down=conv(4, 4, 1, 2, padding=0))
+    _, down = trail(v, x, y, detail="origin").rows
+    assert down.forced == pytest.approx(45 / 65, abs=1e-12) and down.created == pytest.approx(45 / 65, abs=1e-12)

@@ -176,7 +176,7 @@ class _Tally:
     op: str
     kind: str
     depth: int
-    forced: float = 0.0
+    forced: dict[float, int] = field(default_factory=dict)  # the share of each map, with the entries that have it
     entries: int = 0
     zeros: int = 0
     created: int = 0
@@ -306,9 +306,6 @@ class _Watch:
         def hook(module: nn.Module, inputs: tuple, named: dict[str, Any], output: Any) -> Tensor | None:
             call = self.open.pop()
             t, seen, call.inputs = call.tally, call.inputs, []
-            x = next((v for v in (*inputs, *named.values()) if isinstance(v, Tensor)), None)
-            if x is not None and x.ndim >= 4:
-                t.forced = 1 - density_cap(module, x.shape[-2], x.shape[-1])
             overwrites = getattr(module, "inplace", False)
             if not overwrites and any(v._version != version for v, version in seen):
                 t.overwritten, call.waiting = True, {}  # a hook may be lost: without a gradient says nothing
@@ -353,6 +350,8 @@ class _Watch:
         folded, parts = g.reshape(self._folded(g.shape)), zero.reshape(self._folded(g.shape)).sum(2)
         t.entries += g.numel()
         t.zeros += int(parts.sum())
+        share = 1 - density_cap(call.module, g.shape[-2], g.shape[-1]) if g.ndim >= 4 else 0.0
+        t.forced[share] = t.forced.get(share, 0) + g.numel()
         t.stepped &= len(parts) == self.steps
         if t.stepped:
             t.steps = [a + b for a, b in zip(t.steps or [0] * self.steps, parts.sum(1).tolist(), strict=True)]
@@ -428,7 +427,7 @@ def _row(t: _Tally, again: _Tally | None, origin: bool, n: int, per_step: bool, 
         kind=t.kind,
         depth=t.depth,
         zero=t.zeros / t.entries,
-        forced=t.forced,
+        forced=next(iter(t.forced)) if len(t.forced) == 1 else sum(s * k for s, k in t.forced.items()) / t.entries,
         norm=t.norms / t.seen,
         entries=t.entries // t.seen,
         per_step=tuple(z * len(t.steps) / t.entries for z in t.steps) if per_step and t.stepped else None,
@@ -535,13 +534,13 @@ def _spread(arrived: Tensor, sides: list[Tensor]) -> Tensor:
 def _sides(module: nn.Module, size: tuple[int, ...], out: tuple[int, ...]) -> list[Tensor] | None:
     """Which cells every window sees, a matrix [windows cells] for each side of the map; None where it is not known."""
     dims = next((d for d, kinds in WINDOWED.items() if isinstance(module, kinds)), None)
-    if dims is None or getattr(module, "padding_mode", "zeros") != "zeros":
+    if dims is None:
         return None
     cells, windows = size[-dims:], out[-dims:]
     if type(module).__name__.startswith("Adaptive"):
         return [_adaptive(c, w) for c, w in zip(cells, windows, strict=True)]
     knobs = zip(cells, *_knobs(module, dims), strict=True)
-    return [_windows(*side, getattr(module, "ceil_mode", False)) for side in knobs]
+    return [_windows(*side, *_edge(module)) for side in knobs]
 
 
 def density_cap(module: nn.Module, height: int, width: int) -> float:
@@ -554,7 +553,7 @@ def density_cap(module: nn.Module, height: int, width: int) -> float:
     if not isinstance(module, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d):
         return 1.0
     knobs = zip((height, width), *_knobs(module, 2), strict=True)
-    rows, columns = (_windows(*side, getattr(module, "ceil_mode", False)) for side in knobs)
+    rows, columns = (_windows(*side, *_edge(module)) for side in knobs)
     cells = int(rows.any(0).sum()) * int(columns.any(0).sum())
     if isinstance(module, nn.MaxPool2d) or getattr(module, "one_a_window", False):
         cells = min(cells, len(rows) * len(columns))
@@ -582,15 +581,20 @@ def _knobs(module: Any, dims: int) -> list[tuple]:
     return [kernel, stride, padding, padding, dilation]
 
 
+def _edge(module: nn.Module) -> tuple[bool, str]:
+    """Whether windows may go over the edge, and what they see there."""
+    return getattr(module, "ceil_mode", False), getattr(module, "padding_mode", "zeros")
+
+
 def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value))
 
 
 @functools.lru_cache(maxsize=256)
 def _windows(
-    size: int, kernel: int, stride: int, before: int, after: int, dilation: int, ceil: bool
+    size: int, kernel: int, stride: int, before: int, after: int, dilation: int, ceil: bool, padding: str
 ) -> Bool[Tensor, "windows cells"]:
-    """Which cells of one side of a map lie in each window."""
+    """Which cells of one side of a map lie in each window, with what a padding mode puts beyond the edge."""
     room = size + before + after - dilation * (kernel - 1) - 1
     count = -(-room // stride) + 1 if ceil else room // stride + 1
     if ceil and (count - 1) * stride >= size + before:  # PyTorch drops a window that would start beyond the map
@@ -598,6 +602,12 @@ def _windows(
     seen = torch.zeros(count, size, dtype=torch.bool)
     for i in range(count):
         for c in range(i * stride - before, i * stride - before + kernel * dilation, dilation):
+            if padding == "circular":
+                c %= size
+            elif padding == "replicate":
+                c = min(max(c, 0), size - 1)
+            elif padding == "reflect":
+                c = abs(c) if c < size else 2 * (size - 1) - c
             if 0 <= c < size:
                 seen[i, c] = True
     return seen
