@@ -584,3 +584,42 @@ def test_forced_is_that_of_all_calls_by_their_entries():
     v, x, y = foreign(lambda net, x: net.down(net.down(net.a(x))), size=7, a=conv(), down=conv(4, 4, 1, 2, padding=0))
     _, down = trail(v, x, y, detail="origin").rows
     assert down.forced == pytest.approx(45 / 65, abs=1e-12) and down.created == pytest.approx(45 / 65, abs=1e-12)
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("detail", ["plain", "full"])
+def test_a_way_taken_before_an_overwriting_operation_is_not_its_own(detail, view):
+    """The skip reads the map, then the ReLU overwrites it: through the ReLU goes what the ReLU lets through."""
+
+    def call(net, x):
+        h = net.a(x)
+        skip = h / 2
+        return net.relu(h.flatten(1) if view else h).reshape(h.shape) + skip
+
+    v, x, y = foreign(call, a=conv(), relu=nn.ReLU(inplace=True))
+    a, relu = trail(v, x, y, detail=detail).rows
+    h = v.module.a(x)
+    u = h.detach().requires_grad_()
+    z = (torch.relu(u) + h.detach() / 2).flatten(1)
+    scores = z @ torch.randn(z.shape[1], 3, generator=torch.Generator().manual_seed(0))
+    (g,) = torch.autograd.grad(F.cross_entropy(scores, y, reduction="sum"), u)
+    assert 0.2 < relu.zero == pytest.approx(float((g == 0).double().mean()), abs=1e-12)
+    assert relu.norm == pytest.approx(float(g.flatten(1).norm(dim=1).mean()), rel=1e-5) and a.zero == 0
+    if detail == "full":
+        assert (relu.created, relu.inherited, relu.zero64) == (relu.zero, 0.0, relu.zero)
+
+
+def test_an_operation_that_may_overwrite_and_does_not_leaves_what_was_kept():
+    """Dropout in eval mode gives its input back: the square before it can still be differentiated."""
+
+    def call(net, x):
+        h = net.a(x)
+        square = h * h
+        return net.drop(h) + square
+
+    v, x, y = foreign(call, a=conv(), drop=nn.Dropout(inplace=True))
+    _, drop = trail(v, x, y, detail="full").rows
+    assert drop.zero == drop.created == 0.0 and drop.inherited == 0.0
+    (g,) = torch.autograd.grad(F.cross_entropy(v.logits(u := x[None].requires_grad_()), y, reduction="sum"), u)
+    first = trail(v, x, y).rows[0]
+    assert first.norm == pytest.approx(float(g[0].flatten(1).norm(dim=1).mean()), rel=1e-5)

@@ -209,6 +209,21 @@ class _Call:
     counted: bool = False
 
 
+class _Enter(torch.autograd.Function):
+    """A tensor as it is when an operation is about to overwrite it: what read it before is another way of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, count: Callable[[Tensor], None]) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.count = count
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.count(grad.detach())
+        return grad, None
+
+
 class _Replay(torch.autograd.Function):
     """Other values in the place of an operation's result, in float64; its gradient is that of the result."""
 
@@ -293,11 +308,14 @@ class _Watch:
             v = v.double()
         if not (v.requires_grad and torch.is_grad_enabled()):
             return v
-        # An operation that overwrites its input would lose a hook on an alias; nothing else reads that input.
-        seen = v if getattr(call.module, "inplace", False) else v.view_as(v)
         place = len(call.inputs)
-        nothing = functools.partial(torch.zeros, seen.shape, dtype=seen.dtype, device=seen.device)
-        seen.register_hook(lambda g: self._count(call, place, nothing() if g is None else g.detach()))
+        if getattr(call.module, "inplace", False) and not v.is_leaf:  # it would lose a hook on an alias
+            with torch.autograd._unsafe_preserve_version_counter(v):  # nothing has changed: what was kept of it holds
+                seen = _Enter.apply(v, functools.partial(self._count, call, place))
+        else:
+            seen = v.view_as(v)
+            nothing = functools.partial(torch.zeros, seen.shape, dtype=seen.dtype, device=seen.device)
+            seen.register_hook(lambda g: self._count(call, place, nothing() if g is None else g.detach()))
         call.inputs.append((seen, seen._version))
         call.waiting[place] = seen.grad_fn, seen.shape
         return seen
