@@ -305,6 +305,26 @@ def test_a_damaged_snapshot_falls_back_to_the_one_before(images, finished, tmp_p
         train(NET, ENCODE, images, SPEC, out)
 
 
+def test_a_damaged_snapshot_never_takes_the_place_of_the_good_one(images, finished, tmp_path, monkeypatch):
+    """Killed while it writes its first snapshot after falling back, a run still has one to go on from."""
+    out, steps = tmp_path / "r", iter(range(1, 1000))
+    with pytest.raises(TrainingStopped):
+        train(NET, ENCODE, images, SPEC, out, checkpoint_seconds=0.0, stop=lambda: next(steps) == 8)
+    state = bytearray((out / "state.safetensors").read_bytes())
+    state[-50] ^= 1
+    (out / "state.safetensors").write_bytes(state)
+
+    def killed(path, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_weights", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(NET, ENCODE, images, SPEC, out, checkpoint_seconds=0.0)
+    monkeypatch.undo()
+    assert (out / "state.damaged.safetensors").read_bytes() == state
+    assert same_weights(train(NET, ENCODE, images, SPEC, out).path, finished.path)
+
+
 def test_a_second_process_in_the_folder_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="another process is training here"):
         train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: train(NET, ENCODE, images, SPEC, tmp_path / "r"))

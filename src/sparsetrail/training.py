@@ -589,6 +589,8 @@ def _restore(out: Path, identity, net: nn.Module, optimizer: Optimizer, done: _P
             problems.append(str(error))
             continue
         _refuse_another(out, identity, card)
+        if problems:  # else the next one written would push this one out
+            os.replace(out / "state.safetensors", out / "state.damaged.safetensors")
         net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
         optimizer.restore({k[4:]: v for k, v in tensors.items() if k.startswith("opt.")})
         for k, v in card["progress"].items():
