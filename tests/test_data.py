@@ -891,6 +891,49 @@ def test_an_import_cut_off_at_any_sync_leaves_nothing_half_written(calls_before,
     assert not any(row.problem for row in whole) and len(whole) == max(0, calls_before - 5)
 
 
+def save_pair(file, seed, splits=("train", "test")):
+    arrays = {}
+    for i, split in enumerate(splits):
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = draw(6, (8, 8, 3), classes=5, seed=seed + 10 * i)
+    np.savez(file, **arrays)
+
+
+@pytest.mark.parametrize("before", ["pair", "each", "reverse"])
+@pytest.mark.parametrize("cut_at", range(1, 4))
+def test_splits_of_two_imports_are_never_taken_for_one(cut_at, before, tmp_path, root, monkeypatch):
+    """An import over an older set, killed between two renames."""
+    order = {"pair": [("train", "test")], "each": [("train",), ("test",)], "reverse": [("test",), ("train",)]}[before]
+    for splits in order:
+        save_pair(tmp_path / "old.npz", 0 if splits[0] == "train" else 10, splits)
+        data.add(tmp_path / "old.npz", name="mine")
+        assert not any(row.problem for row in data.verify(name="mine"))
+    save_pair(tmp_path / "new.npz", 1)
+    real, calls = os.replace, []
+
+    def killed(a, b):
+        calls.append(a)
+        if len(calls) > cut_at:
+            raise KeyboardInterrupt
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.add(tmp_path / "new.npz", name="mine")
+    monkeypatch.undo()
+    monkeypatch.setenv("SPARSETRAIL_DATA", str(root))
+    problems = {row.split: row.problem for row in data.verify(name="mine")}
+    if cut_at == 2:  # else one of the two is missing
+        assert len(problems) == 2 and all("two imports" in problem for problem in problems.values())
+        for split in ("train", "test"):
+            with pytest.raises(DataError, match=r"train and test of two imports.*run: sparsetrail data add PATH"):
+                data.load("mine", split)
+    data.add(tmp_path / "new.npz", name="mine")
+    assert not any(row.problem for row in data.verify(name="mine")) and len(data.load("mine")) == 6
+    save_pair(tmp_path / "other.npz", 12, ("test",))
+    data.add(tmp_path / "other.npz", name="mine")  # one split replaced on purpose
+    assert not any(row.problem for row in data.verify(name="mine")) and len(data.load("mine")) == 6
+
+
 def test_what_a_killed_import_left_is_swept_and_never_listed(tmp_path, root):
     write_npz(tmp_path)
     left = root / ".new-mine~dead" / "train"

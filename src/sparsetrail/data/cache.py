@@ -73,7 +73,10 @@ def load(name: str | Path, split: str = "test", *, root: Path | str | None = Non
                 f"expected the {split} split of {name} in {folder / split}, found {_listing(folder)}; "
                 f"run: sparsetrail data {f'get {name}' if name in KNOWN else _add_command(name, split)}"
             )
-        return _read(folder / split)
+        part = _read(folder / split)
+        if problem := _mixed(folder):
+            raise DataError(problem)
+        return part
     path = Path(name).expanduser()
     if path.exists():
         if (path / split / "info.json").is_file():
@@ -145,7 +148,7 @@ def store(
             for part in new:
                 if progress:
                     progress(f"writing {name}/{part.split}: {len(part)} images, sha256 {part.sha256}")
-                _write(part, scratch / part.split, route)
+                _write(part, scratch / part.split, route, _beside(base, part, sets))
             for part in new:
                 _move(scratch / part.split, base / name / part.split, scratch / f"old-{part.split}")
     except OSError as error:
@@ -169,7 +172,7 @@ def verify(root: Path | str | None = None, *, name: str | None = None) -> list[E
         if name not in (None, folder.parent.name):
             continue
         try:
-            rows.append(_entry(_read(folder), folder))
+            rows.append(replace(_entry(_read(folder), folder), problem=_mixed(folder.parent)))
         except DataError as error:
             rows.append(_broken(folder, str(error)))
     return rows
@@ -203,6 +206,22 @@ def _info(folder: Path) -> dict[str, Any]:
     if info["split"] != folder.name:
         raise DataError(f"expected the {folder.name} split, found {info['split']}")
     return info
+
+
+def _mixed(folder: Path) -> str:
+    """What is wrong where an import over an older set was cut off between its splits; empty if nothing is.
+
+    A split notes what lay beside it when it was written: of two that belong together the later one knows the other.
+    """
+    try:
+        one, other = (_info(folder / split) for split in SPLITS)
+    except _UNREADABLE:
+        return ""
+    noted = "beside" in one and "beside" in other  # older caches have none
+    if not noted or one["beside"] == other["sha256"] or other["beside"] == one["sha256"]:
+        return ""
+    again = f"sparsetrail data get {folder.name}" if folder.name in KNOWN else "sparsetrail data add PATH"
+    return f"{folder}: expected one set, found train and test of two imports, the last one cut off; run: {again}"
 
 
 def _mend(folder: Path) -> str:
@@ -328,7 +347,14 @@ def _learnt(base: Path, part: Dataset, now: list[str]) -> tuple[str, ...]:
     return learnt(*((part, held) if part.split == "train" else (held, part)), where=f"{base / part.name}")
 
 
-def _write(part: Dataset, folder: Path, route: str) -> None:
+def _beside(base: Path, part: Dataset, sets: list[Dataset]) -> str:
+    """The content hash of the other split, as it is written now or lies there; empty if there is none."""
+    (split,) = (split for split in SPLITS if split != part.split)
+    now = [other.sha256 for other in sets if other.split == split]
+    return now[0] if now else _describe(base / part.name / split).sha256
+
+
+def _write(part: Dataset, folder: Path, route: str, beside: str) -> None:
     folder.mkdir()
     info = {
         "format": _FORMAT,
@@ -338,6 +364,7 @@ def _write(part: Dataset, folder: Path, route: str) -> None:
         "shape": list(part.images.shape[1:]),
         "classes": list(part.classes),
         "sha256": part.sha256,
+        "beside": beside,
         "route": route,
     }
     for file, array in (("images.npy", part.images), ("labels.npy", part.labels)):
