@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from lively import lively
 from torch import nn
 from torch.nn import functional as F
 
+from sparsetrail.adapt import stateful
 from sparsetrail.core import Victim
+from sparsetrail.report import pack
+from sparsetrail.report.labels import explain
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.folded import FoldedNeuron
 from sparsetrail.snn.net import NetSpec, victim
@@ -623,3 +628,97 @@ def test_an_operation_that_may_overwrite_and_does_not_leaves_what_was_kept():
     (g,) = torch.autograd.grad(F.cross_entropy(v.logits(u := x[None].requires_grad_()), y, reduction="sum"), u)
     first = trail(v, x, y).rows[0]
     assert first.norm == pytest.approx(float(g[0].flatten(1).norm(dim=1).mean()), rel=1e-5)
+
+
+class Folded(nn.Module):
+    """Its tensors are folded [n*t ...] (images first), [t*n ...] or tokens first; the first step counts alone."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.conv, self.relu, self.fc = order, conv(), nn.ReLU(), nn.Linear(4 * 64, 3)
+        self.token = nn.Linear(16, 32)
+
+    def forward(self, u):
+        t, n = u.shape[:2]
+        if self.order == "tokens":  # [s n d], of the first step
+            h = self.relu(self.token(u[0].reshape(n, 8, 16).transpose(0, 1)))
+            return self.fc(h.transpose(0, 1).flatten(1))
+        if self.order == "images":
+            u = u.transpose(0, 1)
+        z = self.fc(self.relu(self.conv(u.flatten(0, 1))).flatten(1)).unflatten(0, u.shape[:2])
+        return z[:, 0] if self.order == "images" else z[0]
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+@pytest.mark.parametrize("order", ["images", "steps", "tokens"])
+def test_steps_and_images_are_told_only_where_they_lie_as_ours_do(order, n):
+    torch.manual_seed(0)
+    net = Folded(order).eval()
+    x, y = torch.rand(n, 2, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 3
+    x[0] *= 3
+    v = Victim(encode=lambda x: x.expand(T, *x.shape), logits=net, steps=T, classes=3, module=net)
+    found = trail(v, x, y, detail="origin", per_step=True, per_example=True)
+    rows = {r.op: r for r in found.rows}
+    mine = ("token" if order == "tokens" else "conv", "relu") + (("fc",) if order == "images" else ())
+    u = v.encode(x).clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(net(u), y, reduction="sum"), u)
+    first = rows[mine[0]]
+    if order == "steps":
+        assert found.unfolded == () and first.per_step == (float((g[0] == 0).double().mean()), 1, 1, 1)
+        assert first.norm == pytest.approx(float(g.movedim(1, 0).flatten(1).norm(dim=1).mean()), rel=1e-5)
+        assert len(first.per_example) == n and first.participation is not None
+    else:
+        assert found.unfolded == mine and "another order" in explain(found)
+        for op in mine:
+            r = rows[op]
+            assert math.isnan(r.norm) and (r.per_step, r.per_example, r.participation) == (None, None, None)
+        part = g if order == "images" else g[0]  # shares over everything are as before
+        assert first.zero == pytest.approx(float((part == 0).double().mean()), abs=1e-9)
+    assert found.n == n and pack(found)["unfolded"] == list(found.unfolded)
+
+
+class Integrate(nn.Module):
+    """A neuron that keeps its potential from call to call, until it is reset."""
+
+    v = 0.0
+
+    def reset(self):
+        self.v = 0.0
+
+    def forward(self, x):
+        h = self.v + x
+        s = torch.sigmoid(4 * (h - 1))
+        self.v = (h * (1 - s)).detach()
+        return s
+
+
+def test_train_mode_takes_the_victims_own_logits_or_is_refused():
+    class Stepwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.sn, self.fc = conv(), Integrate(), nn.Linear(256, 3)
+
+        def forward(self, u):
+            return sum(self.fc(self.sn(3 * self.conv(step)).flatten(1)) for step in u)
+
+    torch.manual_seed(0)
+    net = Stepwise().eval()
+    x, y = torch.rand(5, 2, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 3
+    kept = stateful(net, lambda x: x.expand(3, *x.shape), classes=3, steps=3)
+    assert trail(kept, x, y, batch=2).rows == trail(kept, x, y, batch=2).rows
+    with pytest.raises(ValueError, match="mode: expected eval of victim, got train, which its logits refuse"):
+        trail(kept, x, y, batch=2, mode="train")
+    with pytest.raises(ValueError, match="which its logits leave"):
+        trail(replace(kept, logits=lambda u: kept.logits(net.eval() and u)), x, y, mode="train")
+
+    def anew(u):
+        net.sn.reset()
+        try:
+            return net(u)
+        finally:
+            net.sn.reset()
+
+    own = replace(kept, logits=anew)
+    for batch in (2, 5):  # the last batch is smaller
+        first, again = (trail(own, x, y, batch=batch, mode="train") for _ in range(2))
+        assert first.rows == again.rows and first.mode == "train" and not net.training

@@ -9,6 +9,7 @@ exact zeros. docs/trail.md defines every number.
 
 import contextlib
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -43,14 +44,16 @@ def trail(
 
     Zero share and L2 norm are those of each image's own loss, averaged over images; `mode="train"` normalises with
     batch statistics as the paper's code does (gradients of one batch then mix; running statistics are put back).
-    In eval mode the scores are the victim's own `logits`, which must run `module`; train mode calls the module itself.
+    The scores are the victim's own `logits`, which must run `module`; of our networks train mode calls the module itself.
+    ValueError for a victim whose logits refuse train mode, as those of a network that is reset do.
     An operation called more than once counts once, over all its calls; one that no gradient comes back to is all zeros.
     Modules of which this cannot be read are in `unread`. No hook is left behind, also after an error.
 
     `detail="origin"` adds which zeros are created and which arrive, and the participation ratio. `"full"` adds the
     gradients of weights, of the mean loss over all images (a mean over each image's own would take a backward an
     image), for which one tensor a weight is kept, and counts zeros once more in float64 behind the same activations.
-    `per_step` and `per_example` keep the zero shares of every time step and of every image.
+    `per_step` and `per_example` keep the zero shares of every time step and of every image. Where a foreign network
+    holds images in another order than ours, found by gradients of single images, nothing is said of an image or a step.
     """
     if detail not in ("plain", "origin", "full"):
         raise ValueError(f"detail: expected plain, origin or full, got {detail!r}")
@@ -65,8 +68,8 @@ def trail(
     right = total = 0
 
     def back(u: Tensor, ys: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        # in eval mode as every attack does it: `logits` may reset state or turn axes around the module
-        z = victim.logits(u) if mode == "eval" else net(u)
+        # as every attack does it, since `logits` may reset state or turn axes around the module; ours refuse train mode
+        z = net(u) if mode == "train" and victim.time_first else _scores(victim, u, mode)
         loss = F.cross_entropy(z, ys, reduction="sum")
         if not loss.requires_grad:  # nothing of it is differentiated
             return z.detach(), (None,) * len(more)
@@ -79,6 +82,9 @@ def trail(
                 raise KeyboardInterrupt
             ys = y[i:j]
             u = victim.encode(x[i:j]).detach().contiguous()
+            if i == 0 and not victim.time_first:
+                watch.unfolded = again.unfolded = _unfolded(victim, leaves, u, ys)
+                net.train(mode == "train")
             u.requires_grad_()
             with watch.batch(u, len(ys)):
                 z, found = back(u, ys, *weights.values())
@@ -115,7 +121,49 @@ def trail(
         rows=rows,
         route=victim.route,
         unread=_unread(leaves, watch.tallies),
+        unfolded=tuple(row.op for row in rows if row.op in watch.unfolded),
     )
+
+
+def _scores(victim: Victim, u: Tensor, mode: Mode) -> Tensor:
+    """The victim's own logits; ValueError where they refuse train mode or leave it."""
+    try:
+        z = victim.logits(u)
+    except ValueError as error:
+        if mode == "train":
+            raise ValueError(
+                f"mode: expected eval of {victim.name}, got train, which its logits refuse: {error}"
+            ) from error
+        raise
+    if mode == "train" and victim.module is not None and not victim.module.training:
+        raise ValueError(f"mode: expected eval of {victim.name}, got train, which its logits leave")
+    return z
+
+
+def _unfolded(victim: Victim, leaves: dict[str, nn.Module], u: Tensor, ys: Tensor) -> set[str]:
+    """Operations whose tensors are not [t n ...], [t*n ...] or [n ...]: who knows which entries are an image's?
+
+    Asked of gradients of some images' losses alone, in eval mode: where the order is ours, the entries of every other
+    image are exactly zero. [n*t ...] with the same steps in use shows itself unless t is 1 modulo n.
+    """
+    n, t = len(ys), victim.steps
+    if n == t == 1:
+        return set()
+    if n == 1 or t % n == 1 < t:
+        k = next(k for k in range(2, t + 3) if k != t and (t % k != 1 or t == 1))
+        rows = torch.arange(k, device=u.device) % n
+        u, ys = u.index_select(1, rows), ys.index_select(0, rows)
+    found: set[str] = set()
+    victim.module.eval()  # type: ignore[union-attr]
+    place = torch.arange(len(ys), device=u.device)
+    for own in (place == 0, place == 1, place > 1):
+        watch, v = _Watch(leaves, victim.steps), u.detach().requires_grad_()
+        watch.own, watch.unfolded = own, found
+        with watch.batch(v, len(ys)):
+            loss = F.cross_entropy(victim.logits(v), ys, reduction="none")[own].sum()
+            if loss.requires_grad:
+                torch.autograd.grad(loss, v, allow_unused=True)
+    return found
 
 
 def _cuts(n: int, batch: int, steps: int) -> list[tuple[int, int]]:
@@ -188,11 +236,13 @@ class _Tally:
     norms: float = 0.0
     shares: float = 0.0  # participation ratios by their number of entries
     alive: int = 0  # images whose gradient is not zero
+    images: int = 0  # of which it is known where they lie
     seen: int = 0
     examples: list[float] = field(default_factory=list)
     weight: Tensor | None = None  # gradient of the summed loss
     parts: list[Tensor] = field(default_factory=list)  # of the batch now seen: zeros, sum of |g|, of g^2 [3 n]
     size: int = 0  # of the batch now seen: entries an image
+    called: bool = False  # in the batch now seen
     overwritten: bool = False  # did it write into an input, without the word `inplace`?
 
 
@@ -250,6 +300,8 @@ class _Watch:
     ) -> None:
         self.leaves, self.steps = leaves, steps
         self.origin, self.record, self.per_example = origin, record, per_example
+        self.own: Tensor | None = None  # which images a gradient is of, where only that is asked
+        self.unfolded: set[str] = set()
         self.tallies: dict[str, _Tally] = {}
         self.recorded: dict[str, deque[Tensor]] = {}  # results of every operation in a batch, in the order of its calls
         self.replayed: dict[str, deque[Tensor]] = {}
@@ -262,7 +314,7 @@ class _Watch:
         """Count the backward that runs inside this block, to the encoded input `u` of `n` images."""
         self.n, self.open, self.calls = n, [], []
         for t in self.tallies.values():
-            t.parts, t.size = [], 0
+            t.parts, t.size, t.called = [], 0, False
         handles = []
         try:
             for name, module in self.leaves.items():
@@ -275,13 +327,15 @@ class _Watch:
             for h in handles:
                 h.remove()
         for t in self.tallies.values():
+            if t.called and self.own is None:
+                t.seen += n
             if t.parts:
                 zeros, sums, squares = torch.stack(t.parts).sum(0)
                 there = squares > 0
                 t.norms += float(squares.sqrt().sum())
                 t.shares += float((sums[there].square() / squares[there]).sum()) / t.size
                 t.alive += int(there.sum())
-                t.seen += n
+                t.images += n
                 if self.per_example:
                     t.examples += (zeros / t.size).tolist()
 
@@ -363,13 +417,30 @@ class _Watch:
 
     def _count(self, call: _Call, place: int, g: Tensor) -> None:
         t, zero = call.tally, g == 0
-        call.counted = True
+        call.counted = t.called = True
         call.waiting.pop(place, None)
-        folded, parts = g.reshape(self._folded(g.shape)), zero.reshape(self._folded(g.shape)).sum(2)
+        if self.own is not None:
+            if g.numel() % self.n or not (zero | g.isnan()).reshape(self._folded(g.shape))[:, ~self.own].all():
+                self.unfolded.add(t.op)
+            return
         t.entries += g.numel()
-        t.zeros += int(parts.sum())
+        t.zeros += int(zero.sum())
         share = 1 - density_cap(call.module, g.shape[-2], g.shape[-1]) if g.ndim >= 4 else 0.0
         t.forced[share] = t.forced.get(share, 0) + g.numel()
+        ours = t.op not in self.unfolded
+        if ours:
+            self._part(t, g)
+        if self.origin:
+            there, steps = None, self._steps(g.shape)
+            if call.arrived and (ours or t.kind != "neuron" or self.steps == 1):
+                there = reach(call.module, call.arrived[0], g.shape, steps=steps)
+            t.traced &= there is not None
+            t.created += 0 if there is None else int((zero & there).sum())
+
+    def _part(self, t: _Tally, g: Tensor) -> None:
+        """What is counted image by image and step by step."""
+        folded = g.reshape(self._folded(g.shape))
+        parts = (folded == 0).sum(2)
         t.stepped &= len(parts) == self.steps
         if t.stepped:
             t.steps = [a + b for a, b in zip(t.steps or [0] * self.steps, parts.sum(1).tolist(), strict=True)]
@@ -377,12 +448,6 @@ class _Watch:
         sums = wide.abs().sum((0, 2)) if self.origin else wide.new_zeros(self.n)
         t.parts.append(torch.stack([parts.sum(0).double(), sums, wide.square().sum((0, 2))]).cpu())
         t.size += g.numel() // self.n
-        if self.origin:
-            there = None
-            if call.arrived:
-                there = reach(call.module, call.arrived[0], g.shape, steps=self._steps(g.shape))
-            t.traced &= there is not None
-            t.created += 0 if there is None else int((zero & there).sum())
 
     def _steps(self, shape: torch.Size) -> int:
         """Time steps in a gradient: [t*n ...] and [t n ...] are told from [n ...] by their leading sizes."""
@@ -446,14 +511,14 @@ def _row(t: _Tally, again: _Tally | None, origin: bool, n: int, per_step: bool, 
         depth=t.depth,
         zero=t.zeros / t.entries,
         forced=next(iter(t.forced)) if len(t.forced) == 1 else sum(s * k for s, k in t.forced.items()) / t.entries,
-        norm=t.norms / t.seen,
+        norm=t.norms / t.images if t.images else math.nan,
         entries=t.entries // t.seen,
-        per_step=tuple(z * len(t.steps) / t.entries for z in t.steps) if per_step and t.stepped else None,
+        per_step=tuple(z * len(t.steps) / t.entries for z in t.steps) if per_step and t.steps and t.stepped else None,
         inherited=t.arrived_zeros / t.arrived if origin and t.arrived else None,
         created=t.created / t.entries if traced else None,
         participation=t.shares / t.alive if origin and t.alive else None,
         zero64=again.zeros / again.entries if again is not None and again.entries else None,
-        per_example=tuple(t.examples) if per_example else None,
+        per_example=tuple(t.examples) if per_example and t.images else None,
         weight_zero=None if weight is None else float((weight == 0).double().mean()),
         weight_participation=float(weight.sum()) ** 2 / square / weight.numel()
         if weight is not None and square

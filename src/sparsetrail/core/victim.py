@@ -89,6 +89,7 @@ class Victim:
     one too: its gradient is followed, its scores are not the victim's, which are asked for beside. `codebook` [256 t]
     is the code of every grey level, where the encoder looks at each pixel alone. `reseed` lets what a random victim
     draws from here on depend on a number alone: its audit can then be stopped and go on as if it had not been.
+    `time_first` says that `module` keeps no state and that all its tensors are [t n ...] or [t*n ...], as ours are.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -108,6 +109,7 @@ class Victim:
     stand_in: bool = False
     codebook: Tensor | None = None
     reseed: Callable[[int], None] | None = None
+    time_first: bool = False
 
     def scores(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Class scores of images."""

@@ -225,6 +225,10 @@ def _missing(trail: Trail) -> str:
     """Which modules get no gradient at all, and of which it was not read."""
     dead = [r.op for r in trail.rows if r.zero == 1]
     text = f"; wholly zero at {_some(dead)}" if dead else ""
+    if trail.unfolded:
+        text += (
+            f"; nothing is said of single images or steps at {_some(trail.unfolded)}, which hold them in another order"
+        )
     return text + (f"; not all was read at {_some(trail.unread)}" if trail.unread else "")
 
 

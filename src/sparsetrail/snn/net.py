@@ -213,6 +213,7 @@ def victim(
             stand_in=bool(stretched or relus),
             codebook=code.codebook,
             reseed=code.reseed if code.draws is not None else None,
+            time_first=isinstance(net, FoldedNet),
         )
 
     return by(Route())
