@@ -261,6 +261,33 @@ def test_a_broken_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
+def test_files_of_another_report_do_not_stay(tmp_path):
+    """A second model in the same folder: what its report does not have goes, what is not a report's own stays."""
+    row = dataclasses.replace(trail().rows[0], created=0.0, per_example=(0.0,))
+    first = empty(
+        trails=(dataclasses.replace(trail("max", per_step=True), rows=(row, *trail(per_step=True).rows[1:])),)
+    )
+    for name in ("notes.csv", "card.json"):
+        (tmp_path / name).write_text("mine")
+    kinds = {"csv", "steps", "examples", "origins"}
+    assert set(write(first, tmp_path)) == {"json", "md", "html"} | kinds and (tmp_path / "card.json").exists()
+    write(empty(trails=(trail("avg"),)), tmp_path)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"result.json", "report.md", "report.html", "trail.csv", "notes.csv"}
+
+
+def test_a_broken_write_removes_nothing(tmp_path, monkeypatch):
+    files = write(whole(), tmp_path)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(empty(), tmp_path)
+    assert all(path.exists() for path in files.values())
+
+
 def test_trail_csv_is_tidy(written):
     rows = list(csv.DictReader(written["csv"].read_text().splitlines()))
     assert len(rows) == 18

@@ -228,8 +228,8 @@ class Trail:
 
     `route` is how the gradient flows, in words; `replaced` what stands in for a part of the backward, for this
     measurement only and behind the same forward. `unread` are modules of which not every gradient was read, each with
-    the reason in brackets; of `unfolded` it is not known which entries belong to an image: their norm is not a number, and
-    participation and shares by step and image are left out. All are empty in older records.
+    the reason in brackets; of `unfolded` it is not known which entries belong to an image: their norm is not a number,
+    and participation and shares by step and image are left out. All are empty in older records.
     """
 
     victim: str

@@ -21,6 +21,12 @@ from sparsetrail.report.seeds import seeded, spread
 from sparsetrail.report.tables import Grid
 
 
+NAMES = {  # of what a report may have beside its page, by kind
+    "csv": "trail.csv", "origins": "trail_origins.csv", "examples": "trail_examples.csv", "steps": "trail_steps.csv",
+    "ablation": "ablation.csv", "tradeoff": "tradeoff.csv", "card": card.CARD,
+}  # fmt: skip
+
+
 def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Path]:
     """Write `result.json`, `report.md` and `report.html` into the folder `out`; each is whole or absent.
 
@@ -29,7 +35,7 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     call are shown again. `trail.csv` is written where there are trails, `trail_steps.csv` where one kept its time
     steps, `trail_examples.csv` where it kept its images, `trail_origins.csv` where it tells created zeros from
     inherited ones, `ablation.csv` where parts were replaced, `tradeoff.csv` of a sweep of designs, `card.json` where
-    there is an audit. Returns paths by kind: json, md, html, csv, steps, examples, origins, ablation, tradeoff, card.
+    there is an audit; those of an earlier report here that this one does not have are removed. Returns paths by kind: json, md, html, csv, steps, examples, origins, ablation, tradeoff, card.
     """
     folder = Path(out)
     plain = tuple(t for t in report.trails if not t.replaced)
@@ -40,23 +46,28 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
         "html": ("report.html", page(report, images=images).encode()),
     }
     if plain:
-        texts["csv"] = ("trail.csv", trail_csv(replace(report, trails=plain)).encode())
+        texts["csv"] = (NAMES["csv"], trail_csv(replace(report, trails=plain)).encode())
     if any(t.replaced or any(row.created is not None for row in t.rows) for t in report.trails):
-        texts["origins"] = ("trail_origins.csv", tables.origins_csv(report.trails).encode())
+        texts["origins"] = (NAMES["origins"], tables.origins_csv(report.trails).encode())
     if any(row.per_example for t in report.trails for row in t.rows):
-        texts["examples"] = ("trail_examples.csv", tables.examples_csv(report.trails).encode())
+        texts["examples"] = (NAMES["examples"], tables.examples_csv(report.trails).encode())
     if found := tables.ablations(report.trails):
-        texts["ablation"] = ("ablation.csv", tables.ablation_csv(found).encode())
+        texts["ablation"] = (NAMES["ablation"], tables.ablation_csv(found).encode())
     if points := tables.tradeoff(report):
-        texts["tradeoff"] = ("tradeoff.csv", tables.tradeoff_csv(points).encode())
+        texts["tradeoff"] = (NAMES["tradeoff"], tables.tradeoff_csv(points).encode())
     if any(row.per_step for trail in report.trails for row in trail.rows):
-        texts["steps"] = ("trail_steps.csv", steps_csv(replace(report, trails=plain)).encode())
+        texts["steps"] = (NAMES["steps"], steps_csv(replace(report, trails=plain)).encode())
     if report.audits:
-        texts["card"] = (card.CARD, card.to_json(report))
+        texts["card"] = (NAMES["card"], card.to_json(report))
     folder.mkdir(parents=True, exist_ok=True)
+    reported = (folder / RESULT).exists()
     if images:
         keep(folder, images)
-    return {kind: write_atomic(folder / name, data) for kind, (name, data) in texts.items()}
+    paths = {kind: write_atomic(folder / name, data) for kind, (name, data) in texts.items()}
+    if reported:
+        for name in {*NAMES.values()} - {path.name for path in paths.values()}:
+            (folder / name).unlink(missing_ok=True)
+    return paths
 
 
 def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -> str:
