@@ -79,7 +79,6 @@ def trades_loss(net, x, y, g, temperature=1.0):
     def soft(z):
         return (z / temperature).softmax(1)
 
-    z = net(CODE(x))
     still = soft(copy.deepcopy(net).eval()(CODE(x))).detach()
     start = (x + 0.001 * torch.randn(x.shape, generator=g)).clamp(0, 1)
 
@@ -87,6 +86,7 @@ def trades_loss(net, x, y, g, temperature=1.0):
         return (p * (p.log() - q.log())).sum()
 
     moved = ascend(net, x, y, 8 / 255, 3, 4 / 255, start, lambda s: kl(still, soft(s)))
+    z = net(CODE(x))  # in train mode, when the point is made
     return ce(z, y) + 6 / len(x) * temperature**2 * kl(soft(z), soft(net(CODE(moved))))
 
 
@@ -109,11 +109,11 @@ def sr_loss(net, x, y, g):
 
 def mppd_loss(net, x, y, g, size=torch.square):
     seen = []
+    start = (x + 0.001 * torch.randn(x.shape, generator=g)).clamp(0, 1)
+    moved = ascend(net, x, y, 4 / 255, 1, 4 / 255, start)
     handle = net.sn.register_forward_pre_hook(lambda m, given: seen.append(given[0]))
     z = net(CODE(x))
     handle.remove()
-    start = (x + 0.001 * torch.randn(x.shape, generator=g)).clamp(0, 1)
-    moved = ascend(net, x, y, 4 / 255, 1, 4 / 255, start)
     handle = net.sn.register_forward_pre_hook(lambda m, given: seen.append(given[0]))
     other = net(CODE(moved))
     handle.remove()
@@ -393,7 +393,8 @@ def test_crafting_leaves_statistics_weights_and_gradients_alone(images, name):
     if name in ("trades", "sr", "mppd"):  # their penalties also run the network in train mode: once more, counted
         leaf = x.clone().requires_grad_()
         if seams.inputs is not None:
-            seams.inputs(net, CODE, x, y, keyed(0))
+            assert torch.equal(seams.inputs(net, CODE, x, y, keyed(0)), x)
+            assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before.values(), strict=True))
         z = scores(net, CODE, leaf)
         assert seams.penalty is not None
         seams.penalty(net, CODE, leaf, y, z, keyed(0))

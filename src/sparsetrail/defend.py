@@ -9,8 +9,8 @@
     tg_reg    small sums of the input gradient of every step, TG-Reg (2026)
 
 What a source leaves open is a named setting with a default; what cannot be set is told in docs/reproduce.md. Points
-are crafted in eval mode on a frozen twin of the network, so BatchNorm statistics stay as they are, and the last point
-is trained on. Switched off (pgd_at, snn_rat: eps and strength 0; trades: beta 0; sr, tg_reg: weight and eps 0; mppd:
+are crafted in eval mode on a frozen twin of the network before the batch itself moves BatchNorm statistics, which stay
+as they are meanwhile, and the last point is trained on. Switched off (pgd_at, snn_rat: eps and strength 0; trades: beta 0; sr, tg_reg: weight and eps 0; mppd:
 eps and rho 0; hire_snn: one period) a defence has no seam, and the loop is plain training to the bit. Radii are
 L-infinity in pixels 0..1.
 """
@@ -227,20 +227,26 @@ def trades(
         found = F.kl_div((z / temperature).log_softmax(1), p, reduction="sum", log_target=True)
         return found * temperature**2
 
-    def penalty(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
-        x = x.detach()
+    held: list[Tensor] = []
+
+    def inputs(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         with _evaluating(net), torch.no_grad():
             still = (victim(net, encode).scores(x) / temperature).log_softmax(1)
         begin = _begin(x, "normal", eps, generator)
-        moved = craft(
+        held[:] = [craft(
             victim(net, encode), x, lambda s: divergence(s, still), begin, eps=eps, steps=steps, step=step
-        )  # fmt: skip
+        )]  # fmt: skip
+        return x
+
+    def penalty(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
         p = (z / temperature).log_softmax(1)
-        return beta * divergence(_scored(net, encode, moved), p) / len(x)
+        return beta * divergence(_scored(net, encode, held.pop()), p) / len(x)
 
     knobs = {"eps": eps, "beta": beta, "steps": steps, "step": step, "temperature": temperature}
     on = beta > 0
-    return Seams(penalty=penalty if on else None, check=_paired, name="trades", knobs=knobs)
+    return Seams(
+        inputs=inputs if on else None, penalty=penalty if on else None, check=_paired, name="trades", knobs=knobs
+    )
 
 
 def snn_rat(
@@ -484,7 +490,7 @@ def mppd(*, eps: float = 4 / 255, rho: float = 1.0, leak: float = 0.99, norm: st
     if not 0 <= leak <= 1:
         raise ValueError(f"leak: expected a factor 0..1 on the old difference (above 1 it grows), got {leak:g}")
     victim, watch = _adversary(), contextlib.ExitStack()
-    currents: list[Tensor] = []
+    currents, held = list[Tensor](), list[Tensor]()
 
     def listen(net: nn.Module) -> None:
         """Note what enters the last spiking layer, until `watch` is closed."""
@@ -494,19 +500,18 @@ def mppd(*, eps: float = 4 / 255, rho: float = 1.0, leak: float = 0.99, norm: st
     def inputs(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         watch.close()  # of a step that was cut off
         currents.clear()
+        begin = _begin(x, "normal", eps, generator)
+        held[:] = [craft(
+            victim(net, encode), x, _wrong(y), begin, eps=eps, steps=1, step=eps
+        )]  # fmt: skip
         listen(net)
         return x
 
     def penalty(net: nn.Module, encode: Encoder, x: Tensor, y: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
         watch.close()
-        x = x.detach()
-        begin = _begin(x, "normal", eps, generator)
-        moved = craft(
-            victim(net, encode), x, _wrong(y), begin, eps=eps, steps=1, step=eps
-        )  # fmt: skip
         listen(net)
         try:
-            other = _scored(net, encode, moved)
+            other = _scored(net, encode, held.pop())
         finally:
             watch.close()
         clean, now = (c.unflatten(0, (encode.steps, -1)) for c in currents)
