@@ -8,11 +8,11 @@
     mppd      the same membrane for clean and perturbed input. Ding et al. 2024 (ICML), MS-MPPD
     tg_reg    small sums of the input gradient of every step, TG-Reg (2026)
 
-What a source leaves open is a named setting with a default; what cannot be set is told in docs/reproduce.md. Points
-are crafted in eval mode on a frozen twin of the network before the batch itself moves BatchNorm statistics, which stay
-as they are meanwhile, and the last point is trained on. Switched off (pgd_at, snn_rat: eps and strength 0; trades: beta 0; sr, tg_reg: weight and eps 0; mppd:
-eps and rho 0; hire_snn: one period) a defence has no seam, and the loop is plain training to the bit. Radii are
-L-infinity in pixels 0..1.
+What a source leaves open is a named setting with a default; what cannot be set is told in docs/reproduce.md. Points are
+crafted in eval mode on a frozen twin of the network before the batch itself moves BatchNorm statistics, which stay as
+they are meanwhile, and the last point is trained on. Switched off (pgd_at, snn_rat: eps and strength 0; trades: beta 0;
+sr, tg_reg: weight and eps 0; mppd: eps and rho 0; hire_snn: one period) a defence has no seam, and the loop is plain
+training to the bit. Radii are L-infinity in pixels 0..1.
 """
 
 import contextlib
