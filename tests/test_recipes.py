@@ -105,6 +105,31 @@ def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done, mon
             measure.strike(bench, model, "m", "pgd", encoded, subset, steps=2)
 
 
+def test_a_report_names_the_other_versions_that_made_what_it_kept(tmp_path, monkeypatch):
+    bench = measure.Bench(out=tmp_path)
+    subset = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=0)
+    model = measure.fit(bench, "max", NetSpec(channels=1, width=0.125, steps=2), phase(steps=2),
+                        data.take(data.load("fashion-mnist-slice", "train"), 32, seed=0),
+                        TrainSpec(epochs=1, batch=16))  # fmt: skip
+    told = lambda: measure.provenance(bench, 0.0, "c").get("kept from before, made by")  # noqa: E731
+    strike = lambda steps: measure.strike(  # noqa: E731
+        bench, model, "m", "pgd", Linf(8 / 255, space="pixel"), subset, steps=steps
+    )
+    monkeypatch.setattr(measure, "version", lambda: "1 at abc")
+    first = strike(4)
+    assert told() is None and strike(4) == first and told() is None
+    monkeypatch.setattr(measure, "version", lambda: "1 at def")
+    bench = replace(bench, kept=set())
+    strike(5)
+    assert told() is None and strike(4) == first and told() == "1 at abc"
+    for cell in (bench.out / "cells").glob("*.json"):
+        held = json.loads(cell.read_text())
+        cell.write_text(json.dumps({k: held[k] for k in ("spec", "result")}))  # as older ones are
+    bench = replace(bench, kept=set())
+    strike(5)
+    assert told() == f"{measure.__version__}, commit not noted"
+
+
 @pytest.fixture
 def fake_cifar(tmp_path, monkeypatch):
     """Real pictures in the shape of CIFAR: the shipped slice in three channels of 32x32, for both names."""

@@ -5,6 +5,7 @@ threat, route, seed), so a changed setting is a new cell and never a mix.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import platform
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,7 @@ class Bench:
     batch: int = 64
     tick: Tick = _silent
     stop: Callable[[], bool] = lambda: False
+    kept: set[str] = field(default_factory=set)  # the versions that made the cells taken from before
 
 
 def fit(
@@ -348,7 +350,8 @@ def told(knobs: dict[str, Any]) -> str:
 
 
 def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
-    """Versions, machine and time of a report."""
+    """Versions, machine and time of a report; other versions too that made cells it took from before."""
+    others = sorted(bench.kept - {version()})
     return {
         "command": command,
         "sparsetrail": version(),
@@ -359,9 +362,10 @@ def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
         "seed": bench.seed,
         "date": time.strftime("%Y-%m-%d"),
         "seconds of this command": round(time.monotonic() - started, 1),
-    }
+    } | ({"kept from before, made by": ", ".join(others)} if others else {})
 
 
+@functools.cache  # code that changes later is not what runs here
 def version() -> str:
     """The version, and the commit this code runs from where that is a clone with git at hand; '+changes' if altered."""
     here = Path(__file__).resolve().parents[3]
@@ -418,8 +422,9 @@ def _read(bench: Bench, spec: dict[str, Any]) -> dict[str, Any] | None:
         raise ValueError(f"{path}: expected a cell, found {error!r}; move the file away and repeat") from None
     if held["spec"] != json.loads(json.dumps(spec)):
         raise ValueError(f"{path}: expected the cell of {spec}, found another; move the file away")
+    bench.kept.add(held.get("made by") or f"{spec['version']}, commit not noted")
     return held["result"]
 
 
 def _write(bench: Bench, spec: dict[str, Any], result: dict[str, Any]) -> None:
-    write_atomic(_path(bench, spec), json.dumps({"spec": spec, "result": result}).encode())
+    write_atomic(_path(bench, spec), json.dumps({"spec": spec, "result": result, "made by": version()}).encode())
