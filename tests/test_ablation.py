@@ -226,3 +226,19 @@ def test_the_sentence_counts_by_hand():
     assert explain(arrives) == f"{begin}, 50.0 % of those at the output of conv1 are."
     cut = replace(lost, rows=(*lost.rows[1:3], replace(t.rows[0], op="dead", zero=1.0, created=0.0)), unread=("a (x)",))
     assert "at pool, the first of them, are zero; wholly zero at dead; not all was read at a (x)." in explain(cut)
+
+
+def test_a_module_of_two_names_and_a_network_that_is_one_module_are_rebuilt():
+    net = nn.Module()
+    net.one = net.two = nn.MaxPool2d(2)
+    twin = rebuilt(net, averaged)
+    assert type(twin.one) is not nn.MaxPool2d and twin.one is twin.two and type(net.one) is nn.MaxPool2d
+    assert type(rebuilt(nn.MaxPool2d(2), averaged)) is not nn.MaxPool2d
+
+
+def test_a_network_without_a_part_to_replace_is_refused_before_it_is_measured(tiny, monkeypatch):
+    bench, models, images = tiny
+    monkeypatch.setattr(measure, "trail", lambda *a, **k: pytest.fail("measured"))
+    plain = replace(models[0][1], net=nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AvgPool2d(2)))
+    with pytest.raises(ValueError, match=r"plain: expected a max pool, .* found none"):
+        ablate(replace(bench, out=bench.out / "plain"), [models[0], ("plain", plain)], images)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import math
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from sparsetrail.snn.folded import FoldedNeuron
 from sparsetrail.snn.net import NetSpec, victim
 from sparsetrail.snn.neuron import NeuronSpec
 from sparsetrail.snn.surrogate import Surrogate
-from sparsetrail.trails import density_cap, maxpool_density_cap, reach, strided_conv_density, trail
+from sparsetrail.trails import density_cap, kind_of, maxpool_density_cap, reach, strided_conv_density, trail
 
 T = 4
 
@@ -722,3 +723,36 @@ def test_train_mode_takes_the_victims_own_logits_or_is_refused():
     for batch in (2, 5):  # the last batch is smaller
         first, again = (trail(own, x, y, batch=batch, mode="train") for _ in range(2))
         assert first.rows == again.rows and first.mode == "train" and not net.training
+
+
+def test_what_cannot_be_measured_is_refused_first():
+    v, x, y = foreign(lambda net, x: net.a(x), a=conv())
+    for change, words in (
+        ({"batch": 0}, "batch: expected at least 1 image, got 0"),
+        ({"mode": "test"}, "mode: expected eval or train, got 'test'"),
+        ({"y": y[:3]}, "y: expected a label for each of at least 1 image, got 4 images and"),
+        ({"x": x[:0], "y": y[:0]}, "at least 1 image, got 0 images"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            inspect.unwrap(trail)(**({"victim": v, "x": x, "y": y} | change))
+
+
+def test_images_whose_gradient_is_not_finite_are_counted():
+    v, x, y = foreign(lambda net, x: net.b(net.relu(net.a(x))), a=conv(), relu=nn.ReLU(), b=conv(4, 4, 3))
+    whole = trail(v, x[[0, 2, 3]], y[[0, 2, 3]], detail="origin")
+    x = x.clone()
+    x[1, 0, 0, 0] = float("nan")
+    found = trail(v, x, y, detail="origin", batch=3)
+    assert found.nonfinite == 1 and whole.nonfinite == 0 and math.isnan(found.rows[0].norm)
+    assert [r.participation for r in found.rows] == pytest.approx([r.participation for r in whole.rows], rel=1e-6)
+    assert "1 of 4 images have a gradient that is not finite" in explain(found)
+
+
+def test_a_kind_is_told_by_the_words_of_a_name():
+    names = {
+        "neuron": "IFNode LIF LIFNode ParametricLIFNode PLIF FoldedNeuron LIFBoxCell StepIF ALIF Node lifnode Lif",
+        "": "Amplifier Clif Simplified LifeLong If Diff Anode GIF Shift Lifted",
+    }
+    for kind, words in names.items():
+        for name in words.split():
+            assert (kind_of(type(name, (nn.Module,), {})()) == "neuron") == bool(kind), name

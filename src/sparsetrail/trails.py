@@ -10,6 +10,7 @@ exact zeros. docs/trail.md defines every number.
 import contextlib
 import functools
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,8 +45,8 @@ def trail(
 
     Zero share and L2 norm are those of each image's own loss, averaged over images; `mode="train"` normalises with
     batch statistics as the paper's code does (gradients of one batch then mix; running statistics are put back).
-    The scores are the victim's own `logits`, which must run `module`; of our networks train mode calls the module itself.
-    ValueError for a victim whose logits refuse train mode, as those of a network that is reset do.
+    The scores are the victim's own `logits`, which must run `module`; train mode calls a network of ours itself, and is
+    a ValueError where logits refuse it, as those of a network that is reset do.
     An operation called more than once counts once, over all its calls; one that no gradient comes back to is all zeros.
     Modules of which this cannot be read are in `unread`. No hook is left behind, also after an error.
 
@@ -57,6 +58,12 @@ def trail(
     """
     if detail not in ("plain", "origin", "full"):
         raise ValueError(f"detail: expected plain, origin or full, got {detail!r}")
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode: expected eval or train, got {mode!r}")
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1 image, got {batch}")
+    if len(x) == 0 or y.shape != x.shape[:1]:
+        raise ValueError(f"y: expected a label for each of at least 1 image, got {len(x)} images and {tuple(y.shape)}")
     if victim.module is None:
         raise ValueError(f"{victim.name}: the trail needs the network behind the victim; give Victim(module=...)")
     net, was = victim.module, {m: m.training for m in victim.module.modules()}
@@ -120,6 +127,7 @@ def trail(
         clean_accuracy=right / total,
         rows=rows,
         route=victim.route,
+        nonfinite=watch.nonfinite,
         unread=_unread(leaves, watch.tallies),
         unfolded=tuple(row.op for row in rows if row.op in watch.unfolded),
     )
@@ -305,6 +313,7 @@ class _Watch:
         self.tallies: dict[str, _Tally] = {}
         self.recorded: dict[str, deque[Tensor]] = {}  # results of every operation in a batch, in the order of its calls
         self.replayed: dict[str, deque[Tensor]] = {}
+        self.nonfinite = 0  # images with a gradient that is NaN or infinite
         self.open: list[_Call] = []
         self.calls: list[_Call] = []
         self.n = 0
@@ -326,18 +335,21 @@ class _Watch:
             self.open, self.calls = [], []
             for h in handles:
                 h.remove()
+        broken = torch.zeros(n, dtype=torch.bool)
         for t in self.tallies.values():
             if t.called and self.own is None:
                 t.seen += n
             if t.parts:
                 zeros, sums, squares = torch.stack(t.parts).sum(0)
-                there = squares > 0
+                there = (squares > 0) & squares.isfinite()
+                broken |= ~squares.isfinite()
                 t.norms += float(squares.sqrt().sum())
                 t.shares += float((sums[there].square() / squares[there]).sum()) / t.size
                 t.alive += int(there.sum())
                 t.images += n
                 if self.per_example:
                     t.examples += (zeros / t.size).tolist()
+        self.nonfinite += int(broken.sum())
 
     def add(self, gradients: dict[str, Tensor | None]) -> None:
         """Gradients of the weights of a batch, to be summed."""
@@ -527,6 +539,9 @@ def _row(t: _Tally, again: _Tally | None, origin: bool, n: int, per_step: bool, 
     )
 
 
+_FIRES = re.compile(r"IF|[A-Z]{0,2}LIF|Lif|[a-z]{0,2}lif|lif(node|cell)")  # LIFNode, PLIF, ParametricLIFNode
+
+
 def kind_of(module: nn.Module) -> str:
     """conv, norm, pool, linear, add, neuron or the class name in lower case."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -540,7 +555,8 @@ def kind_of(module: nn.Module) -> str:
         return "pool"
     if name == "join":
         return "add"
-    if any(word in name for word in ("neuron", "ifnode", "lif", "node")):
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", type_before_parametrizations(module).__name__)
+    if "neuron" in name or any(w.lower() in ("node", "ifnode") or _FIRES.fullmatch(w) for w in words):
         return "neuron"
     return name
 

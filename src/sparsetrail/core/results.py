@@ -229,7 +229,8 @@ class Trail:
     `route` is how the gradient flows, in words; `replaced` what stands in for a part of the backward, for this
     measurement only and behind the same forward. `unread` are modules of which not every gradient was read, each with
     the reason in brackets; of `unfolded` it is not known which entries belong to an image: their norm is not a number,
-    and participation and shares by step and image are left out. All are empty in older records.
+    and participation and shares by step and image are left out. Of `nonfinite` images a gradient is NaN or infinite:
+    they are left out of participation there, and the norm is not a number. All are empty in older records.
     """
 
     victim: str
@@ -243,6 +244,7 @@ class Trail:
     replaced: str = ""
     unread: tuple[str, ...] = ()
     unfolded: tuple[str, ...] = ()
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

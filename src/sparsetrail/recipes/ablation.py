@@ -67,6 +67,12 @@ def ablate(
     """
     started, trails = time.monotonic(), []
     for name, model in models:
+        if not any(True for _ in variants(model.net)):
+            raise ValueError(
+                f"{name}: expected a max pool, a strided 1x1 convolution or spiking neurons to replace, found none; "
+                "sparsetrail trail says where its zeros are"
+            )
+    for name, model in models:
         own = as_victim(model, name, device=bench.device)
         trails.append(follow(bench, model, name, data, batch=batch, detail="full"))
         trails.append(follow(bench, model, name, data, batch=batch, detail="origin", mode="train"))
@@ -149,24 +155,35 @@ def variants(net: nn.Module) -> Iterator[Variant]:
 
 
 def rebuilt(net: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A copy of a network with `change` made to each of its modules."""
+    """A copy of a network with `change` made to each of its modules, itself among them; what is shared stays shared."""
     twin = copy.deepcopy(net)
+    made: dict[nn.Module, nn.Module] = {}
     for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            if (new := change(child)) is not child:
-                setattr(parent, name, new)
-    return twin
+        for name, child in list(parent._modules.items()):  # named_children tells a module of two names once
+            if child is None:
+                continue
+            if child not in made:
+                made[child] = change(child)
+            if made[child] is not child:
+                setattr(parent, name, made[child])
+    return change(twin)
 
 
 def averaged(module: nn.Module) -> nn.Module:
-    """A max pool with the backward of an average pool over the same windows; any other module is given back."""
+    """A max pool with the backward of an average pool over the same windows; any other module is given back.
+
+    Padding counts in the average, as it does in an average pool.
+    """
     if type(module) is not nn.MaxPool2d or module.dilation not in (1, (1, 1)) or module.return_indices:
         return module
     return AveragedMaxPool2d(module)
 
 
 def spread(module: nn.Module) -> nn.Module:
-    """A strided 1x1 convolution with the backward of averaging, then 1x1; any other module is given back."""
+    """A strided 1x1 convolution with the backward of averaging, then 1x1; any other module is given back.
+
+    The mean is over as many cells at the edge of a map that the stride does not divide: those beyond count as zeros.
+    """
     if not isinstance(module, nn.Conv2d) or isinstance(module, SpreadConv2d):
         return module
     skips = module.kernel_size == (1, 1) and max(module.stride) > 1 and module.padding in (0, (0, 0))

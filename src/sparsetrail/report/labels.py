@@ -225,6 +225,10 @@ def _missing(trail: Trail) -> str:
     """Which modules get no gradient at all, and of which it was not read."""
     dead = [r.op for r in trail.rows if r.zero == 1]
     text = f"; wholly zero at {_some(dead)}" if dead else ""
+    if trail.nonfinite:
+        text += (
+            f"; {trail.nonfinite} of {trail.n} images have a gradient that is not finite, and participation is without"
+        )
     if trail.unfolded:
         text += (
             f"; nothing is said of single images or steps at {_some(trail.unfolded)}, which hold them in another order"

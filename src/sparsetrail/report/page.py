@@ -20,7 +20,6 @@ from sparsetrail.report.labels import explain, setting, setting_label, settings,
 from sparsetrail.report.seeds import seeded, spread
 from sparsetrail.report.tables import Grid
 
-
 NAMES = {  # of what a report may have beside its page, by kind
     "csv": "trail.csv", "origins": "trail_origins.csv", "examples": "trail_examples.csv", "steps": "trail_steps.csv",
     "ablation": "ablation.csv", "tradeoff": "tradeoff.csv", "card": card.CARD,
@@ -35,7 +34,8 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     call are shown again. `trail.csv` is written where there are trails, `trail_steps.csv` where one kept its time
     steps, `trail_examples.csv` where it kept its images, `trail_origins.csv` where it tells created zeros from
     inherited ones, `ablation.csv` where parts were replaced, `tradeoff.csv` of a sweep of designs, `card.json` where
-    there is an audit; those of an earlier report here that this one does not have are removed. Returns paths by kind: json, md, html, csv, steps, examples, origins, ablation, tradeoff, card.
+    there is an audit; those of an earlier report in the folder that this one does not have are removed. Returns paths
+    by kind: json, md, html, csv, steps, examples, origins, ablation, tradeoff, card.
     """
     folder = Path(out)
     plain = tuple(t for t in report.trails if not t.replaced)
