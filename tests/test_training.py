@@ -211,7 +211,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
 
     calls: list[int] = []
     with pytest.raises(TrainingFailed, match=r"failure\.json"):
-        train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=Seams(after_step=poison))
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=Seams(after_step=poison, name="poison"))
     found = json.loads((tmp_path / "r" / "failure.json").read_text())
     assert found["first_nonfinite"] == "parameter layer1.0.conv1.weight"
     assert (found["epoch"], found["step"]) == (1, 2)
@@ -225,7 +225,7 @@ def test_statistics_that_overflow_are_a_failure_though_every_loss_is_finite(imag
         net.bn1.running_var[0] = math.inf
 
     with pytest.raises(TrainingFailed, match=r"statistics not finite at epoch 0.*buffer bn1\.running_var"):
-        train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=Seams(after_step=poison))
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=Seams(after_step=poison, name="poison"))
     assert not list((tmp_path / "r").glob("*.safetensors"))
 
 
@@ -246,9 +246,41 @@ def test_idle_seams_are_bit_equal_to_plain_training(images, finished, tmp_path):
     def penalty(net, encode, x, y, z, generator):
         return x.new_zeros(())
 
-    seams = Seams(inputs=inputs, penalty=penalty, after_step=lambda net, generator: None)
+    seams = Seams(inputs=inputs, penalty=penalty, after_step=lambda net, generator: None, name="idle")
     idle = train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=seams)
-    assert same_weights(idle.path, finished.path)
+    assert idle.card.pop("defence") == {"name": "idle", "knobs": {}} and idle.card == finished.card
+    assert all(torch.equal(v, finished.net.state_dict()[k]) for k, v in idle.net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "seams",
+    [
+        Seams(inputs=lambda net, encode, x, y, g: x),
+        Seams(penalty=lambda net, encode, x, y, z, g: 5 * z.square().mean()),
+        Seams(after_step=lambda net, g: None),
+        Seams(periods=2),
+    ],
+)
+def test_a_defence_without_a_name_is_refused(images, tmp_path, seams):
+    with pytest.raises(ValueError, match="seams: expected a name"):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", seams=seams)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_resumed_run_tells_what_it_began_with(images, finished, tmp_path, monkeypatch):
+    steps, events = iter(range(1, 1000)), []
+    with pytest.raises(TrainingStopped):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: next(steps) == 3)
+    monkeypatch.setattr(training, "__version__", "9.9.9")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with pytest.raises(TrainingStopped):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", say=events.append, stop=lambda: next(steps) == 5)
+    other = train(NET, ENCODE, images, SPEC, tmp_path / "r")
+    version = finished.card["made_with"]["sparsetrail"]
+    (resumed,) = (e for e in events if e["event"] == "resumed")
+    assert resumed["differs"] == f"threads 1, now 7; sparsetrail {version}, now 9.9.9"
+    assert other.card["made_with"]["threads"] == 7
+    assert other.card["begun_with"] == [finished.card["made_with"]] and "begun_with" not in finished.card
 
 
 def test_bf16_trains_too_and_is_not_fp32(images, finished, tmp_path):
@@ -387,7 +419,7 @@ def watched(images, out, spec, **more):
         return x
 
     with contextlib.suppress(TrainingStopped):
-        train(NET, ENCODE, images, spec, out, seams=Seams(inputs=inputs), **more)
+        train(NET, ENCODE, images, spec, out, seams=Seams(inputs=inputs, name="watch"), **more)
     return weights, steps
 
 

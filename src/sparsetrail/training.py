@@ -1,8 +1,8 @@
 """Training: one specification, one loop, resumable to the bit.
 
 All randomness is keyed by (seed, epoch) or (seed, epoch, step), none is carried along: a run killed at any moment and
-started again with the same command ends with the weights of the uninterrupted run (same CPU and thread count; the sums
-of a GPU differ from run to run).
+started again with the same command ends with the weights of the uninterrupted run (same version, CPU and threads; the
+sums of a GPU differ from run to run).
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetrail import __version__
 from sparsetrail._files import alone, write_atomic
 from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Rate
@@ -121,6 +122,7 @@ class _Progress:
     seconds: float = 0.0
     loss: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    machines: list[dict[str, Any]] = field(default_factory=list)  # what it ran on, each once
 
 
 Say = Callable[[dict[str, Any]], None]
@@ -152,6 +154,8 @@ def train(
     seams, device = seams or Seams(), torch.device(device)
     if spec.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision: tf32 is for products on a GPU, found {device}; take fp32 or bf16")
+    if not seams.name and (seams.inputs or seams.penalty or seams.after_step or seams.periods > 1):
+        raise ValueError("seams: expected a name, by which a resumed run and the card know the defence; give name")
     identity = _identity(net_spec, encode, data, spec, seams, start)
     _check_fit(net_spec, encode, data, spec)
     if seams.check is not None:
@@ -183,7 +187,11 @@ def train(
         if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
             return load_model(out)
         log = _Log(out / "events.jsonl", say)
-        log("resumed" if resumed else "started", epoch=done.epoch, step=done.step, of=total, **_machine(device))
+        machine = _machine(device)
+        differs = _differs(done.machines[-1], machine) if done.machines else ""
+        done.machines = [m for m in done.machines if m != machine] + [machine]
+        more: dict[str, Any] = machine | ({"differs": differs} if differs else {})
+        log("resumed" if resumed else "started", epoch=done.epoch, step=done.step, of=total, **more)
         started, saved, before = time.monotonic(), time.monotonic(), done.seconds
 
         def save_state() -> None:
@@ -611,6 +619,8 @@ def _save_model(
         "validation": None if score is None else {"k": score.k, "n": score.n},
         "made_with": _machine(device),
     }
+    if before := done.machines[:-1]:
+        card["begun_with"] = before
     save_weights(path, net.state_dict(), card)
 
 
@@ -619,7 +629,15 @@ def _machine(device: torch.device) -> dict[str, Any]:
     made = cuda.usable() and switched_on() if device.type == "cuda" else device.type == "cpu" and available()
     kernels = "generated" if made else "PyTorch's"
     threads = torch.get_num_threads()
-    return {"device": f"{device.type} {name}", "torch": torch.__version__, "threads": threads, "kernels": kernels}
+    return {
+        "device": f"{device.type} {name}", "torch": torch.__version__, "threads": threads, "kernels": kernels,
+        "sparsetrail": __version__,
+    }  # fmt: skip
+
+
+def _differs(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What of a machine is not as it was when the run was cut off."""
+    return "; ".join(f"{k} {before.get(k)}, now {v}" for k, v in now.items() if before.get(k) != v)
 
 
 def _failure(out, log, net, encode, x, epoch: int, step: int, rate: float, loss: float) -> TrainingFailed:

@@ -128,7 +128,8 @@ def train(
                 score = "" if event["validation"] is None else f", validation {event['validation']:.1%}"
                 screen.say(f"epoch {event['epoch'] + 1}/{epochs}: loss {event['loss']:.3f}{score}")
             elif event["event"] == "resumed":
-                screen.say(f"continuing at epoch {event['epoch'] + 1}, step {event['step']}")
+                other = f" ({event['differs']}: not to the bit)" if "differs" in event else ""
+                screen.say(f"continuing at epoch {event['epoch'] + 1}, step {event['step']}{other}")
 
         model = train_model(net, code, train_set, spec, folder, seams=seams, device=where, say=say, stop=screen.stop)
     if common.as_json:

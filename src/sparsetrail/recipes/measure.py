@@ -77,6 +77,8 @@ def fit(
     def say(event: dict[str, Any]) -> None:
         if event["event"] == "step":
             bench.tick(f"train {name}", event["step"], event["of"], f"loss {event['loss']:.3f}")
+        elif event["event"] == "resumed" and "differs" in event:
+            bench.tick(f"train {name}", -1, event["of"], f"continues, not to the bit: {event['differs']}")
         elif event["event"] == "epoch" and event["validation"] is not None:
             of = spec.epochs
             bench.tick(
