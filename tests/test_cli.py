@@ -78,6 +78,10 @@ def test_a_compared_system_is_one_command_away(tmp_path, capsys):
         (("defend", "vanilla_vgg11", "--set", "eps=0.1"), "settings (none)"),
         (("defend", "hire_vgg11", "--T", 3), "divisor of the 3 time steps"),
         (("defend", "rat_vgg11", "--calibrate", 3), "has no twin"),
+        (("train", "sew_resnet18", "--tau", 7), "--tau: expected none with if neurons"),
+        (("train", "sew_resnet18", "--neuron", "diet", "--tau", 7), "--tau: expected none with diet neurons"),
+        (("train", "sew_resnet18", "--neuron", "diet", "--no-detach-reset"), "--no-detach-reset: diet neurons detach"),
+        (("defend", "rat_vgg11", "--set", "eps=1/255", "--set", "eps=2/255"), "eps: expected once, got it again"),
     ):
         code, _, err = run(*args, "--data", "fashion-mnist-slice", "--out", tmp_path / "no", capsys=capsys)
         assert code == 4 and match in err and not (tmp_path / "no").exists(), err

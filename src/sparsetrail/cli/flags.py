@@ -159,6 +159,8 @@ def chosen(name: str, allowed: Mapping[str, Any], given: Sequence[str]) -> dict[
         if not found or key not in allowed:
             known = ", ".join(f"{k}={v}" for k, v in allowed.items()) or "none"
             raise ValueError(f"--set {text}: expected key=value of {name}'s settings ({known})")
+        if key in out:
+            raise ValueError(f"--set {text}: {key}: expected once, got it again; leave one of them out")
         default = allowed[key]
         try:
             if isinstance(default, bool):

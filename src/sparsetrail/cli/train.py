@@ -40,20 +40,27 @@ class Network:
     threshold: float = 1.0
     soft_reset: bool = False
     detach_reset: bool | None = None
-    tau: float = 2.0
+    tau: Annotated[float | None, Parameter(help="of lif and plif; default 2")] = None
     surrogate: str = "atan"
     surrogate_width: float = 2.0
 
     def spec(self, arch: str, shaped: data.Dataset, **more: Any) -> NetSpec:
         """The network of an architecture for an image set, `more` of its settings given; ValueError as of its parts."""
         diet = self.neuron == "diet"
+        if self.tau is not None and self.neuron not in ("lif", "plif"):
+            raise ValueError(
+                f"--tau: expected none with {self.neuron} neurons, got {self.tau:g}; give --neuron lif or plif"
+            )
+        if diet and self.detach_reset is False:
+            raise ValueError("--no-detach-reset: diet neurons detach it always; leave it out, or give another --neuron")
         detach = arch.startswith("sew") if self.detach_reset is None else self.detach_reset
         return NetSpec(
             arch=arch, classes=len(shaped.classes), channels=shaped.images.shape[1], width=self.width, stem=self.stem,
             pool=self.pool, connect=self.connect, steps=self.steps,
             neuron=NeuronSpec(
                 kind=self.neuron, threshold=self.threshold, reset=None if self.soft_reset or diet else 0.0,
-                detach_reset=detach or diet, tau=self.tau, surrogate=Surrogate(self.surrogate, self.surrogate_width),
+                detach_reset=detach or diet, tau=2.0 if self.tau is None else self.tau,
+                surrogate=Surrogate(self.surrogate, self.surrogate_width),
             ),
             **more,
         )  # fmt: skip
