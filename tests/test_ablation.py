@@ -220,7 +220,7 @@ def test_the_sentence_counts_by_hand():
     lost = replace(t, rows=(replace(t.rows[0], zero=0.5, created=0.5, zero64=0.0), *t.rows[1:]))
     assert "20.0 % of the zeros are float underflow" in explain(lost)  # 50 of 250
     none = replace(t, rows=rows(("conv1", "conv", 0.0, 0.0, 0.0)))
-    begin = "m, eval mode, n=2: no gradient entry at the inputs of the 1 modules measured is exactly zero"
+    begin = "m, eval mode, n=2: no gradient entry at the input of the module measured is exactly zero"
     assert explain(none) == f"{begin}."
     arrives = replace(none, rows=(replace(none.rows[0], inherited=0.5),))  # an operation that is no module made them
     assert explain(arrives) == f"{begin}, 50.0 % of those at the output of conv1 are."

@@ -35,6 +35,7 @@ ATTACKS = {  # names as the literature prints them; any other attack keeps its o
     "boundary": "Boundary",
     "codebook": "codebook",
     "sda": "SDA",
+    "sparse_rs": "Sparse-RS",
     "transfer": "transfer",
     "noise": "noise",
 }
@@ -184,10 +185,8 @@ def explain(trail: Trail) -> str:
     geometry forces, not which: the smaller of both shares counts as forced.
     """
     zeros, entries = sum(r.zero * r.entries for r in trail.rows), sum(r.entries for r in trail.rows)
-    begin, where = (
-        f"{trail.victim}, {trail.mode} mode, n={trail.n}: ",
-        f"at the inputs of the {len(trail.rows)} modules measured",
-    )
+    begin, count = f"{trail.victim}, {trail.mode} mode, n={trail.n}: ", len(trail.rows)
+    where = f"at the inputs of the {count} modules measured" if count > 1 else "at the input of the module measured"
     missing = _missing(trail)
     if not zeros:
         most = max(trail.rows, key=lambda r: r.inherited or 0.0)
