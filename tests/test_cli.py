@@ -335,6 +335,15 @@ def test_a_foreign_checkpoint_is_taken_in_without_running_it(model, tmp_path, ca
     assert code == 0, err
     code, _, err = run("import", tmp_path / "best.pth", *flags, "--out", tmp_path / "in", capsys=capsys)
     assert code == 4 and "--fresh" in err
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    before = (tmp_path / "in" / "model.safetensors").read_bytes()
+    code, _, err = run("import", tmp_path / "page.pth", *flags, "--fresh", "--out", tmp_path / "in", capsys=capsys)
+    assert code == 4 and "expected a PyTorch checkpoint" in err  # looked at before the old model is moved
+    assert (tmp_path / "in" / "model.safetensors").read_bytes() == before and not (tmp_path / "in.old1").exists()
+    code, _, err = run("import", tmp_path / "best.pth", *flags, "--fresh", "--out", tmp_path / "in", capsys=capsys)
+    assert code == 0 and (tmp_path / "in.old1" / "model.safetensors").read_bytes() == before
+    assert load_model(tmp_path / "in").sha256 == taken.sha256
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith((".", "tmp"))]
     lif = ("--neuron", "lif", "--tau", "1.5", "--threshold", "0.8", "--out", tmp_path / "lif")
     assert run("import", tmp_path / "best.pth", *flags, *lif, capsys=capsys)[0] == 0
     spec = load_model(tmp_path / "lif").card["net"]["neuron"]

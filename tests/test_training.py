@@ -1,6 +1,7 @@
 """Training: resumable to the bit, honest about its validation, loud about NaN, and refusing what it cannot trust."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -193,6 +194,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(images, tmp_pat
         {"epochs": 0},
         {"validation": 1.0},
         {"clip": -1.0},
+        {"momentum": 5},
+        {"momentum": 1.0},
+        {"betas": (0.9, 1.0)},
         {"crop": -1},
         {"cutout": -1},
     ):
@@ -355,6 +359,24 @@ def test_a_damaged_snapshot_never_takes_the_place_of_the_good_one(images, finish
     monkeypatch.undo()
     assert (out / "state.damaged.safetensors").read_bytes() == state
     assert same_weights(train(NET, ENCODE, images, SPEC, out).path, finished.path)
+
+
+def test_what_a_killed_writer_left_is_swept(images, tmp_path):
+    (tmp_path / "r").mkdir()
+    left = tmp_path / "r" / ".state.safetensors.1.ab.part"
+    left.write_bytes(b"half")
+    train(NET, ENCODE, images, replace(SPEC, epochs=1), tmp_path / "r")
+    assert not left.exists()
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*w\.safetensors'"):
+        save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_process_in_the_folder_is_refused(images, tmp_path):

@@ -72,6 +72,8 @@ class TrainSpec:
             ("schedule", self.schedule in ("none", "cosine"), "none or cosine"),
             ("precision", self.precision in ("fp32", "tf32", "bf16"), "fp32, tf32 or bf16"),
             ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
+            ("betas", all(0 <= b < 1 for b in self.betas), "shares from 0 to below 1"),
+            ("momentum", 0 <= self.momentum < 1, "a share from 0 to below 1"),
             ("batch", self.batch >= 1, "at least 1 image"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("crop", self.crop >= 0, "0 (off) or more pixels"),
@@ -167,6 +169,8 @@ def train(
     gpu = device.type == "cuda"
     with alone(out), products(spec.precision == "tf32") if gpu else contextlib.nullcontext():
         _check_folder(out, identity)
+        for left in out.glob(".*.part"):  # by a writer that was killed
+            left.unlink()
         held_in, held_out = split_validation(data, spec.validation, spec.seed) if spec.validation else (data, None)
         if len(held_in.labels) < spec.batch:
             raise ValueError(f"batch: expected at most the {len(held_in.labels)} training images, got {spec.batch}")

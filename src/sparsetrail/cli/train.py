@@ -1,5 +1,7 @@
 """The verbs that make models: `train`, `defend` (a compared system, as its source trains it), `import`."""
 
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +13,7 @@ from sparsetrail.attacks import settings
 from sparsetrail.cli.flags import KEPT, Fresh, Kept, chosen, emit, output_folder
 from sparsetrail.cli.screen import Screen
 from sparsetrail.defend import DEFENCES
-from sparsetrail.models import Trained, import_weights
+from sparsetrail.models import Trained, import_weights, load_model
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.systems import SYSTEMS, facts, plan, train_system
 from sparsetrail.snn.encode import Encoder, build_encoder
@@ -133,7 +135,7 @@ def train(
                 )
             elif event["event"] == "epoch":
                 score = "" if event["validation"] is None else f", validation {event['validation']:.1%}"
-                screen.say(f"epoch {event['epoch'] + 1}/{epochs}: loss {event['loss']:.3f}{score}")
+                screen.say(f"epoch {event['epoch'] + 1}/{epochs}: last loss {event['loss']:.3f}{score}")
             elif event["event"] == "resumed":
                 other = f" ({event['differs']}: not to the bit)" if "differs" in event else ""
                 screen.say(f"continuing at epoch {event['epoch'] + 1}, step {event['step']}{other}")
@@ -174,8 +176,13 @@ def import_(
     found = data.load(data_name, "test", root=root)
     net = network.spec(arch, found, normalise=normalise, readout=readout, norm=norm, dropout=dropout)
     code = network.code()
-    folder = output_folder(out, fresh)
-    model = import_weights(file, net, code, found.name, folder, trust_pickle=trust_pickle)
+    if fresh and out.exists():  # what is there goes only when the file is good
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent) as there:
+            taken = import_weights(file, net, code, found.name, there, trust_pickle=trust_pickle)
+            os.replace(taken.path, output_folder(out, fresh) / "model.safetensors")
+        model = load_model(out)
+    else:
+        model = import_weights(file, net, code, found.name, output_folder(out), trust_pickle=trust_pickle)
     print(f"model    {model.path}   sha256 {model.sha256[:12]}")
     print(f"taken    {_assumed(net, code)}")
 
