@@ -464,8 +464,9 @@ def _unread(tree: Tree) -> tuple[str, ...]:
         return ()
     lost = sorted({found[1] for found in map(_CLASS.fullmatch, left) if found} - classes)
     some = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+    many = "1 picture is" if len(left) == 1 else f"{len(left)} pictures are"
     gone = f"; lost with them: class {', '.join(lost[:8])}" if lost else ""
-    return (f"{tree.where}: {len(left)} pictures are not read ({some}), only split/class/*.png and *.jpg are{gone}",)
+    return (f"{tree.where}: {many} not read ({some}), only split/class/*.png and *.jpg are{gone}",)
 
 
 def _read_pictures(
