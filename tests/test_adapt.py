@@ -65,6 +65,12 @@ def test_what_does_not_fit_is_refused():
         adapted(net, direct(steps=3), classes=3)
     assert mean_over_time((torch.ones(4, 2, 3), None)).shape == (2, 3)
     assert mean_over_time(torch.ones(2, 3)).shape == (2, 3)
+    steps = [torch.full((2, 3), float(t)) for t in range(3)]
+    assert torch.equal(mean_over_time(steps), torch.ones(2, 3))  # of all steps, not the first alone
+    assert torch.equal(mean_over_time((steps, None)), torch.ones(2, 3))
+    for wrong in ([torch.ones(2, 3), torch.ones(2, 4)], [torch.ones(2)], ["spikes"], []):
+        with pytest.raises(ValueError, match=r"expected a list of scores \[n k\], one a step"):
+            mean_over_time(wrong)
 
 
 @pytest.fixture

@@ -16,12 +16,14 @@ from sparsetrail.snn.encode import latency, phase
 from sparsetrail.snn.net import NetSpec, build, victim
 
 N = 24
+FLIPS = ("sda", "sparse_rs")  # attacks of an L0 ball
 QUICK = {  # settings under which an attack is through in a moment
     "apgd": {"steps": 20},
     "sapgd": {"steps": 20},
     "square": {"queries": 60},
     "spsa": {"steps": 4, "samples": 8},
     "sda": {"steps": 3},
+    "sparse_rs": {"queries": 30},
     "rays": {"queries": 60},
     "fab": {"steps": 20},
     "autoattack": {"steps": 5, "queries": 20},
@@ -43,8 +45,8 @@ def strike(name, v, threat, x, y, **more):
 
 
 def ball_for(name, space, eps, flips):
-    """The ball that an attack is made for: flips for sda, L-infinity for the others."""
-    return L0(flips, space=space) if name == "sda" else Linf(eps, space=space)
+    """The ball that an attack is made for: flips for sda and sparse_rs, L-infinity for the others."""
+    return L0(flips, space=space) if name in FLIPS else Linf(eps, space=space)
 
 
 def refused(name, space):
@@ -102,7 +104,7 @@ def all_images(v, x, y, level0, offsets):
 @pytest.mark.parametrize("space", ["pixel", "encoded"])
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_never_better_than_the_closed_form(name, space):
-    """Not better than the best point there is; for codebook and sda that point is found by looking at all."""
+    """Not better than the best point there is; for codebook and flips that point is found by looking at all."""
     x = pictures()
     if name == "codebook":
         v, _ = coded_victim()
@@ -114,11 +116,11 @@ def test_never_better_than_the_closed_form(name, space):
             assert (margin(v.scores(run.adversarial), y) <= optimum + 1e-6).all()
         return
     v, w = linear_victim(space)
-    x = binary(x) if name == "sda" else x
+    x = binary(x) if name in FLIPS else x
     y = v.scores(x).argmax(1)
     run = strike(name, v, ball_for(name, space, 0.05, 2), x, y, keep=True)
     f = v.scores if space == "pixel" else v.logits
-    if name == "sda":
+    if name in FLIPS:
         u0 = (x if space == "pixel" else v.encode(x)).movedim(threat_axis(space), 0).flatten(1)
         flips = [c for r in (0, 1, 2) for c in itertools.combinations(range(u0.shape[1]), r)]
         rows = w if space == "encoded" else w[:4] + w[4:]
@@ -154,7 +156,7 @@ def test_gradient_attacks_reach_the_closed_form_on_two_classes(space):
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_radius_zero_changes_nothing(name, space):
     v, _ = coded_victim() if name == "codebook" else linear_victim(space)
-    x = binary(pictures()) if name == "sda" else pictures()
+    x = binary(pictures()) if name in FLIPS else pictures()
     y = v.scores(x).argmax(1)
     with refused(name, space) or contextlib.nullcontext():
         run = strike(name, v, ball_for(name, space, 0.0, 0), x, y, keep=True)
@@ -191,7 +193,7 @@ def snn():
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_the_same_result_for_any_batch_size_and_seeded(snn, name, space):
     _, v, x, y = snn
-    if name == "sda" and space == "pixel":
+    if name in FLIPS and space == "pixel":
         x = binary(x)
         y = v.scores(x).argmax(1)
     threat = ball_for(name, space, 4 / 255, 6)
@@ -216,7 +218,7 @@ def test_the_same_point_for_any_batch_order_and_dropping(name):
     v = Victim(encode=code if name == "codebook" else lambda x: torch.stack([x, x]), logits=logits, steps=2, classes=4,
                codebook=code.codebook if name == "codebook" else None)  # fmt: skip
     level = torch.randint(0, 256, (N, 1, 3, 3), generator=torch.Generator().manual_seed(6))
-    x = binary(level / 256) if name == "sda" else level / 255
+    x = binary(level / 256) if name in FLIPS else level / 255
     y = v.scores(x).argmax(1)
     threat = ball_for(name, "pixel", 8 / 255, 1)
     more = {"keep": True, "seed": 2} | ({"restarts": 3} if "restarts" in settings(ATTACKS[name]) else {})

@@ -14,7 +14,7 @@ from lively import lively
 from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify
 from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
-from sparsetrail.core import L2, Audit, Finding, Linf, Rate, Run, Streams, Victim, margin
+from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run, Streams, Victim, margin
 from sparsetrail.data import load as load_images
 from sparsetrail.data import take
 from sparsetrail.recipes.audits import Cells, sentence, target, verify_again
@@ -543,6 +543,51 @@ def test_what_is_not_fit_is_refused_before_anything_runs(snn):
         audit(v, Linf(EPS, space="pixel"), x, y, claim=45.0)
     with pytest.raises(ValueError, match="nothing to audit"):
         audit(v, Linf(0, space="pixel"), x, y)
+
+
+def test_images_labels_and_codebooks_that_do_not_fit_are_refused(snn):
+    v, x, y = snn
+    ball = Linf(EPS, space="pixel")
+    for images, match in (
+        (255 * x, "divide 8-bit images by 255"),
+        (2 * x - 1, "got torch.float32 in -1"),
+        (x.double(), "expected float32 pixels"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            audit(v, ball, images, y)
+    with pytest.raises(ValueError, match=r"labels: expected the class of every image \[n\], got \(12, 10\)"):
+        audit(v, ball, x, torch.nn.functional.one_hot(y, 10))
+    book = v.codebook
+    for wrong in (book.flip(1), book.flip(0), book[:, :2]):
+        with pytest.raises(ValueError, match=r"expected codebook \[256 4\], the code of every grey level"):
+            audit(replace(v, codebook=wrong), ball, x, y)
+
+
+def flipped(gradient):
+    """An event classifier whose gradient points where it is told; scores are smooth, so flips by score find the way."""
+    w = torch.randn(2 * 400, 3, generator=torch.Generator().manual_seed(0))
+
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, u):
+            return u.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return gradient * g
+
+    v = Victim(encode=lambda x: torch.stack([x, x]), steps=2, classes=3, name="events",
+               logits=lambda u: Turned.apply(u).movedim(1, 0).flatten(1).tanh() @ w)  # fmt: skip
+    x = torch.randint(0, 2, (110, 1, 20, 20), generator=torch.Generator().manual_seed(1)).float()
+    return v, x, v.scores(x).argmax(1)
+
+
+@pytest.mark.parametrize(("gradient", "verdict"), [(1, "supported"), (-1, "masked"), (0, "masked")])
+def test_under_l0_a_gradient_that_leads_nowhere_is_found_by_flips_that_ask_for_scores(gradient, verdict, unplotted):
+    v, x, y = flipped(gradient)
+    found, _ = audit(v, L0(8, space="encoded"), x, y, budget="standard", fresh=lambda: v)
+    assert found.verdict == verdict and any("sparse_rs" in r.attack for r in found.runs)
+    assert found.accuracy.value < 0.9
 
 
 def test_settings_that_audit_nothing_are_refused(snn):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from frauds import bent, case, honest
 from scipy.stats import binomtest, spearmanr
+from torch import nn
 
 from sparsetrail.attacks import attack, pgd
 from sparsetrail.checks import CHECKS, Case, sanity, validity
@@ -126,7 +127,58 @@ def test_nothing_classified_correctly_leaves_the_gradient_alone():
     x, y = sample()
     found = {id: look(Case(linear(), Linf(0.1, space="pixel"), x, (y + 1) % 3)) for id, look in CHECKS.items()}
     assert found["G1"].level == found["C3"].level == "not applicable"
-    assert not [f for f in found.values() if f.level == "fail"]
+    assert [f.id for f in found.values() if f.level == "fail"] == ["S9"]
+    assert "0.0 % [0.0, 13.8], n=24 of the clean images classified correctly" in found["S9"].evidence
+
+
+def test_fewer_right_than_by_chance_is_no_evaluation_and_as_many_is_one():
+    x, y = sample()
+    for right, level in ((0, "fail"), (2, "fail"), (6, "pass")):
+        labels = torch.where(torch.arange(24) < right, y, (y + 1) % 3)
+        found = CHECKS["S9"](Case(linear(), Linf(0.1, space="pixel"), x, labels))
+        assert found.level == level and (level == "pass" or "number the classes alike" in found.advice)
+
+
+class Membrane(nn.Module):
+    """Its potential is a buffer, reset or not; some of its kind count what they are shown."""
+
+    def __init__(self, resets, counts=False):
+        super().__init__()
+        self.fc, self.resets, self.counts = nn.Linear(16, 3), resets, counts
+        self.register_buffer("v", torch.zeros(1))
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, u):
+        if self.resets:
+            self.v = torch.zeros(1)
+        for now in u:
+            self.v = (0.5 * self.v.mean() + self.fc(now.flatten(1))).detach()
+        self.seen += self.counts
+        return self.fc(u.mean(0).flatten(1)) + 0 * self.v
+
+
+@pytest.mark.parametrize(
+    ("resets", "counts", "level"), [(True, False, "pass"), (False, False, "fail"), (True, True, "warn")]
+)
+def test_a_membrane_that_every_call_resets_is_no_change(resets, counts, level):
+    torch.manual_seed(0)
+    net = Membrane(resets, counts).eval()
+    x, y = sample()
+    v = Victim(encode=lambda x: torch.stack([x, x]), logits=net, steps=2, classes=3, module=net)
+    found = CHECKS["S2"](Case(v, Linf(0.1, space="pixel"), x, y))
+    assert found.level == level
+
+
+def test_no_check_leaves_the_box():
+    def logits(u):
+        assert bool(((u >= 0) & (u <= 1)).all()), "pixels must be in [0, 1]"
+        return linear().logits(u)
+
+    x, y = sample()
+    x = x.clone()
+    x[0] = 1.0
+    found = [look(Case(linear(logits=logits), Linf(0.1, space="pixel"), x, y)) for look in CHECKS.values()]
+    assert not [f for f in found if "pixels must be" in f.evidence]
 
 
 def test_the_forward_that_differentiates_is_counted_however_it_is_written():

@@ -127,6 +127,7 @@ def test_readme_and_docs_code_runs(tmp_path, monkeypatch):
         root / "README.md",
         root / "docs" / "start.md",
         root / "docs" / "adding.md",
+        root / "docs" / "victims.md",
         root / "docs" / "theory.md",
     ):
         names: dict = {}

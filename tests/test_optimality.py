@@ -3,6 +3,7 @@ spiking ones; and what they do where there is no gradient, no score, or only a t
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ from sparsetrail.core import L0, L2, Linf, Problem, Streams, Victim, correct, ma
 from sparsetrail.snn.encode import latency, phase
 from sparsetrail.snn.neuron import NeuronSpec, fused
 
+FLIPS = ("sda", "sparse_rs")
 QUICK = {"apgd": {"steps": 20}, "sapgd": {"steps": 20}, "square": {"queries": 60}, "spsa": {"steps": 4, "samples": 8},
+         "sparse_rs": {"queries": 60},
          "rays": {"queries": 200}, "fab": {"steps": 20}, "autoattack": {"steps": 5, "queries": 20}}  # fmt: skip
 AXIS = {"pixel": 0, "encoded": 1}
 
@@ -127,6 +130,23 @@ def test_l0_reaches_the_best_flips(space, flips):
     broken = ~torch.tensor(lean.robust)
     assert (changed[broken] >= fewest[broken]).all() and (changed[~broken] == 0).sum() <= (~broken).sum()
     assert (changed[broken] == fewest[broken]).float().mean() > 0.8  # a flip measured first may fool before the leanest
+
+
+@pytest.mark.parametrize("space", ["pixel", "encoded"])
+def test_sparse_rs_finds_the_best_flips_of_a_linear_score(space):
+    """Exactly eps flips of largest gain, which single exchanges reach from anywhere; told by scores alone."""
+    v, rows = linear(space, size=6)
+    blind = replace(v, logits=lambda u: v.logits(u.detach()))
+    x = torch.randint(0, 2, (20, 1, 2, 3), generator=torch.Generator().manual_seed(1)).float()
+    u0, f, y = posed(v, space, x)
+    s, flat = slopes(rows, y), u0.movedim(AXIS[space], 0).flatten(1)
+    gain = s * (1 - 2 * flat)
+    best = margin(f(u0), y) + gain.topk(3, 1).values.sum(1)
+    run = attack(ATTACKS["sparse_rs"], blind, L0(3, space=space), x, y, keep=True, drop=False, queries=400)
+    assert torch.allclose(margin(f(run.adversarial), y), best, atol=1e-5) and run.backwards == 0
+    assert torch.equal((run.adversarial != u0).movedim(AXIS[space], 0).flatten(1).sum(1), torch.full((20,), 3))
+    with pytest.raises(ValueError, match="sparse_rs: expected an L0 ball around a binary input"):
+        attack(ATTACKS["sparse_rs"], v, Linf(0.1, space=space), x, y)
 
 
 def test_what_sda_undoes_is_undone_for_no_example_that_stands():
@@ -247,11 +267,11 @@ def test_no_gradient_no_score_and_no_lead_are_survived(name, space, fault):
 
     v = Victim(encode=encoder, logits=logits, steps=2, classes=3, codebook=encoder.codebook)
     x = torch.full((4, 1, 2, 2), 0.6)
-    if name == "sda":
+    if name in FLIPS:
         x = torch.ones(4, 1, 2, 2)
     y = torch.zeros(4, dtype=torch.long)
-    threat = L0(3, space=space) if name == "sda" else Linf(30 / 255, space=space)
-    balls = [threat] if name in ("sda", "codebook") else [threat, L2(0.3, space=space)]
+    threat = L0(3, space=space) if name in FLIPS else Linf(30 / 255, space=space)
+    balls = [threat] if name in (*FLIPS, "codebook") else [threat, L2(0.3, space=space)]
     for ball in balls:
         for loss in [None] if "loss" not in settings(ATTACKS[name]) else LOSSES | (TARGETED if name == "apgd" else {}):
             knobs = QUICK.get(name, {}) | ({} if loss is None else {"loss": loss})
@@ -276,9 +296,9 @@ def test_a_tiny_slope_moves_as_far_as_a_large_one(name):
                       logits=lambda u: u.movedim(1, 0).flatten(1) @ w * scale)  # fmt: skip
 
     x = torch.randint(0, 256, (30, 1, 2, 2), generator=torch.Generator().manual_seed(1)) / 255
-    x = (x > 0.5).float() if name == "sda" else x
+    x = (x > 0.5).float() if name in FLIPS else x
     y = victim(1.0).scores(x).argmax(1)
-    for ball in [L0(1, space="pixel")] if name == "sda" else [Linf(50 / 255, space="pixel")]:
+    for ball in [L0(1, space="pixel")] if name in FLIPS else [Linf(50 / 255, space="pixel")]:
         knobs = QUICK.get(name, {})
         one = attack(ATTACKS[name], victim(1.0), ball, x, y, keep=True, **knobs)
         tiny = attack(ATTACKS[name], victim(2.0**-100), ball, x, y, keep=True, **knobs)  # 8e-31

@@ -56,6 +56,7 @@ _HOME = {  # public name: module; loaded at first use, so that `import sparsetra
     "spsa": "attacks",
     "rays": "attacks",
     "sda": "attacks",
+    "sparse_rs": "attacks",
     "sapgd": "attacks",
     "rfgsm": "attacks",
     "mifgsm": "attacks",

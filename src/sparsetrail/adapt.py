@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsetrail.core import Route, Victim
@@ -28,9 +29,17 @@ def reset_all(net: nn.Module) -> None:
 
 
 def mean_over_time(out: Any) -> Tensor:
-    """Class scores [n k] from what a network returns: the first of a tuple, the mean over [t n k]."""
-    while isinstance(out, tuple | list):
+    """Class scores [n k] of what a network returns: the first of a tuple, the mean over [t n k] or a list of [n k]."""
+    while isinstance(out, tuple):
         out = out[0]
+    if isinstance(out, list):
+        shapes = {tuple(part.shape) if isinstance(part, Tensor) else None for part in out}
+        if len(shapes) != 1 or len(next(iter(shapes)) or ()) != 2:
+            raise ValueError(
+                f"expected a list of scores [n k], one a step, got {sorted(map(str, shapes))}; give read=, which makes "
+                "scores [n k] of what the network returns"
+            )
+        out = torch.stack(out)
     return out.mean(0) if out.ndim == 3 else out
 
 

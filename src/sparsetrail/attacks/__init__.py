@@ -16,6 +16,7 @@ from sparsetrail.attacks.rfgsm import rfgsm
 from sparsetrail.attacks.run import Attack, attack, check_settings, settings
 from sparsetrail.attacks.sapgd import sapgd
 from sparsetrail.attacks.sda import sda
+from sparsetrail.attacks.sparse_rs import sparse_rs
 from sparsetrail.attacks.spsa import spsa
 from sparsetrail.attacks.square import square
 
@@ -30,6 +31,7 @@ ATTACKS: dict[str, Attack] = {
     "sapgd": sapgd,
     "codebook": codebook,
     "sda": sda,
+    "sparse_rs": sparse_rs,
     "fab": fab,
     "square": square,
     "spsa": spsa,
@@ -39,5 +41,6 @@ ATTACKS: dict[str, Attack] = {
 
 __all__ = [
     "ATTACKS", "LOSSES", "TARGETED", "Attack", "apgd", "attack", "authors", "autoattack", "bim", "check_settings",
-    "codebook", "fab", "fgsm", "mifgsm", "noise", "pgd", "rays", "rfgsm", "sapgd", "sda", "settings", "spsa", "square",
+    "codebook", "fab", "fgsm", "mifgsm", "noise", "pgd", "rays", "rfgsm", "sapgd", "sda", "settings", "sparse_rs",
+    "spsa", "square",
 ]  # fmt: skip

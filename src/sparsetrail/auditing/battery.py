@@ -46,7 +46,13 @@ def battery(
     """
     eps, much = threat.eps, {"quick": 0.2, "standard": 1.0, "thorough": 2.0}[budget]
     if threat.norm == "l0":
-        return [_stage("sda", "default", steps=max(5, int(30 * much)))] if gradient else []
+        own = [_stage("sda", "default", steps=max(5, int(30 * much)))] if gradient else []
+        queries = {"quick": 200, "standard": 1000, "thorough": 5000}[budget]
+        return [
+            *own,
+            _stage("sparse_rs", "black box", queries=queries),
+            _stage("noise", "noise", draws=max(2, int(100 * much))),
+        ]
 
     def n(count: int) -> int:
         return max(2, int(count * much))

@@ -184,10 +184,22 @@ def refuse(
 
 
 def _refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices: tuple[int, ...]) -> None:
+    for what, t in (("images", x), ("labels", y)):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{what}: expected a tensor, got {type(t).__name__}; use torch.as_tensor")
+    if x.dtype != torch.float32 or not bool(((x >= 0) & (x <= 1)).all()):
+        ends = f"{float(x.min()):.3g}..{float(x.max()):.3g}" if x.numel() else "none"
+        raise ValueError(
+            f"images: expected float32 pixels in 0..1, got {x.dtype} in {ends}; divide 8-bit images by 255, and put "
+            "mean and standard deviation into encode or logits"
+        )
+    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"labels: expected the class of every image [n], got {tuple(y.shape)} of {y.dtype}")
     if len(x) != len(y) or len(y) == 0 or len(indices) != len(y):
         raise ValueError(f"expected images with a label and a place each, got {len(x)}, {len(y)} and {len(indices)}")
     if int(y.min()) < 0 or int(y.max()) >= victim.classes:
         raise ValueError(f"labels: expected 0..{victim.classes - 1}, got {int(y.min())}..{int(y.max())}")
+    _refuse_codebook(victim, x)
     if threat.space != "pixel" or threat.box != (0.0, 1.0):
         return
     on = grey(x)
@@ -197,6 +209,21 @@ def _refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices
         )
     if bool(on.all()) and threat.norm == "linf" and 255 * threat.eps < 1 - 1e-4:
         raise ValueError(f"eps: less than one grey level ({255 * threat.eps:.3g} of one) holds no other 8-bit image")
+
+
+def _refuse_codebook(victim: Victim, x: Tensor) -> None:
+    """A codebook must be the code of the grey levels, or attacks by it aim at another network."""
+    if victim.codebook is None or victim.random or not bool(grey(x[:4]).all()):
+        return
+    with torch.no_grad():
+        code = victim.encode(x[:4])
+    book = victim.codebook.to(code)
+    told = book[(x[:4] * 255).round().long()].movedim(-1, 0) if book.shape == (256, len(code)) else None
+    if told is None or told.shape != code.shape or not torch.allclose(told, code, rtol=1e-5, atol=1e-6):
+        raise ValueError(
+            f"{victim.name}: expected codebook [256 {len(code)}], the code of every grey level step by step, found "
+            f"another, {tuple(victim.codebook.shape)}; leave it out, or give encode of the 256 levels"
+        )
 
 
 def _refuse_guides(victim: Victim, threat: Threat, x: Tensor, y: Tensor, guides: Sequence[Victim]) -> None:
@@ -377,9 +404,9 @@ class _Work:
             raise
         except Exception as error:
             raise ValueError(
-                f"{self.victim.name}: expected scores for any batch of images, got {type(error).__name__}: {error}. If "
-                "the network keeps state from call to call, let it be reset: sparsetrail.stateful(net, encode, "
-                "classes=...)"
+                f"{self.victim.name}: expected scores for any number of float32 images, got {type(error).__name__}: "
+                f"{error}. A network that keeps state from call to call is reset by sparsetrail.stateful(net, encode, "
+                "classes=...); one of a fixed batch size or of another dtype needs padding or a cast in logits"
             ) from error
 
     def clean(self) -> list[bool]:
@@ -445,7 +472,7 @@ class _Work:
         f, moved = fresh().of(self.threat.space), 0
         for part, a, b in zip(parts, before, scores(f), strict=True):
             with self.asking(), torch.no_grad():
-                bit = f(part * (1 + 2**-23 * case.draw(part, 1, signs=True))).float()
+                bit = f(case.boxed(part * (1 + 2**-23 * case.draw(part, 1, signs=True)))).float()
             size = torch.maximum(a.abs(), b.abs()).nan_to_num().amax().clamp(min=1)
             slack = max(1e-4 * float(size), 10 * float((b - bit).abs().nan_to_num().max()))
             moved += int((~((a - b).abs().amax(1) <= slack) & a.isfinite().all(1)).sum())

@@ -14,7 +14,7 @@ from sparsetrail._shapes import Float
 from sparsetrail.attacks import attack, noise, pgd
 from sparsetrail.checks.case import Case, Outcome, Skip, check, flags, graded
 from sparsetrail.checks.chance import at_least
-from sparsetrail.core import Linf, Rate, Run, Victim, margin
+from sparsetrail.core import Linf, Rate, Run, Victim, correct, margin
 
 
 @check("S0", "finite scores")
@@ -78,18 +78,25 @@ def validity(case: Case, run: Run) -> Outcome:
 
 @check("S2", "nothing changes while scoring")
 def unchanged(case: Case) -> Outcome:
-    """Weights, buffers and mode are the same before and after scores and gradients. Change, or train mode, fails;
-    a change of whole numbers alone, such as a count of calls, warns."""
+    """Weights and mode are the same before and after scores and gradients, buffers once the same images were scored
+    again after others (a membrane that is reset with every call is one). Change, or train mode, fails; a change of
+    whole numbers alone, such as a count of calls, warns."""
     module = case.victim.module
     if module is None:
         raise Skip("the victim names no module to look at")
     training = sum(m.training for m in module.modules()) if case.victim.mode == "eval" else 0
     before, modes = _digest(module), [m.training for m in module.modules()]
+    weights, again = {k for k, _ in module.named_parameters()}, before
     if not module.training:
         case.scores(case.u0)
         case.reach(case.u0, case.y)
+        again = _digest(module)
+        case.scores(case.boxed(case.u0.flip(case.u0.ndim - 1)))
+        case.scores(case.u0)
+        case.reach(case.u0, case.y)
     after = _digest(module)
-    moved = [k for k in before if before[k] != after.get(k)] + [k for k in after if k not in before]
+    held = {k: sha for k, sha in before.items() if k in weights} | {k: v for k, v in again.items() if k not in weights}
+    moved = [k for k in held if held[k] != after.get(k)] + [k for k in after if k not in held]
     switched = sum(a != b.training for a, b in zip(modes, module.modules(), strict=True))
     words = f"; first {moved[0]}" if moved else ""
     counts = {k for k, t in module.named_buffers() if not t.is_floating_point()}
@@ -97,7 +104,7 @@ def unchanged(case: Case) -> Outcome:
         graded(bool(moved), bool(set(moved) - counts or training or switched)),
         len(moved),
         "0",
-        f"{len(moved)} of {len(before)} tensors changed{words}; {training} modules in train mode, {switched} switched",
+        f"{len(moved)} of {len(held)} tensors changed{words}; {training} modules in train mode, {switched} switched",
         "call net.eval() and keep running statistics fixed while attacking; restore the weights from their file",
     )
 
@@ -194,7 +201,7 @@ def batch_invariance(case: Case) -> Outcome:
         alone = torch.cat([case.f(part).float() for part in u.narrow(axis, 0, few).split(1, axis)])
         shuffled = case.f(u.index_select(axis, order)).float()
         padded = case.f(torch.cat([u, case.boxed(1 - u)], axis)).float()[:count]
-        last_bit = case.f(u * (1 + 2**-23 * case.draw(u, 1, signs=True))).float()
+        last_bit = case.f(case.boxed(u * (1 + 2**-23 * case.draw(u, 1, signs=True)))).float()
     gaps = {"alone": _gaps(z[:few], alone), "permuted": _gaps(z[order], shuffled), "padded": _gaps(z, padded)}
     slack = max(1e-4, 10 * _gap(z, last_bit))
     moved = {k: Rate(int((~(gap <= slack)).sum()), len(gap)) for k, gap in gaps.items()}
@@ -267,8 +274,9 @@ def ties(case: Case) -> Outcome:
 def kind_of_scores(case: Case) -> Outcome:
     """One score a class, else fails; no probabilities, which warn: their loss saturates (AutoAttack's checks.py).
 
-    Scores that take no more different values than there are classes, over the images and four corners of the ball, to
-    a twentieth of the largest, fail: they tell a decision and no way to another one.
+    Fewer images classified correctly than chance would (Wilson, 95 %) fail: the classes stand in another order, or the
+    network expects other pixels. Scores that take no more different values than there are classes, over the images and
+    four corners of the ball, to a twentieth of the largest, fail: they tell a decision and no way to another one.
     """
     with torch.no_grad():
         z = case.f(case.u0).detach().float()
@@ -282,6 +290,16 @@ def kind_of_scores(case: Case) -> Outcome:
         size = seen.abs().amax().clamp(min=1e-30)
         values = len((20 * seen / size).round().unique(dim=0))
     decisions = values <= case.victim.classes
+    right = Rate(int(correct(z, case.y).sum()), case.n) if shaped else Rate(case.n, case.n)
+    if not decisions and right.interval()[1] < 1 / case.victim.classes:
+        return Outcome(
+            "fail",
+            right.value,
+            f"not surely below {1 / case.victim.classes:.3g}, chance",
+            f"{right} of the clean images classified correctly, fewer than by chance",
+            "look whether scores and labels number the classes alike, and whether pixels reach the network as it was "
+            "trained on them (0..1 here; put mean and standard deviation into encode or logits)",
+        )
     return Outcome(
         graded(probabilities, not shaped or decisions),
         z.shape[1] if z.ndim == 2 else None,

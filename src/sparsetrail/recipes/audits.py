@@ -413,6 +413,11 @@ def fits(victim: Victim, x: Tensor, data: Dataset) -> None:
             z = victim.scores(x[:2])
     except Exception as error:
         raise ValueError(f"{victim.name} does not take images {tuple(x[:2].shape)} of {data.name}: {error}") from None
+    if not isinstance(z, torch.Tensor):
+        raise ValueError(
+            f"{victim.name}: expected a tensor of scores, got {type(z).__name__}; return the part that holds them, or "
+            "give stateful(read=...)"
+        )
     if tuple(z.shape) != (len(x[:2]), victim.classes):
         raise ValueError(
             f"{victim.name}: expected scores {(len(x[:2]), victim.classes)}, got {tuple(z.shape)} for {data.name}"
