@@ -11,7 +11,7 @@ import torch
 from frauds import FRAUDS, case, hard_labels, honest, rejecting
 from lively import lively
 
-from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify
+from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify, wavers
 from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
 from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run, Streams, Victim, margin
@@ -514,8 +514,25 @@ def test_a_random_victim_whose_adversarials_mostly_do_not_hold_is_not_sound(brie
     found, points = audit(noisy, Linf(EPS, space="pixel"), x, y, budget="quick", eot=1, fresh=lambda: robust)
     s6 = next(f for f in found.findings if f.id == "S6")
     assert s6.level == "fail" and found.verdict == "inconclusive" and not points
+    held = dict.fromkeys(range(4), "not adversarial")
+    assert wavers(noisy, held, 8) and not wavers(noisy, held, 4) and not wavers(v, held, 8) and not wavers(noisy, {}, 8)
+    assert not wavers(noisy, held | {5: "outside ball or box"}, 80)
     far = {0: x[0] - 60 / 255}
     assert verify(noisy, Linf(EPS, space="pixel"), x, y, far) == {0: "outside ball or box"}
+
+
+def test_a_random_victim_is_known_by_its_weights_or_not_at_all():
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(16, 3), torch.rand(4, 1, 4, 4)
+    v = Victim(encode=lambda x: (x + 0.1 * torch.rand_like(x)).flatten(1)[None], logits=lambda u: net(u[0]), steps=1,
+               classes=3, random=True)  # fmt: skip
+    assert fingerprint(v, x) != fingerprint(v, x)
+    known = replace(v, module=net)
+    before = fingerprint(known, x)
+    assert fingerprint(known, x) == before
+    with torch.no_grad():
+        net.weight[0, 0] += 1
+    assert fingerprint(known, x) != before
 
 
 def test_a_victim_that_raises_is_told_from_a_bug_of_ours(brief):

@@ -2,7 +2,7 @@
 
 from sparsetrail.auditing.battery import Budget, Stage, battery
 from sparsetrail.auditing.kept import contradiction, misjudged
-from sparsetrail.auditing.run import Forgetful, Store, audit, fingerprint, join, refuse, verify
+from sparsetrail.auditing.run import Forgetful, Store, audit, fingerprint, join, refuse, verify, wavers
 from sparsetrail.auditing.verdict import judge
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "misjudged",
     "refuse",
     "verify",
+    "wavers",
 ]

@@ -108,6 +108,7 @@ def battery_findings(broken_by: Sequence[str | None], runs: Sequence[Run], stage
 
     def finding(id: str, name: str, kind: Kind, warn: float, fail: float, advice: str, hides: bool) -> Finding:
         sizes = [r.n for r, s in zip(runs, stages, strict=False) if s.kind == kind]
+        left = "" if stages and stages[0].kind == kind else " left by the attacks before it"
         fallen = sum(b is not None and kinds[b] == kind for b in broken_by)
         if not sizes:
             return Finding(id=id, name=name, level="not applicable", value=None, limit="", evidence=NOT_RUN)
@@ -118,7 +119,7 @@ def battery_findings(broken_by: Sequence[str | None], runs: Sequence[Run], stage
         return Finding(
             id=id, name=name, level=level, value=share,
             limit=f"warn above {100 * warn:g} %, fail above {100 * fail:g} % of all images{bound}",
-            evidence=f"{fallen} of the {sizes[0]} images left by the attacks before it fell ({n} in all)",
+            evidence=f"{fallen} of the {sizes[0]} images{left} fell ({n} in all)",
             advice="" if level == "pass" else advice, masking=blind,
         )  # fmt: skip
 
