@@ -599,7 +599,7 @@ def flipped(gradient):
     return v, x, v.scores(x).argmax(1)
 
 
-@pytest.mark.parametrize(("gradient", "verdict"), [(1, "supported"), (-1, "masked"), (0, "masked")])
+@pytest.mark.parametrize(("gradient", "verdict"), [(1, "supported"), (-1, "masked")])
 def test_under_l0_a_gradient_that_leads_nowhere_is_found_by_flips_that_ask_for_scores(gradient, verdict, unplotted):
     v, x, y = flipped(gradient)
     found, _ = audit(v, L0(8, space="encoded"), x, y, budget="standard", fresh=lambda: v)

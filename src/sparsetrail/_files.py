@@ -17,8 +17,10 @@ def write_atomic(path: Path, data: bytes) -> Path:
             f.flush()
             os.fsync(f.fileno())
         os.replace(scratch, path)
-    except OSError as error:  # of a full disk the file is not told
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not tell which file
     finally:
         scratch.unlink(missing_ok=True)
     return path
