@@ -26,7 +26,7 @@ from sparsetrail.cli.flags import (
     output_folder,
 )
 from sparsetrail.cli.screen import Screen
-from sparsetrail.core import Audit, Route, Run, Threat, as_fraction
+from sparsetrail.core import Audit, Report, Route, Run, Threat, as_fraction
 from sparsetrail.recipes import audits, measure
 from sparsetrail.report import console as print_table
 from sparsetrail.report import write
@@ -208,12 +208,17 @@ def audit(
     if common.as_json:
         emit({"audits": [_audit_line(a) for a in report.audits], "files": {k: str(v) for k, v in files.items()}})
         return
+    say_report(report, files["html"])
+
+
+def say_report(report: Report, page: Path) -> None:
+    """The tables and the summary of a report in the terminal, and where its page is."""
     console = Console()
     console.print()
     print_table(report, console)
     for line in report.summary:
         console.print(line, markup=False, highlight=False)
-    console.print(f"\nreport   {files['html']}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nreport   {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _verify(
@@ -241,6 +246,7 @@ def _verify(
 
 
 def run_line(run: Run) -> dict[str, Any]:
+    """A run as one line of `--json`: its threat, mode, route and settings, n, accuracies with the Wilson interval."""
     lo, hi = run.accuracy.interval()
     return {
         "victim": run.victim, "attack": run.attack, "knobs": _knobs(run), "space": run.threat.space,

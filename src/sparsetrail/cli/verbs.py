@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from sparsetrail import __version__, data
-from sparsetrail.cli.attacks import run_line
+from sparsetrail.cli.attacks import run_line, say_report
 from sparsetrail.cli.flags import (
     KEPT,
     Device,
@@ -72,13 +72,7 @@ def _finish(report: Report, files: dict[str, Path], as_json: bool) -> None:
     if as_json:
         emit(_brief(report) | {"files": {k: str(v) for k, v in files.items()}})
         return
-    console = Console()
-    console.print()
-    print_table(report, console)
-    for line in report.summary:
-        console.print(line, markup=False, highlight=False)
-    page = next((p for p in files.values() if p.suffix == ".html"), None)
-    console.print(f"\nreport   {page}", markup=False, highlight=False, soft_wrap=True)
+    say_report(report, files["html"])
 
 
 def _brief(report: Report) -> dict[str, Any]:
