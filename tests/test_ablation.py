@@ -13,8 +13,8 @@ from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate, averaged, rebuilt, spread, trace, variants
 from sparsetrail.report import figure, load, pack, write
+from sparsetrail.report.ablation_tables import ablations
 from sparsetrail.report.labels import explain
-from sparsetrail.report.tables import ablations
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.neuron import NeuronSpec

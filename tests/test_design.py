@@ -19,7 +19,7 @@ from sparsetrail.recipes import design as recipe
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import ATTACKS, SIZES, designs, sweep
 from sparsetrail.report import charts, figure, load, write
-from sparsetrail.report.tables import (
+from sparsetrail.report.design_tables import (
     rank_correlation,
     tradeoff,
     tradeoff_csv,

@@ -16,8 +16,9 @@ from sparsetrail.models import compact, load_model
 from sparsetrail.recipes import audits, measure, paper, systems
 from sparsetrail.recipes.quick import QuickSpec, quick
 from sparsetrail.report import claims, load, table, text_tables, write
+from sparsetrail.report.comparison import comparisons
 from sparsetrail.report.seeds import spread
-from sparsetrail.report.tables import accuracy, comparisons
+from sparsetrail.report.tables import accuracy
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.training import TrainSpec

@@ -24,7 +24,20 @@ from rich.console import Console
 
 from sparsetrail import report as room
 from sparsetrail.core import Linf, Report, Run, Threat, Trail, TrailRow
-from sparsetrail.report import ReportError, charts, claims, from_json, load, page, seeds, tables, to_json, write
+from sparsetrail.report import (
+    ReportError,
+    charts,
+    claims,
+    comparison,
+    from_json,
+    load,
+    page,
+    seeds,
+    tables,
+    to_json,
+    trail_tables,
+    write,
+)
 from sparsetrail.report.images import examples
 from sparsetrail.report.labels import columns
 
@@ -457,14 +470,14 @@ def test_the_ledger_is_cut_by_setting(written):
 # --- published figures ------------------------------------------------------------------------------------------
 
 
-def comparison(report, figure, attack):
+def beside(report, figure, attack):
     return next(
-        c for c in tables.comparisons(report) if c.figure == figure and attack in c.title and "spikes" in c.coded
+        c for c in comparison.comparisons(report) if c.figure == figure and attack in c.title and "spikes" in c.coded
     )  # fmt: skip
 
 
 def test_a_published_figure_has_a_column_of_its_own():
-    c = comparison(whole(), "table2", "PGD")
+    c = beside(whole(), "table2", "PGD")
     at = c.grid.head.index("Table 2")
     assert [row[at] for row in c.grid.rows] == ["34.33 %"]
     for i, head in enumerate(c.grid.head):
@@ -474,14 +487,14 @@ def test_a_published_figure_has_a_column_of_its_own():
 
 
 def test_ours_say_which_of_the_two_threats_they_answer():
-    heads = comparison(whole(), "table2", "PGD").grid.flat_head
+    heads = beside(whole(), "table2", "PGD").grid.flat_head
     assert [h for h in heads if "as stated" in h] == ["PGD-7, pixel 8/255, eval mode (as stated)"]
     assert [h for h in heads if "as coded" in h] == ["PGD-7 (authors), encoded 6/255, train mode (as coded)"]
     assert "PGD-7, encoded 6/255, eval mode" in heads  # neither
 
 
 def test_published_tables_hold_one_published_threat_each():
-    made = tables.comparisons(whole())
+    made = comparison.comparisons(whole())
     for c in made:
         held = [f"{k.value:.2f} {k.unit}" for k in claims(c.figure) if (k.stated, k.coded) == (c.stated, c.coded)]
         at = len(c.rest.head) - 1
@@ -493,27 +506,31 @@ def test_published_tables_hold_one_published_threat_each():
 
 def test_pools_and_data_sets_are_not_confused():
     report = whole()
-    assert [row[:3] for row in comparison(report, "table3", "PGD").grid.rows] == [
+    assert [row[:3] for row in beside(report, "table3", "PGD").grid.rows] == [
         ("SEW-ResNet18", "CIFAR-10", "SEW-ResNet18 avg pool")
     ]
-    assert not comparison(report, "table1", "PGD").grid.rows  # CIFAR-100, and ours is CIFAR-10
-    assert not tables._same_data("CIFAR-10", "cifar100 test") and not tables._same_data("CIFAR-10", "CIFAR10-DVS")
-    assert tables._same_data("CIFAR-10", "CIFAR-10, 500 images") and tables._same_data("CIFAR-100", "cifar100/test")
+    assert not beside(report, "table1", "PGD").grid.rows  # CIFAR-100, and ours is CIFAR-10
+    assert not comparison._same_data("CIFAR-10", "cifar100 test") and not comparison._same_data(
+        "CIFAR-10", "CIFAR10-DVS"
+    )
+    assert comparison._same_data("CIFAR-10", "CIFAR-10, 500 images") and comparison._same_data(
+        "CIFAR-100", "cifar100/test"
+    )
 
 
 def test_a_card_that_differs_from_the_papers_network_says_so():
-    assert comparison(whole(), "table2", "PGD").grid.rows[0][2] == "SEW-ResNet18 max pool (width 0.25, paper 1)"
+    assert beside(whole(), "table2", "PGD").grid.rows[0][2] == "SEW-ResNet18 max pool (width 0.25, paper 1)"
 
 
 def test_a_victim_is_known_by_its_name_where_it_has_no_card():
-    c = comparison(whole(models=()), "table2", "PGD")
+    c = beside(whole(models=()), "table2", "PGD")
     assert c.grid.rows[0][2] == "SEW-ResNet18 max pool"
     other = tuple(dataclasses.replace(r, victim="VGG-11") for r in whole().runs)
-    assert not comparison(whole(models=(), runs=other), "table2", "PGD").grid.rows
+    assert not beside(whole(models=(), runs=other), "table2", "PGD").grid.rows
 
 
 def test_a_defended_model_is_not_put_beside_an_undefended_row():
-    assert not comparison(whole(models=(card(defence="snn_rat"), card("avg"))), "table2", "PGD").grid.rows
+    assert not beside(whole(models=(card(defence="snn_rat"), card("avg"))), "table2", "PGD").grid.rows
 
 
 def test_compare_as_text_states_both_threats():
@@ -528,7 +545,7 @@ def test_compare_as_text_states_both_threats():
 
 
 def test_trails_of_two_modes_or_data_are_two_pictures():
-    groups = tables.trail_groups((trail(), trail("avg"), trail(mode="train"), trail(data="cifar100 test")))
+    groups = trail_tables.trail_groups((trail(), trail("avg"), trail(mode="train"), trail(data="cifar100 test")))
     assert [(len(g.trails), g.trails[0].mode) for g in groups] == [(2, "eval"), (1, "train"), (1, "eval")]
 
 
@@ -536,13 +553,15 @@ def test_operations_keep_the_forward_order_when_victims_differ():
     first, second = trail(), trail("avg")
     renamed = dataclasses.replace(second.rows[3], op="meanpool")
     second = dataclasses.replace(second, rows=(*second.rows[:3], renamed, *second.rows[4:]))
-    ops = tables.trail_groups((first, second))[0].ops
+    ops = trail_tables.trail_groups((first, second))[0].ops
     assert ops[2:6] == ("sn1", "meanpool", "pool", "layer1.0.conv1")
     assert len(ops) == 10
 
 
 def test_zero_share_by_kind_stands_beside_the_papers_figure():
-    grid = tables.kind_grid(tables.trail_groups((trail(), trail("avg")))[0], claims("fig1") + claims("fig3"))
+    grid = trail_tables.kind_grid(
+        trail_tables.trail_groups((trail(), trail("avg")))[0], claims("fig1") + claims("fig3")
+    )
     rows = {row[0]: row[1:] for row in grid.rows}
     assert rows["neuron"] == (
         f"25.00 % (20.0{DASH}30.0)",
@@ -558,7 +577,7 @@ def test_zero_share_by_kind_stands_beside_the_papers_figure():
 
 
 def test_trail_comparison_uses_the_first_pool_and_the_right_victim():
-    found = {c.figure: c.grid for c in tables.comparisons(whole()) if c.figure in tables.FIGURES}
+    found = {c.figure: c.grid for c in comparison.comparisons(whole()) if c.figure in trail_tables.FIGURES}
     assert [row[2:] for row in found["fig1"].rows] == [("29.01 %", f"25.00 % (20.0{DASH}30.0)"), ("37.88 %", "76.25 %")]
     assert all("max" in row[1] for row in found["fig1"].rows) and all("avg" in row[1] for row in found["fig3"].rows)
 
@@ -593,15 +612,15 @@ def test_the_accuracy_chart_has_one_panel_a_setting():
 
 
 def test_trail_chart_data_are_the_trails():
-    group = tables.trail_groups((trail(), trail("avg")))[0]
+    group = trail_tables.trail_groups((trail(), trail("avg")))[0]
     values = [v for v in values_in(charts.trail_spec(group)) if isinstance(v, dict) and "zero" in v]
     pool = next(v for v in values if v["op"] == "pool" and "max" in v["victim"])
     assert (pool["zero"], pool["forced"], pool["pale"], pool["norm"]) == (76.25, 75.0, 75.0, 4e-3)
 
 
 def test_the_time_step_chart_is_there_only_with_time_steps():
-    assert charts.steps_spec(tables.trail_groups((trail(),))[0]) is None
-    assert charts.steps_spec(tables.trail_groups((trail(per_step=True),))[0]) is not None
+    assert charts.steps_spec(trail_tables.trail_groups((trail(),))[0]) is None
+    assert charts.steps_spec(trail_tables.trail_groups((trail(per_step=True),))[0]) is not None
 
 
 def test_every_chart_says_what_it_rests_on(tmp_path):

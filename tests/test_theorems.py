@@ -16,8 +16,9 @@ from sparsetrail import data
 from sparsetrail.cli import theory as verbs
 from sparsetrail.cli.flags import Kept
 from sparsetrail.core import L2, Linf, Victim
-from sparsetrail.recipes import theorems
+from sparsetrail.recipes import demo, theorems
 from sparsetrail.recipes import theory as measured
+from sparsetrail.recipes.statements import corollary1, theorem1, theorem2, theorem3
 from sparsetrail.report.theorems import Plot, draw, markdown, to_html, verdicts, write
 from sparsetrail.snn.encode import direct, phase
 from sparsetrail.snn.net import NetSpec, victim
@@ -48,7 +49,7 @@ def found(slice_):
 
 @pytest.fixture(scope="module")
 def shown():
-    return measured.demo(seed=1, images=8)
+    return demo.demo(seed=1, images=8)
 
 
 def test_audit_finds_what_the_theory_says_of_spiking_networks(found, slice_):
@@ -65,18 +66,18 @@ def test_audit_finds_what_the_theory_says_of_spiking_networks(found, slice_):
     alone = [j for j in found.above.jump if j == j]
     assert len(alone) == found.above.alone and found.above.jumps.k == sum(j != 0 for j in alone) > 0
     assert found.above.violated.k == found.above.jumps.k
-    assert theorems.judge1(found).verdict == "hypothesis not met"
+    assert theorem1.judge1(found).verdict == "hypothesis not met"
     assert 0 < max(found.clipped) <= 1 and found.noise_floor == 0
     assert all(1 <= p <= s <= 784 for p, s in zip(found.pr, found.support, strict=True))
     assert found.tracking[0].layer == "conv1" and len(found.spikes) == len(found.tracking) - 1
     assert found.layers_left == ("conv1",)  # pixels are no spikes
     assert found.spikes[0].layer == "layer1.0.conv1" and found.spikes[0].violated.n == 8
-    assert theorems.judge3(found).verdict == "violated (certified)"
+    assert theorem3.judge3(found).verdict == "violated (certified)"
     assert len(found.tracking_zeros) == len(found.tracking_scaled) == len(found.tracking)
     tied = replace(found.tracking[0], rho="constant")
     alone = replace(found, tracking_zeros=(tied,) * 3 + found.tracking[:1], tracking_scaled=(tied,) * 3)
-    assert theorems.judge2_zeros(alone).verdict == "vacuous" and theorems.judge2(alone).verdict == "undefined"
-    few = theorems.judge2(replace(found, n=2))
+    assert theorem2.judge2_zeros(alone).verdict == "vacuous" and theorem2.judge2(alone).verdict == "undefined"
+    few = theorem2.judge2(replace(found, n=2))
     assert few.verdict == "undefined" and "Too few images to rank: 2" in few.why
     at = [replace(found.tracking[0], layer=f"at {r}", rho=r, low=r - 0.1, high=r + 0.1) for r in (0.1, 0.25, 0.9)]
     for order, verdict, wrong in (
@@ -87,7 +88,7 @@ def test_audit_finds_what_the_theory_says_of_spiking_networks(found, slice_):
     ):
         layers = tuple(at[k] for k in order)  # the ends of the last agree with the theorem, its middle does not
         some = replace(found, tracking_zeros=(tied, *layers), tracking_scaled=layers)
-        for judged in (theorems.judge2(some), theorems.judge2_zeros(some)):
+        for judged in (theorem2.judge2(some), theorem2.judge2_zeros(some)):
             assert judged.verdict == verdict and f"the farther one follows more in {wrong}" in judged.why
             assert ("0.25 [0.15, 0.35] in at 0.25, 0.90 [0.80, 1.00] in at 0.9" in judged.why) == (order == (1, 2, 0))
     assert [t.scale for t in found.temperature] == [0.1, 1, 10, 100, 1000]
@@ -115,28 +116,28 @@ def test_a_linear_victim_meets_the_hypotheses():
     assert a.at.linear_ratio == pytest.approx([3 * p for p in a.pr], rel=1e-9)
     assert a.at.ratio == pytest.approx(a.at.linear_ratio, rel=0.4)
     assert all(lo <= t <= hi for lo, t, hi in zip(a.at.low, a.at.linear_ratio, a.at.high, strict=True))
-    assert theorems.judge1(a).verdict == "vacuous"  # 16 of 16 entries
-    assert "met on 6 of 6 images" in theorems.judge1(a).why and "met on 6 of 6 images" in theorems.sentence(a)
+    assert theorem1.judge1(a).verdict == "vacuous"  # 16 of 16 entries
+    assert "met on 6 of 6 images" in theorem1.judge1(a).why and "met on 6 of 6 images" in theorems.sentence(a)
     curved = replace(a, error=(0.0, 0.0, 0.0, 9.0, 9.0, 9.0), support=(4,) * 6)
     outside = ("holds",) * 3 + ("violated (certified)",) * 3
-    judged = theorems.judge1(replace(curved, radii=(replace(a.at, verdict=outside),)))
+    judged = theorem1.judge1(replace(curved, radii=(replace(a.at, verdict=outside),)))
     assert judged.verdict == "holds" and "met on 3 of 6 images" in judged.why and "of these 3 images" in judged.why
     further = replace(a.at, rho_adv=tuple(1.3 * v for v in a.at.linear_adv))
     for unfit in ({"error": (0.2,) * 6}, {"gain": (1.2,) * 6}, {"radii": (further,)}, {"support": (0,) * 6}):
-        assert theorems.judge1(replace(a, **unfit)).verdict == "hypothesis not met"
+        assert theorem1.judge1(replace(a, **unfit)).verdict == "hypothesis not met"
     sparse = replace(a, support=(4,) * 6)
-    assert theorems.judge1(sparse).verdict == "holds"
+    assert theorem1.judge1(sparse).verdict == "holds"
     outside = replace(a, radii=(replace(a.at, verdict=("violated (certified)",) * 6),))
-    assert theorems.judge1(outside).verdict == "violated (certified)"
-    assert theorems.judge1(replace(a, noise_floor=0.1)).why.startswith("The score is not a function")
-    assert "the victim draws noise" in theorems.judge1(replace(a, random=True)).why
-    assert theorems.judge2(a).verdict == "hypothesis not met" and "Victim(module=" in theorems.judge2(a).why
-    assert theorems.judge_corollary(a).verdict == "vacuous"
+    assert theorem1.judge1(outside).verdict == "violated (certified)"
+    assert theorem1.judge1(replace(a, noise_floor=0.1)).why.startswith("The score is not a function")
+    assert "the victim draws noise" in theorem1.judge1(replace(a, random=True)).why
+    assert theorem2.judge2(a).verdict == "hypothesis not met" and "Victim(module=" in theorem2.judge2(a).why
+    assert corollary1.judge_corollary(a).verdict == "vacuous"
     falls = replace(a, corollary=(replace(a.corollary[1], rho=-0.9, low=-1.0, high=-0.5),))
-    assert theorems.judge_corollary(falls).verdict == "violated (not certified)"  # of lower bounds
+    assert corollary1.judge_corollary(falls).verdict == "violated (not certified)"  # of lower bounds
     rises = replace(a, corollary=(replace(a.corollary[1], rho=0.9, low=0.5, high=1.0),))
-    assert theorems.judge_corollary(rises).verdict == "holds"
-    assert theorems.judge_corollary(replace(rises, clipped=(0.1,) + (0.0,) * 5)).verdict == "hypothesis not met"
+    assert corollary1.judge_corollary(rises).verdict == "holds"
+    assert corollary1.judge_corollary(replace(rises, clipped=(0.1,) + (0.0,) * 5)).verdict == "hypothesis not met"
 
 
 def test_other_victims_say_why(slice_):
@@ -213,15 +214,15 @@ def test_demo_measures_what_is_known(shown):
     plain, real = ([getattr(t, k).k for t in shown.temperature] for k in ("plain", "margin"))
     assert len(set(real)) == 1 and plain[-1] > 1.3 * real[0]
     spiking, control = shown.nets
-    assert theorems.judge1(spiking).verdict == "hypothesis not met"
-    assert theorems.judge1(control).verdict == "vacuous" and min(control.fidelity) > 0.99
+    assert theorem1.judge1(spiking).verdict == "hypothesis not met"
+    assert theorem1.judge1(control).verdict == "vacuous" and min(control.fidelity) > 0.99
     assert control.at.ratio == pytest.approx(control.at.linear_ratio, rel=1)
     assert measured.quantile(spiking.at.ratio, 0.5) < 0.05 * measured.quantile(spiking.at.linear_ratio, 0.5)
 
 
 def test_demo_is_the_same_again():
-    a, b = (measured._cases(torch.Generator().manual_seed(2), draws=500) for _ in range(2))
-    assert a == b != measured._cases(torch.Generator().manual_seed(3), draws=500)
+    a, b = (demo._cases(torch.Generator().manual_seed(2), draws=500) for _ in range(2))
+    assert a == b != demo._cases(torch.Generator().manual_seed(3), draws=500)
 
 
 def test_pages_tell_the_reader(shown, found, tmp_path):
@@ -357,13 +358,13 @@ def test_reproduce_theorems_and_the_verbs(tmp_path, monkeypatch, capsys, shown):
         assert name in cases
     assert f"{cases[0]}" == "scores with a closed form" and page.numbers["audits"][0]["data"].startswith("fashion")
     out = tmp_path / "audit"
-    monkeypatch.setattr(measured, "audit", functools.partial(measured.audit, shares=(), probe=False))
+    monkeypatch.setattr(verbs, "run_audit", functools.partial(measured.audit, shares=(), probe=False))
     verbs.audit(str(tmp_path / "models" / "theorems-max"), eps=8 / 255, space="pixel", n=3, draws=4, out=out,
                 common=Kept(device="cpu", as_json=True))  # fmt: skip
     line = json.loads(capsys.readouterr().out)
     assert {v["statement"] for v in line["verdicts"]} == {"Theorem 1", "Corollary 1", "Theorem 2", "Theorem 3"}
     assert (out / "theorems.html").exists()
-    monkeypatch.setattr(measured, "demo", lambda **_: shown)
+    monkeypatch.setattr(verbs, "run_demo", lambda **_: shown)
     verbs.demo(out=tmp_path / "demo", seed=1)
     said = capsys.readouterr().out
     assert "violated (certified)" in said and str(tmp_path / "demo" / "theorems.html") in said

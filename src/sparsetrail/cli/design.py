@@ -12,7 +12,7 @@ from sparsetrail.core import as_fraction
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import EPS, FACTORS, Factor, sweep
 from sparsetrail.report import figure, write
-from sparsetrail.report.tables import tradeoff, tradeoff_grid
+from sparsetrail.report.design_tables import tradeoff, tradeoff_grid
 
 
 def design(

@@ -25,8 +25,9 @@ from sparsetrail.cli.screen import Screen
 from sparsetrail.core import Linf, as_fraction
 from sparsetrail.data import pixels
 from sparsetrail.recipes import audits, theorems
-from sparsetrail.recipes import theory as measured
+from sparsetrail.recipes.demo import demo as run_demo
 from sparsetrail.recipes.measure import Bench, identity, provenance
+from sparsetrail.recipes.theory import audit as run_audit
 from sparsetrail.report.theorems import Page, write
 
 
@@ -42,7 +43,7 @@ def demo(
     started = time.monotonic()
     with Screen(quiet=as_json) as screen:
         place = output_folder(out, fresh)
-        found = measured.demo(seed=seed, say=lambda part, done, total: screen.tick("demo", done, total, part))
+        found = run_demo(seed=seed, say=lambda part, done, total: screen.tick("demo", done, total, part))
     bench = Bench(out=place, seed=seed)
     _finish(
         theorems.demo_page(found, provenance(bench, started, f"sparsetrail theory demo --seed {seed}")), out, as_json
@@ -86,7 +87,7 @@ def audit(
         bench = Bench(out=common.folder(out), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
         victim, x = what.make(), pixels(test_set.images.to(where))
         audits.fits(victim, x, test_set)
-        found = measured.audit(
+        found = run_audit(
             victim, x, test_set.labels.to(where), threat,
             data=identity(test_set), identity=what.identity, draws=draws, seed=seed, batch=batch, stop=screen.stop,
             say=lambda part, done, total: screen.tick(part, done, total, ""),

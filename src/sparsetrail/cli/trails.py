@@ -15,7 +15,8 @@ from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate as run_ablation
 from sparsetrail.recipes.ablation import trace
 from sparsetrail.report import figure, write
-from sparsetrail.report.tables import ablations, share
+from sparsetrail.report.ablation_tables import ablations
+from sparsetrail.report.tables import share
 
 Targets = Annotated[list[str], Parameter(help="run folders or model.safetensors, of one data set")]
 IMAGES = 64

@@ -20,8 +20,8 @@ from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.measure import Bench, as_victim, follow
+from sparsetrail.report.ablation_tables import ablations
 from sparsetrail.report.labels import explain
-from sparsetrail.report.tables import ablations
 from sparsetrail.snn.neuron import Neuron
 from sparsetrail.snn.pooling import AvgPool2d
 from sparsetrail.trails import Detail

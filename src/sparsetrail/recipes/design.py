@@ -17,7 +17,7 @@ from sparsetrail.core import Linf, Report, Route, Run, Threat
 from sparsetrail.data import Dataset, load, take
 from sparsetrail.models import Trained
 from sparsetrail.recipes.measure import Bench, Job, card, clean, fit_all, follow, provenance, strike
-from sparsetrail.report.tables import tradeoff, tradeoff_sentences
+from sparsetrail.report.design_tables import tradeoff, tradeoff_sentences
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.neuron import NeuronSpec

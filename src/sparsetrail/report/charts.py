@@ -14,19 +14,13 @@ from typing import Any, Literal
 
 from sparsetrail._files import write_atomic
 from sparsetrail.core import Audit, Rate, Report, Run, Trail, TrailRow
+from sparsetrail.report.ablation_tables import Ablation, ablations
+from sparsetrail.report.design_tables import Point, tradeoff, undominated
 from sparsetrail.report.io import ReportError
 from sparsetrail.report.labels import Setting, columns, settings
 from sparsetrail.report.seeds import seeded
-from sparsetrail.report.tables import (
-    Ablation,
-    Point,
-    TrailGroup,
-    ablations,
-    percent,
-    tradeoff,
-    trail_groups,
-    undominated,
-)
+from sparsetrail.report.tables import percent
+from sparsetrail.report.trail_tables import TrailGroup, trail_groups
 
 SERIF = "'Iowan Old Style', 'Palatino Linotype', Palatino, 'URW Palladio L', P052, 'Liberation Serif', Georgia, serif"
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]

@@ -13,7 +13,17 @@ from typing import Any
 
 from sparsetrail._files import write_atomic
 from sparsetrail.core import Audit, Report
-from sparsetrail.report import audit_charts, audits, card, charts, tables
+from sparsetrail.report import (
+    ablation_tables,
+    audit_charts,
+    audits,
+    card,
+    charts,
+    comparison,
+    design_tables,
+    tables,
+    trail_tables,
+)
 from sparsetrail.report.images import examples, keep, kept
 from sparsetrail.report.io import RESULT, steps_csv, to_json, trail_csv
 from sparsetrail.report.labels import explain, setting, setting_label, settings, value
@@ -48,13 +58,13 @@ def write(report: Report, out: str | Path, *, images: Sequence[Mapping[str, Any]
     if plain:
         texts["csv"] = (NAMES["csv"], trail_csv(replace(report, trails=plain)).encode())
     if any(t.replaced or any(row.created is not None for row in t.rows) for t in report.trails):
-        texts["origins"] = (NAMES["origins"], tables.origins_csv(report.trails).encode())
+        texts["origins"] = (NAMES["origins"], trail_tables.origins_csv(report.trails).encode())
     if any(row.per_example for t in report.trails for row in t.rows):
-        texts["examples"] = (NAMES["examples"], tables.examples_csv(report.trails).encode())
-    if found := tables.ablations(report.trails):
-        texts["ablation"] = (NAMES["ablation"], tables.ablation_csv(found).encode())
-    if points := tables.tradeoff(report):
-        texts["tradeoff"] = (NAMES["tradeoff"], tables.tradeoff_csv(points).encode())
+        texts["examples"] = (NAMES["examples"], trail_tables.examples_csv(report.trails).encode())
+    if found := ablation_tables.ablations(report.trails):
+        texts["ablation"] = (NAMES["ablation"], ablation_tables.ablation_csv(found).encode())
+    if points := design_tables.tradeoff(report):
+        texts["tradeoff"] = (NAMES["tradeoff"], design_tables.tradeoff_csv(points).encode())
     if any(row.per_step for trail in report.trails for row in trail.rows):
         texts["steps"] = (NAMES["steps"], steps_csv(replace(report, trails=plain)).encode())
     if report.audits:
@@ -84,11 +94,11 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
     environment.filters["prose"] = _prose
     environment.filters["cell"] = _cell
     shown, gain = examples([image for image in images or () if _audit_of(image, report) is None])
-    points = tables.tradeoff(report)
-    groups = () if points else tables.trail_groups(report.trails)
+    points = design_tables.tradeoff(report)
+    groups = () if points else trail_tables.trail_groups(report.trails)
     drawn = _charts(report)
-    figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
-    compared = [c for c in tables.comparisons(report) if c.figure not in tables.FIGURES]
+    figures = [claim for claim in report.claims if claim.figure in trail_tables.FIGURES]
+    compared = [c for c in comparison.comparisons(report) if c.figure not in trail_tables.FIGURES]
     return environment.get_template("page.html.j2").render(
         report=report,
         audits=[_audit(i, audit, report, images or (), drawn) for i, audit in enumerate(report.audits)],
@@ -100,8 +110,8 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
             }
             for here, members in audits.summaries(report.audits)
         ],
-        tradeoff=tables.tradeoff_grid(points) if points else None,
-        tradeoff_words=tables.tradeoff_sentences(points),
+        tradeoff=design_tables.tradeoff_grid(points) if points else None,
+        tradeoff_words=design_tables.tradeoff_sentences(points),
         spread=spread(report),
         accuracy=tables.accuracy(report.runs) if report.runs else None,
         facts=[fact for fact in tables.facts(report.runs) if not fact.startswith("gradient under")],
@@ -121,8 +131,8 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
                 "chart": f"trail-{i}",
                 "steps": f"steps-{i}" if f"steps-{i}" in drawn else None,
                 "examples": f"examples-{i}" if f"examples-{i}" in drawn else None,
-                "kinds": tables.kind_grid(group, figures),
-                "grid": tables.trail_grid(group),
+                "kinds": trail_tables.kind_grid(group, figures),
+                "grid": trail_tables.trail_grid(group),
                 "words": _trail_words(group),
                 "caption": _trail_caption(group),
                 "origins": _origins(group),
@@ -131,9 +141,9 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
         ],
         ablations=[
             {"victim": a.victim, "chart": f"ablation-{i}", "grid": a.grid, "sentence": a.sentence}
-            for i, a in enumerate(tables.ablations(report.trails))
+            for i, a in enumerate(ablation_tables.ablations(report.trails))
         ],
-        figure_claims=[c for c in tables.comparisons(report) if c.figure in tables.FIGURES],
+        figure_claims=[c for c in comparison.comparisons(report) if c.figure in trail_tables.FIGURES],
         compared=[c for c in compared if c.grid.rows],
         unmeasured=[c for c in compared if c.rest.rows],
         cards=card_grid(report.models),
@@ -153,31 +163,31 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
 def markdown(report: Report) -> str:
     """The report for a reader of plain text: the same order, charts left out, trails by kind of operation."""
     parts = [f"# {report.title}", *report.summary, *audits.markdown(report.audits)]
-    if points := tables.tradeoff(report):
-        grid = tables.tradeoff_grid(points)
-        parts += ["## Trade-off", grid.text(), f"{grid.caption}.", *tables.tradeoff_sentences(points)]
+    if points := design_tables.tradeoff(report):
+        grid = design_tables.tradeoff_grid(points)
+        parts += ["## Trade-off", grid.text(), f"{grid.caption}.", *design_tables.tradeoff_sentences(points)]
     if (grid := spread(report)) is not None:
         parts += ["## Over training seeds", grid.text(), f"{grid.caption}."]
     if report.runs or not report.audits:
         parts += ["## Accuracy", tables.table(report)]
     parts += [f"- **{label}**: {sentence}" for label, sentence in threats(report)]
-    figures = [claim for claim in report.claims if claim.figure in tables.FIGURES]
-    for group in () if points else tables.trail_groups(report.trails):
-        grid = tables.kind_grid(group, figures)
+    figures = [claim for claim in report.claims if claim.figure in trail_tables.FIGURES]
+    for group in () if points else trail_tables.trail_groups(report.trails):
+        grid = trail_tables.kind_grid(group, figures)
         parts += [
             f"## Trail: {group.title}",
             grid.text(),
             f"{grid.caption}. Every operation measured is in `trail.csv`.",
         ]
         parts += _origins(group)
-    for a in tables.ablations(report.trails):
+    for a in ablation_tables.ablations(report.trails):
         parts += [
             f"## What is left of the zeros: {a.victim}",
             a.grid.text(),
             f"{a.grid.caption}; {a.data}.",
             a.sentence,
         ]
-    measured = [c for c in tables.comparisons(report) if c.grid.rows]
+    measured = [c for c in comparison.comparisons(report) if c.grid.rows]
     if measured:
         parts += ["## Beside the published figures"]
     for c in measured:
@@ -231,12 +241,12 @@ def _charts(report: Report) -> dict[str, charts.Spec]:
         name: charts.stamped(spec, report, [report.audits[int(name.split("-")[1])]])  # audit-0-fall
         for name, spec in audit_charts.drawn(report.audits).items()
     }
-    if points := tables.tradeoff(report):  # of a sweep, a panel or a bar each would be too many to read
+    if points := design_tables.tradeoff(report):  # of a sweep, a panel or a bar each would be too many to read
         return out | {"tradeoff": charts.stamped(charts.tradeoff_spec(points), report, report.runs)}
     if report.runs:
         spec = charts.accuracy_spec(report.runs, seeded(report.models))
         out["accuracy"] = charts.stamped(spec, report, report.runs)
-    for i, group in enumerate(tables.trail_groups(report.trails)):
+    for i, group in enumerate(trail_tables.trail_groups(report.trails)):
         for name, spec in (
             ("trail", charts.trail_spec(group)),
             ("steps", charts.steps_spec(group)),
@@ -244,7 +254,7 @@ def _charts(report: Report) -> dict[str, charts.Spec]:
         ):
             if spec is not None:
                 out[f"{name}-{i}"] = charts.stamped(spec, report, group.trails)
-    for i, a in enumerate(tables.ablations(report.trails)):
+    for i, a in enumerate(ablation_tables.ablations(report.trails)):
         mine = [t for t in report.trails if t.victim == a.victim]
         out[f"ablation-{i}"] = charts.stamped(charts.ablation_spec(a), report, mine)
     return out
@@ -320,7 +330,7 @@ def _audit_of(image: Mapping[str, Any], report: Report) -> int | None:
     return int(place) if place.isdigit() and int(place) < len(report.audits) else None
 
 
-def _trail_words(group: tables.TrailGroup) -> str:
+def _trail_words(group: trail_tables.TrailGroup) -> str:
     """The trail chart in a sentence, for who cannot see it."""
     parts = []
     for label, rows in zip(group.labels, group.rows, strict=True):
@@ -330,7 +340,7 @@ def _trail_words(group: tables.TrailGroup) -> str:
     return f"Zero share over {len(group.ops)} operations. " + "; ".join(parts) + "."
 
 
-def _trail_caption(group: tables.TrailGroup) -> str:
+def _trail_caption(group: trail_tables.TrailGroup) -> str:
     """What the trail chart shows, for who can see it."""
     bars = "the pale part of a bar is forced by geometry alone (strides and pooling windows)"
     if charts.traced(group):
@@ -344,7 +354,7 @@ def _trail_caption(group: tables.TrailGroup) -> str:
     )
 
 
-def _origins(group: tables.TrailGroup) -> list[str]:
+def _origins(group: trail_tables.TrailGroup) -> list[str]:
     """Where the zeros of each trail come from, where that was measured."""
     return [
         explain(replace(trail, victim=label))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from sparsetrail.core import Audit, Report
 from sparsetrail.report import audits as words
 from sparsetrail.report.seeds import spread
-from sparsetrail.report.tables import FIGURES, Grid, facts, kind_grid, per_setting, table, trail_groups
+from sparsetrail.report.tables import Grid, facts, per_setting, table
+from sparsetrail.report.trail_tables import FIGURES, kind_grid, trail_groups
 
 if TYPE_CHECKING:
     from rich.console import Console
