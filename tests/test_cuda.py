@@ -16,9 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsetrail.core.precision import exact, products
-from sparsetrail.snn import cuda, dense, engine, kernels, unfold
+from sparsetrail.snn import cuda, dense, firing, kernels, unfold
+from sparsetrail.snn.convolution import Conv2d
 from sparsetrail.snn.encode import direct, phase
-from sparsetrail.snn.engine import Conv2d, _FireNormed, freeze
+from sparsetrail.snn.engine import freeze
+from sparsetrail.snn.firing import _FireNormed
 from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.net import NetSpec
 from sparsetrail.snn.neuron import NeuronSpec, fused, steps_in_c, through_time
@@ -320,7 +322,7 @@ def test_a_network_by_the_convolutions_and_pools_of_a_gpu(windows, monkeypatch, 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(Conv2d, "served", lambda self, x: False)
     for name in ("_can_fire", "_fire_normed"):
-        monkeypatch.setattr(engine, name, lambda *_: None)  # neurons by themselves; their kernels are above
+        monkeypatch.setattr(firing, name, lambda *_: None)  # neurons by themselves; their kernels are above
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     ours = [found(net, [leaf, *net.parameters()]), found(freeze(net), [leaf])]
     assert set(windows) == {"unfold", "unfold_few", "fold", "pool", "unpool"}
@@ -380,7 +382,7 @@ def test_frames_shown_again_go_through_the_first_layer_once_on_a_gpu_too(windows
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(Conv2d, "served", lambda self, x: False)
     for name in ("_can_fire", "_fire_normed"):
-        monkeypatch.setattr(engine, name, lambda *_: None)
+        monkeypatch.setattr(firing, name, lambda *_: None)
     convolve = unfold.convolve
     monkeypatch.setattr(unfold, "convolve", lambda x, *a, **k: seen.append(tuple(x.shape[:2])) or convolve(x, *a, **k))
     ours = found(lambda own: own.scores(leaf, code))

@@ -22,10 +22,12 @@ import sparsetrail
 from sparsetrail.attacks import attack, pgd
 from sparsetrail.core import Linf
 from sparsetrail.core.precision import products
-from sparsetrail.snn import dense, engine, kernels
+from sparsetrail.snn import dense, firing, kernels
 from sparsetrail.snn import neuron as neurons
+from sparsetrail.snn.convolution import Conv2d
 from sparsetrail.snn.encode import BACKWARD_RULES, bit_plane, direct, latency, phase, poisson
-from sparsetrail.snn.engine import Conv2d, fire, freeze, has_bf16, share_memory
+from sparsetrail.snn.engine import freeze, has_bf16, share_memory
+from sparsetrail.snn.firing import fire
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.net import NetSpec, _Known, victim
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, reference
@@ -215,7 +217,7 @@ FIRES = [
 @pytest.mark.parametrize("pool", [None, nn.MaxPool2d(3, 2, 1), AvgPool2d(2, 2, 0)], ids=["none", "max", "avg"])
 def test_batchnorm_and_neuron_in_one_pass(monkeypatch, mode, knobs, order, plus, channels, pool):
     """Pooled two images at a time of three."""
-    monkeypatch.setattr(engine, "POOLED", 2 * len(order) * channels * 5 * 4)
+    monkeypatch.setattr(firing, "POOLED", 2 * len(order) * channels * 5 * 4)
     g = torch.Generator().manual_seed(0)
     norm = nn.BatchNorm2d(channels, **knobs).double().train(mode == "train")
     for name, value in norm.state_dict().items():
@@ -230,7 +232,7 @@ def test_batchnorm_and_neuron_in_one_pass(monkeypatch, mode, knobs, order, plus,
     for plain in (True, False):
         bn, a = copy.deepcopy(norm), y.clone().requires_grad_()
         b = None if more is None else more.clone().requires_grad_()
-        assert plain or engine._can_fire(a, bn, neuron, b)
+        assert plain or firing._can_fire(a, bn, neuron, b)
         with kernels.plain() if plain else contextlib.nullcontext():
             s = fire(a, bn, neuron, steps, plus=b, order=order, pool=pool)
             inputs = [t for t in (a, b, *bn.parameters()) if t is not None]
@@ -744,7 +746,7 @@ def test_an_unwritable_cache_falls_back_to_another_folder(tmp_path):
 def test_exact_networks_run_plainly():
     net, x, _ = network(torch.float32, exact=True)
     assert not net.conv1.served(x) and all(m.run is reference for m in net.modules() if isinstance(m, Neuron))
-    assert not engine._can_fire(torch.rand(5, 16, 4, 4), net.bn1, net.sn1, None)
+    assert not firing._can_fire(torch.rand(5, 16, 4, 4), net.bn1, net.sn1, None)
 
 
 # ---- GPU -------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sparsetrail.snn import kernels
+from sparsetrail.snn.convolution import Conv2d
 from sparsetrail.snn.encode import latency, phase, poisson
-from sparsetrail.snn.engine import Conv2d
 from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, reference
 from sparsetrail.snn.resnet import FoldedNeuron

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsetrail import data, training
+from sparsetrail import data
 from sparsetrail._files import alone
 from sparsetrail.core import Rate
 from sparsetrail.models import load_model
@@ -32,7 +32,9 @@ from sparsetrail.training import (
     TrainSpec,
     accuracy,
     first_nonfinite,
+    kept,
     read_events,
+    run,
     train,
 )
 
@@ -275,7 +277,7 @@ def test_a_resumed_run_tells_what_it_began_with(images, finished, tmp_path, monk
     steps, events = iter(range(1, 1000)), []
     with pytest.raises(TrainingStopped):
         train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: next(steps) == 3)
-    monkeypatch.setattr(training, "__version__", "9.9.9")
+    monkeypatch.setattr(kept, "__version__", "9.9.9")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     with pytest.raises(TrainingStopped):
         train(NET, ENCODE, images, SPEC, tmp_path / "r", say=events.append, stop=lambda: next(steps) == 5)
@@ -353,7 +355,7 @@ def test_a_damaged_snapshot_never_takes_the_place_of_the_good_one(images, finish
     def killed(path, *_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_weights", killed)
+    monkeypatch.setattr(kept, "save_weights", killed)
     with pytest.raises(KeyboardInterrupt):
         train(NET, ENCODE, images, SPEC, out, checkpoint_seconds=0.0)
     monkeypatch.undo()
@@ -389,7 +391,7 @@ def test_the_snapshot_itself_is_asked_what_experiment_it_is_of(images, tmp_path,
     steps = iter(range(1, 1000))
     with pytest.raises(TrainingStopped):
         train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: next(steps) == 3)
-    monkeypatch.setattr(training, "_check_folder", lambda *_: None)
+    monkeypatch.setattr(run, "check_folder", lambda *_: None)
     with pytest.raises(ValueError, match="different train"):
         train(NET, ENCODE, images, replace(SPEC, lr=2e-3), tmp_path / "r")
 

@@ -185,6 +185,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def quiet(part: str, done: int, total: int) -> None:
+    """Progress that nobody asked for."""
     pass
 
 

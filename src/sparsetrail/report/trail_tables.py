@@ -181,6 +181,7 @@ def examples_csv(trails: Sequence[Trail]) -> str:
 
 
 def family(row: TrailRow) -> str:
+    """The kind of an operation; a pool stands alone, by its name."""
     if "pool" not in row.kind.lower():
         return row.kind
     return row.kind if row.op == row.kind else f"{row.kind}, {row.op}"
@@ -200,6 +201,7 @@ def _pool(claim: Claim) -> str:
 
 
 def mean_range(values: Sequence[float]) -> str:
+    """Mean of shares and their range, '12.00 % (3.00 % .. 20.00 %)'; a dash where there are none."""
     if not values:
         return ""
     mean = share(sum(values) / len(values))

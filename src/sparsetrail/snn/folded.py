@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
+from sparsetrail.snn.convolution import coded
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import coded, conv_fire, fire
+from sparsetrail.snn.firing import conv_fire, fire
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, carried
 
 Readout = Literal["mean", "sum"]

@@ -96,6 +96,14 @@ def overseen(*tensors: Tensor) -> bool:
     )
 
 
+def serve(*tensors: Tensor | None) -> bool:
+    """Do the kernels serve these tensors, outside every transformation?"""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    there = [t for t in tensors if t is not None]
+    return not torch.is_autocast_enabled("cpu") and available(there[0].dtype) and usable(*there)
+
+
 def watched(*modules: nn.Module | None) -> bool:
     """Must one of these modules be called, since hooks wait for it or its `forward` was replaced?"""
     if nn.modules.module._has_any_global_hook():

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sparsetrail.core import Memory, Route, Victim
 from sparsetrail.core.precision import products
 from sparsetrail.snn import kernels
+from sparsetrail.snn.convolution import Conv2d
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import Conv2d, freeze, has_bf16
+from sparsetrail.snn.engine import freeze, has_bf16
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.kernels import watched

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn.engine import Conv2d, conv_fire
+from sparsetrail.snn.convolution import Conv2d
+from sparsetrail.snn.firing import conv_fire
 from sparsetrail.snn.folded import Draws, FoldedNeuron
 from sparsetrail.snn.pooling import AvgPool2d
 

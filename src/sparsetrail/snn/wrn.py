@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
-from sparsetrail.snn.engine import Conv2d, conv_fire, fire
+from sparsetrail.snn.convolution import Conv2d
+from sparsetrail.snn.firing import conv_fire, fire
 from sparsetrail.snn.folded import FoldedNet, FoldedNeuron, Normalise, Readout
 from sparsetrail.snn.neuron import Neuron, NeuronSpec
 

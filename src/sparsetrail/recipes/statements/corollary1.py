@@ -13,6 +13,7 @@ from sparsetrail.theory import Judgement
 
 
 def corollary1(shown: Demo | None, audits: Sequence[TheoryAudit], facts: dict[str, Any]) -> Statement:
+    """The statement with its counterexample and every victim's verdict."""
     results = []
     if shown is not None:
         results.append(

@@ -23,6 +23,7 @@ SWITCH = "the radius is below the first switch, where the score of a spiking net
 
 
 def theorem1(shown: Demo | None, audits: Sequence[TheoryAudit], facts: dict[str, Any]) -> Statement:
+    """The statement on closed forms, just above first switches, and on every victim."""
     results, above = [], [a.above for a in audits if a.above is not None]
     if shown is not None:
         bad = [c for c in shown.cases if c.verdict != "holds"]
@@ -123,6 +124,7 @@ def _linear(a: TheoryAudit, i: int) -> bool:
 
 
 def asked(a: TheoryAudit) -> tuple[Asked, ...]:
+    """What Theorem 1 asks of a victim, met or not, and what was found."""
     error, gain = quantile(a.error, 0.5), quantile(a.gain, 0.5)
     straight, uncut = sum(_linear(a, i) for i in range(a.n)), sum(c == 0 for c in a.clipped)
     if a.eps1:

@@ -25,6 +25,7 @@ from sparsetrail.trails import maxpool_density_cap, strided_conv_density
 
 
 def theorem2(shown: Demo | None, audits: Sequence[TheoryAudit], facts: dict[str, Any]) -> Statement:
+    """Both parts: counterexamples, random chains, and the layers of every victim."""
     results, plots = [], []
     if shown is not None:
         of_s, of_w = backward_from(torch.tensor([1.0, 0.0]), torch.ones(2, 2), torch.ones(2))

@@ -22,6 +22,7 @@ from sparsetrail.theory import (
 
 
 def theorem3(shown: Demo | None, audits: Sequence[TheoryAudit], facts: dict[str, Any]) -> Statement:
+    """The statement by the paper's own counts, on true gradients, and on the spikes of every victim."""
     results, plots = [], []
     if shown is not None:
         scan = shown.scan

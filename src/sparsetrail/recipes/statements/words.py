@@ -25,8 +25,10 @@ def digits(v: float) -> str:
 
 
 def stamped(facts: dict[str, Any], n: int | str, seed: int, threat: object) -> str:
+    """What a plot is of: n, seed, threat and versions."""
     return f"n={n}, seed {seed}, {threat}; sparsetrail {facts['sparsetrail']}, torch {facts['torch']}"
 
 
 def interval(t: Any) -> str:
+    """A rank correlation with its interval."""
     return "constant" if t.rho == "constant" else f"{t.rho:.2f} [{t.low:.2f}, {t.high:.2f}]"

@@ -1,0 +1,245 @@
+"""One update of the weights, by the reference loop or as a CUDA graph, and scores."""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsetrail._shapes import Float, Int
+from sparsetrail.core import Rate
+from sparsetrail.data import Dataset, pixels
+from sparsetrail.snn.encode import Encoder
+from sparsetrail.snn.engine import has_bf16
+from sparsetrail.snn.folded import Draws
+from sparsetrail.snn.graphs import Update, in_float32
+from sparsetrail.snn.net import running_for
+from sparsetrail.snn.neuron import Neuron, carrying
+from sparsetrail.training.spec import Seams, TrainSpec
+
+
+class Optimizer:
+    """The optimiser of a TrainSpec on views of the parameters in their order in memory.
+
+    PyTorch's fused Adam copies channels-last parameters, gradients and moments there and back at every step, a quarter
+    of a training step on a CPU; an update is element by element, so the order of the elements is free. On a GPU all its
+    state lies there, so that a step can be recorded.
+    """
+
+    def __init__(self, net: nn.Module, spec: TrainSpec) -> None:
+        self.spec, self.parameters = spec, list(net.parameters())
+        self.views = [_in_memory_order(p.detach()) for p in self.parameters]
+        self.rate, gpu = spec.lr, all(p.is_cuda for p in self.parameters)
+        knobs: dict[str, Any] = {"weight_decay": spec.weight_decay}
+        knobs["lr"] = torch.tensor(spec.lr, device=self.views[0].device) if gpu else spec.lr
+        if spec.optimizer == "adam":
+            knobs |= {"betas": spec.betas, "fused": True, "capturable": gpu}
+            self.inner: torch.optim.Optimizer = torch.optim.Adam(self.views, **knobs)
+        else:
+            self.inner = torch.optim.SGD(self.views, momentum=spec.momentum, fused=gpu or None, **knobs)
+        self.inner._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # it runs plainly too, to warm up
+        if gpu and spec.optimizer == "sgd" and spec.momentum:  # what the first step would make of no buffer
+            for v in self.views:
+                self.inner.state[v]["momentum_buffer"] = torch.zeros_like(v)
+
+    def set_rate(self, step: int, total: int) -> None:
+        """The learning rate of step `step` of `total`."""
+        spec, before = self.spec, self.rate
+        self.rate = spec.lr if spec.schedule == "none" else spec.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+        for group in self.inner.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = self.rate
+            elif self.rate != before:
+                group["lr"].fill_(self.rate)
+
+    def step(self, unless: Tensor | None = None) -> None:
+        """Update the parameters by their gradients, unless a flag on the device is one."""
+        for p, view in zip(self.parameters, self.views, strict=True):
+            now = _in_memory_order(p.detach())
+            if now.shape != view.shape:
+                raise RuntimeError(
+                    f"expected a parameter laid out as before, {tuple(view.shape)}, found {tuple(now.shape)}"
+                )
+            if now.data_ptr() != view.data_ptr():
+                view.data = now  # somebody gave the parameter other memory
+            grad = p.grad
+            if grad is not None and _turns(p, grad):
+                grad = grad.contiguous(memory_format=torch.channels_last)
+            view.grad = None if grad is None else _in_memory_order(grad, like=p)
+        self.inner.found_inf = unless  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells fused optimisers
+        self.inner.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and counters by parameter number, shaped as the parameter."""
+        found = {}
+        for i, held in self.inner.state_dict()["state"].items():
+            for k, v in held.items():
+                if v is not None:
+                    v = torch.as_tensor(v)
+                    found[f"{i}.{k}"] = v.permute(0, 3, 1, 2) if _turns(self.parameters[i], v) else v
+        return found
+
+    def restore(self, found: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in found.items():
+            i, k = key.split(".", 1)
+            p = self.parameters[int(i)]
+            state.setdefault(int(i), {})[k] = (
+                _in_memory_order(torch.empty_like(p).copy_(value)).contiguous() if value.shape == p.shape else value
+            )
+        self.inner.load_state_dict({"state": state, "param_groups": self.inner.state_dict()["param_groups"]})
+
+
+def _in_memory_order(t: Tensor, like: Tensor | None = None) -> Tensor:
+    """A channels-last tensor seen as contiguous; others as they are. `like` decides for a gradient."""
+    return t.permute(0, 2, 3, 1) if _turns(t if like is None else like, t) else t
+
+
+def _turns(parameter: Tensor, t: Tensor) -> bool:
+    last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    return last and t.ndim == 4 and not parameter.is_contiguous()
+
+
+def update(
+    net: nn.Module,
+    encode: Encoder,
+    optimizer: Optimizer,
+    spec: TrainSpec,
+    seams: Seams,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    generator: torch.Generator,
+    recorded: Update | None = None,
+) -> float | None:
+    """One update on one batch, or one a period; returns the (last) loss, or what else was not finite.
+
+    `recorded` does it by a CUDA graph; None then says that the step is under way and `recorded` will tell.
+    """
+    for m in net.modules():
+        if isinstance(m, Draws):
+            m.generator = generator
+    if seams.periods == 1:
+        return _one_update(net, encode, optimizer, spec, seams, x, y, generator, recorded)
+    part, value = encode.over(encode.steps // seams.periods), 0.0
+    with running_for(net, part.steps), carrying({} if seams.carry else None):
+        for _ in range(seams.periods):
+            value = _one_update(net, part, optimizer, spec, seams, x, y, generator, None)
+            if value is None or not math.isfinite(value):
+                break
+    return value
+
+
+def _one_update(
+    net: nn.Module,
+    encode: Encoder,
+    optimizer: Optimizer,
+    spec: TrainSpec,
+    seams: Seams,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    generator: torch.Generator,
+    recorded: Update | None,
+) -> float | None:
+    if seams.inputs is not None:
+        x = seams.inputs(net, encode, x, y, generator)
+    net.train()
+    if recorded is not None and recorded(x, y):
+        _settle(net, seams, generator)
+        return None
+    net.zero_grad(set_to_none=True)
+    if seams.penalty is not None:
+        x = x.detach().requires_grad_()
+    half = spec.precision == "bf16" and not (x.device.type == "cpu" and has_bf16())  # else the engine sees to it
+    with torch.autocast(x.device.type, torch.bfloat16) if half else contextlib.nullcontext():
+        z = scores(net, encode, x)
+        z = z.float() if half else z
+        loss = F.cross_entropy(z, y)
+        if seams.penalty is not None:
+            loss = loss + seams.penalty(net, encode, x, y, z, generator)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return value
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+    return _finish(net, optimizer, spec, seams, generator, value, float(norm))
+
+
+def _finish(
+    net: nn.Module,
+    optimizer: Optimizer,
+    spec: TrainSpec,
+    seams: Seams,
+    generator: torch.Generator,
+    value: float,
+    norm: float,
+) -> float:
+    """Move the weights along their gradients unless loss or norm are not finite; the loss, or what was not finite."""
+    if not math.isfinite(value) or not math.isfinite(norm):
+        return not_finite(value, norm)
+    if spec.clip:
+        nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, torch.tensor(norm, dtype=optimizer.views[0].dtype))
+    optimizer.step()
+    _settle(net, seams, generator)
+    return value
+
+
+def not_finite(loss: float, norm: float) -> float:
+    """The loss, or the gradient norm if only that is not finite: a NaN weight silences its neurons, the norm tells."""
+    return norm if math.isfinite(loss) and not math.isfinite(norm) else loss
+
+
+def _settle(net: nn.Module, seams: Seams, generator: torch.Generator) -> None:
+    """What is due to the weights after a step."""
+    for m in net.modules():
+        if isinstance(m, Neuron):
+            m.confine()
+    if seams.after_step is not None:
+        seams.after_step(net, generator)
+
+
+def recorder(net: nn.Module, encode: Encoder, optimizer: Optimizer, spec: TrainSpec, seams: Seams) -> Update | None:
+    """The training step as a CUDA graph, where nothing in it changes from step to step but batch and rate."""
+    drawn = encode.random or any(isinstance(m, Draws) for m in net.modules())
+    if drawn or seams.penalty is not None or seams.periods > 1:
+        return None
+
+    def way(x: Tensor) -> Tensor:
+        half = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if spec.precision == "bf16" else None
+        with half or contextlib.nullcontext():
+            z = scores(net, encode, x)
+        return z if half is None else z.float()
+
+    def move(gradients: tuple[Tensor, ...], norm: Tensor, bad: Tensor) -> None:
+        for p, g in zip((p for p in net.parameters() if p.requires_grad), gradients, strict=True):
+            p.grad = g
+        if spec.clip:
+            nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, norm)
+        optimizer.step(unless=bad)
+
+    return Update(net, way, move, tf32=spec.precision == "tf32")
+
+
+def scores(net: nn.Module, encode: Encoder, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+    """Scores of pixels by the network's own shorter way, if it has one: frames shown again are not computed again."""
+    way = getattr(net, "scores", None)
+    return net(encode(x)) if way is None else way(x, encode)
+
+
+def accuracy(
+    net: nn.Module, encode: Encoder, data: Dataset, *, batch: int = 128, device: str | torch.device = "cpu"
+) -> Rate:
+    """Clean accuracy in eval mode; the network's mode is put back."""
+    was = net.training
+    net.eval()
+    right = 0
+    try:
+        with torch.no_grad(), in_float32(torch.device(device)):
+            for i in range(0, len(data.labels), batch):
+                z = scores(net, encode, pixels(data.images[i : i + batch].to(device)))
+                right += int((z.argmax(1) == data.labels[i : i + batch].to(device)).sum())
+    finally:
+        net.train(was)
+    return Rate(right, len(data.labels))
