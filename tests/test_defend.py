@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from sparsetrail import data
 from sparsetrail.convert import calibrate, convert
 from sparsetrail.core import Route
-from sparsetrail.defend import DEFENCES, hire_snn, mppd, pgd_at, retract, snn_rat, sr, tg_reg, to_simplex, trades
+from sparsetrail.defend import DEFENCES, hire_snn, mppd, pgd_at, snn_rat, sr, tg_reg, trades
+from sparsetrail.defend.snn_rat import retract, to_simplex
 from sparsetrail.recipes.systems import DIET, IF
 from sparsetrail.snn.encode import direct, phase, poisson
 from sparsetrail.snn.net import NetSpec, build, victim
