@@ -11,7 +11,7 @@ import torch
 from frauds import FRAUDS, case, hard_labels, honest, rejecting
 from lively import lively
 
-from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify, wavers
+from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify, wavers, work
 from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
 from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run, Streams, Victim, margin
@@ -41,12 +41,12 @@ def brief(monkeypatch):
     """A few checks and no curves: these tests are about the battery."""
     some = {k: run.CHECKS[k] for k in ("S0", "S4", "G1", "G3", "C1")}
     monkeypatch.setattr(run, "CHECKS", some)
-    monkeypatch.setattr(run._Work, "curves", lambda self, gradient: {})
+    monkeypatch.setattr(work.Work, "curves", lambda self, gradient: {})
 
 
 @pytest.fixture
 def unplotted(monkeypatch):
-    monkeypatch.setattr(run._Work, "curves", lambda self, gradient: {})
+    monkeypatch.setattr(work.Work, "curves", lambda self, gradient: {})
 
 
 def line(scale=1.0, n=64):
@@ -241,7 +241,7 @@ def test_every_part_is_made_anew_for_another_seed_eot_version_or_route(tmp_path,
     once = parts()
     assert parts() == once == 5 + 3
     assert [parts(seed=1), parts(eot=2), parts(replace(v, route="another"))] == [2 * once, 3 * once, 4 * once]
-    monkeypatch.setattr(run, "__version__", "0.0.0")
+    monkeypatch.setattr(work, "__version__", "0.0.0")
     assert parts() == 5 * once
 
 

@@ -8,7 +8,7 @@ import torch
 
 from sparsetrail import data
 from sparsetrail.attacks.run import EOT
-from sparsetrail.auditing import battery
+from sparsetrail.auditing import battery, work
 from sparsetrail.auditing import run as auditing
 from sparsetrail.cli import attacks, main
 from sparsetrail.core import L2, Audit, Linf, Rate, Report, Run
@@ -517,7 +517,7 @@ def test_one_failure_stops_the_others_at_a_step_from_which_they_go_on(tmp_path, 
 def test_the_audit_of_a_trained_model_is_made_as_it_was_asked_for(done, tmp_path, monkeypatch):
     """Claim, transfer, control, budget, seed, gradients a step and the time it may take arrive."""
     monkeypatch.setattr(auditing, "CHECKS", {"G3": auditing.CHECKS["G3"]})
-    monkeypatch.setattr(auditing._Work, "curves", lambda self, gradient: {})
+    monkeypatch.setattr(work.Work, "curves", lambda self, gradient: {})
 
     def few(*args, **more):
         stages = [s for s in battery(*args, **more) if s.kind in ("default", "transfer") and s.attack == "pgd"]

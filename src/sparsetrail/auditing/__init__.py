@@ -2,8 +2,10 @@
 
 from sparsetrail.auditing.battery import Budget, Stage, battery
 from sparsetrail.auditing.kept import contradiction, misjudged
-from sparsetrail.auditing.run import Forgetful, Store, audit, fingerprint, join, refuse, verify, wavers
+from sparsetrail.auditing.refusals import refuse
+from sparsetrail.auditing.run import audit
 from sparsetrail.auditing.verdict import judge
+from sparsetrail.auditing.work import Forgetful, Store, fingerprint, join, verify, wavers
 
 __all__ = [
     "Budget",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparsetrail.attacks.run import judged
 from sparsetrail.auditing.battery import Budget, battery
-from sparsetrail.auditing.run import SAMPLE
 from sparsetrail.auditing.verdict import judge
+from sparsetrail.auditing.work import SAMPLE
 from sparsetrail.core import Audit, Victim, correct
 
 AGAIN = 32  # scorings of an image whose kept flag is in doubt

@@ -15,18 +15,7 @@ from rich.console import Console
 
 from sparsetrail import __version__, data
 from sparsetrail.cli.attacks import run_line, say_report
-from sparsetrail.cli.flags import (
-    KEPT,
-    Device,
-    Fresh,
-    Json,
-    Kept,
-    Threads,
-    device_named,
-    emit,
-    model_at,
-    output_folder,
-)
+from sparsetrail.cli.flags import KEPT, Device, Fresh, Json, Kept, Threads, device_named, emit, model_at, output_folder
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import Report
 from sparsetrail.recipes import measure, paper

@@ -5,16 +5,7 @@ those of the attacked tensor, 0..1 for pixels and for spikes alike; the two are 
 """
 
 from sparsetrail.core.problem import Guide, Problem, Streams, correct, cross_entropy, margin
-from sparsetrail.core.results import (
-    Audit,
-    Claim,
-    Finding,
-    Rate,
-    Report,
-    Run,
-    Trail,
-    TrailRow,
-)
+from sparsetrail.core.results import Audit, Claim, Finding, Rate, Report, Run, Trail, TrailRow
 from sparsetrail.core.threat import L0, L2, Linf, Space, Threat, as_fraction, grey, image_axis
 from sparsetrail.core.victim import Memory, Mode, Route, Victim
 

@@ -1,0 +1,93 @@
+"""What an audit refuses before it begins: settings, images, codebooks and guides that would mislead."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsetrail.attacks import attack
+from sparsetrail.auditing.work import SAMPLE
+from sparsetrail.core import Problem, Streams, Threat, Victim, grey
+
+
+def refuse(
+    threats: Sequence[Threat],
+    *,
+    claim: float | None = None,
+    batch: int = 64,
+    eot: int | None = None,
+    minutes: float | None = None,
+    budget: str = "standard",
+) -> None:
+    """ValueError for settings no audit can be made with; before anything is written."""
+    if claim is not None and not 0 <= claim <= 1:
+        raise ValueError(f"claim: expected a robust accuracy within 0..1, got {claim}; write 0.45 for 45 %")
+    if claim is not None and len(threats) > 1:
+        raise ValueError("claim: expected one threat to lay the claim beside, got several; audit them one by one")
+    if budget not in SAMPLE:
+        raise ValueError(f"budget: expected one of {', '.join(SAMPLE)}, got {budget!r}")
+    if batch < 1 or (eot is not None and eot < 1):
+        raise ValueError(f"expected at least one image a batch and one gradient a step, got batch={batch}, eot={eot}")
+    if minutes is not None and not minutes >= 0:
+        raise ValueError(f"minutes: expected 0 or more, got {minutes}")
+    for t in threats:
+        if t.eps == 0:
+            raise ValueError("eps: expected a radius above 0, got 0; there is nothing to audit")
+    if len(set(threats)) < len(threats):
+        raise ValueError("threats: expected each once, got one twice")
+
+
+def refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices: tuple[int, ...]) -> None:
+    for what, t in (("images", x), ("labels", y)):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{what}: expected a tensor, got {type(t).__name__}; use torch.as_tensor")
+    if x.dtype != torch.float32 or not bool(((x >= 0) & (x <= 1)).all()):
+        ends = f"{float(x.min()):.3g}..{float(x.max()):.3g}" if x.numel() else "none"
+        raise ValueError(
+            f"images: expected float32 pixels in 0..1, got {x.dtype} in {ends}; divide 8-bit images by 255, and put "
+            "mean and standard deviation into encode or logits"
+        )
+    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"labels: expected the class of every image [n], got {tuple(y.shape)} of {y.dtype}")
+    if len(x) != len(y) or len(y) == 0 or len(indices) != len(y):
+        raise ValueError(f"expected images with a label and a place each, got {len(x)}, {len(y)} and {len(indices)}")
+    if int(y.min()) < 0 or int(y.max()) >= victim.classes:
+        raise ValueError(f"labels: expected 0..{victim.classes - 1}, got {int(y.min())}..{int(y.max())}")
+    _refuse_codebook(victim, x)
+    if threat.space != "pixel" or threat.box != (0.0, 1.0):
+        return
+    on = grey(x)
+    if bool(on.any()) and not bool(on.all()):
+        raise ValueError(
+            f"expected all images on 256 grey levels or none, got {int(on.sum())} of {len(on)}; round them"
+        )
+    if bool(on.all()) and threat.norm == "linf" and 255 * threat.eps < 1 - 1e-4:
+        raise ValueError(f"eps: less than one grey level ({255 * threat.eps:.3g} of one) holds no other 8-bit image")
+
+
+def _refuse_codebook(victim: Victim, x: Tensor) -> None:
+    """A codebook must be the code of the grey levels, or attacks by it aim at another network."""
+    if victim.codebook is None or victim.random or not bool(grey(x[:4]).all()):
+        return
+    with torch.no_grad():
+        code = victim.encode(x[:4])
+    book = victim.codebook.to(code)
+    told = book[(x[:4] * 255).round().long()].movedim(-1, 0) if book.shape == (256, len(code)) else None
+    if told is None or told.shape != code.shape or not torch.allclose(told, code, rtol=1e-5, atol=1e-6):
+        raise ValueError(
+            f"{victim.name}: expected codebook [256 {len(code)}], the code of every grey level step by step, found "
+            f"another, {tuple(victim.codebook.shape)}; leave it out, or give encode of the 256 levels"
+        )
+
+
+def refuse_guides(victim: Victim, threat: Threat, x: Tensor, y: Tensor, guides: Sequence[Victim]) -> None:
+    """Every guide must fit the victim and lead somewhere: found out on one image, not in the middle of the battery."""
+
+    def look(p: Problem, g: Streams) -> None:
+        p.grad(p.u0)
+
+    for guide in guides:
+        try:
+            attack(look, victim, threat, x[:8], y[:8], guide=guide)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{guide.name} cannot lead an attack on {victim.name}: {error}") from None
