@@ -1,6 +1,8 @@
 """Foreign networks that keep state, as victims: reset around every call, surrogates exchanged on a copy."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sparsetrail.adapt import spikingjelly as adapted
 from sparsetrail.attacks import attack, pgd
 from sparsetrail.checks import CHECKS, Case
 from sparsetrail.core import Linf, Route
-from sparsetrail.snn.encode import direct, phase
+from sparsetrail.snn.encode import direct, phase, poisson
 from sparsetrail.trails import trail
 
 X = torch.randint(0, 256, (6, 1, 6, 6), generator=torch.Generator().manual_seed(0)) / 255
@@ -131,3 +133,61 @@ def test_the_trail_of_a_spikingjelly_network_tells_where_its_zeros_come_from(spi
     pool, sn = rows[3], rows[2]
     assert (pool.zero, pool.created, pool.inherited) == (0.75, 0.75, 0.0) and 0 < sn.passed <= sn.zero <= 0.75
     assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_neurons_in_single_step_mode_are_told(spikingjelly):
+    """SpikingJelly's default takes the steps for examples; a network that loops over them is left alone."""
+    layer, neuron = spikingjelly.layer, spikingjelly.neuron
+    net = nn.Sequential(layer.Flatten(2), layer.Linear(36, 8), neuron.IFNode(), layer.Linear(8, 3)).eval()
+    with pytest.raises(ValueError, match=r"called once for 4 steps; call functional\.set_step_mode"):
+        adapted(net, direct(steps=4), classes=3).scores(X)
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Flatten(1), nn.Linear(36, 8), neuron.IFNode(), nn.Linear(8, 3))
+
+        def forward(self, u):
+            return torch.stack([self.body(part) for part in u])
+
+    v = adapted(Loop().eval(), direct(steps=4), classes=3)
+    assert torch.equal(v.scores(X), v.scores(X))
+    assert not any(m._forward_pre_hooks for m in v.module.modules())
+
+
+def test_steps_that_are_not_the_encoders_are_refused():
+    net = Leaky().eval()
+    for steps in (4, 0, -1):
+        with pytest.raises(ValueError, match="steps: expected"):
+            stateful(net, direct(steps=8), classes=3, steps=steps)
+    assert stateful(net, direct(steps=3), classes=3, steps=3).steps == 3
+
+
+def test_a_network_with_state_serves_one_thread_at_a_time():
+    net, inside, most = Leaky().eval(), [0], [0]
+    v = stateful(net, direct(steps=3), classes=3)
+
+    def count(change):
+        inside[0] += change
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.002)
+
+    net.register_forward_pre_hook(lambda *_: count(1))
+    net.register_forward_hook(lambda *_: count(-1))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: v.scores(X), range(8)))
+    assert most == [1] and all(torch.equal(z, found[0]) for z in found)
+
+
+def test_a_seeded_encoder_stays_seeded():
+    v = stateful(Leaky().eval(), poisson(steps=3, seed=5), classes=3)
+    draws = []
+    for key in (1, 1, 2):
+        v.reseed(key)
+        draws.append(v.encode(X))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_a_surrogate_without_a_width_has_that_of_our_networks(theirs):
+    v = adapted(theirs, phase(steps=8), classes=3)
+    assert v.by(Route(neuron="sigmoid")).route == "BPTT sigmoid(4)"

@@ -554,3 +554,74 @@ def test_a_route_may_be_given_by_its_name(snn):
     assert a.robust == b.robust and a.route == b.route != v.path("pixel")
     with pytest.raises(ValueError, match="nonsense"):
         attack(pgd, v, Linf(8 / 255, space="pixel"), x, y, route="nonsense")
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    """One that leaves an attack without work is refused whatever library it is of; a tensor is told to be one."""
+    import numpy as np
+
+    v, _ = linear_victim("pixel")
+    x = pictures()
+    y, ball = v.scores(x).argmax(1), Linf(0.05, space="pixel")
+    same = [attack(pgd, v, ball, x, y, steps=5, step=s).robust for s in (0.01, np.float64(0.01))]
+    assert same[0] == same[1]
+    run = attack(pgd, v, ball, x, y, steps=np.int64(3))
+    assert run.knobs["steps"] == 3 and type(run.knobs["steps"]) is int
+    for wrong in ({"steps": np.int64(0)}, {"step": np.float32(-0.01)}, {"restarts": np.int32(0)}):
+        with pytest.raises(ValueError, match="expected a positive"):
+            attack(pgd, v, ball, x, y, **wrong)
+    with pytest.raises(ValueError, match="expected a plain number, got a tensor"):
+        attack(pgd, v, ball, x, y, steps=torch.tensor(0))
+    for keys in ({"indices": [0.5] * N}, {"seed": "a"}, {"seed": 0.5}):
+        with pytest.raises((ValueError, TypeError), match=r"expected whole numbers|type-check"):
+            attack(pgd, v, ball, x, y, **keys)
+
+
+def test_a_part_of_a_network_left_in_train_mode_is_refused():
+    """Its statistics would make one image's robustness depend on the others, and move while it is attacked."""
+    net = build(NetSpec(width=0.125, channels=1, steps=2), seed=0).eval()
+    v, x = victim(net, phase(steps=2)), torch.rand(4, 1, 8, 8)
+    y = v.scores(x).argmax(1)
+    before = {k: b.clone() for k, b in net.named_buffers()}
+    net.layer1.train()
+    for call in (
+        lambda: attack(pgd, v, Linf(0.1, space="pixel"), x, y),
+        lambda: v.scores(x),
+        lambda: v.logits(v.encode(x)),
+    ):
+        with pytest.raises(ValueError, match=r"found its layer1\.0 in train mode; call net\.eval"):
+            call()
+    assert all(torch.equal(b, before[k]) for k, b in net.named_buffers())
+
+
+def test_spsa_has_nothing_to_do_in_an_l0_ball():
+    v, _ = linear_victim("encoded")
+    x = (pictures() > 0.5).float()
+    with pytest.raises(ValueError, match="use sda or sparse_rs"):
+        attack(ATTACKS["spsa"], v, L0(2, space="encoded"), x, v.scores(x).argmax(1))
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "spsa", "rays", "square"])
+def test_a_box_of_another_size_changes_nothing_but_the_unit(name):
+    """The same classifier, images and radius, measured in another unit and from another zero."""
+    plain, w = linear_victim("encoded")
+    x = pictures()
+    y = plain.scores(x).argmax(1)
+    lo, hi = -32.0, 32.0
+
+    def logits(u):
+        return plain.logits((u - lo) / (hi - lo))
+
+    wide = dataclasses.replace(plain, encode=lambda x: lo + (hi - lo) * plain.encode(x), logits=logits)
+    knobs = {"steps": 30} if name == "spsa" else {}
+    a = strike(name, plain, Linf(0.06, space="encoded"), x, y, **knobs)
+    b = strike(name, wide, Linf(0.06 * (hi - lo), space="encoded", box=(lo, hi)), x, y, **knobs)
+    assert 0 < sum(a.robust) < N and sum(x != z for x, z in zip(a.robust, b.robust, strict=True)) <= 1  # rounding
+
+
+def test_rays_in_a_box_without_ends():
+    v, w = linear_victim("encoded")
+    x = pictures()
+    y, ends = v.scores(x).argmax(1), (-math.inf, math.inf)
+    found = [strike(n, v, Linf(0.1, space="encoded", box=ends), x, y) for n in ("fgsm", "rays")]
+    assert sum(found[0].robust) < N and sum(found[1].robust) < N

@@ -211,3 +211,39 @@ def test_names_of_radii():
 def test_a_route_names_the_encoder_in_pixel_space_only():
     v = Victim(encode=lambda x: x, logits=lambda u: u, steps=1, classes=2, route="BPTT", encoding="phase: identity")
     assert v.path("pixel") == "BPTT; phase: identity" and v.path("encoded") == "BPTT"
+
+
+def test_a_radius_is_a_number():
+    for bad in ("8/255", True, None):
+        with pytest.raises((ValueError, TypeCheckError), match="eps"):
+            Linf(bad, space="pixel")
+
+
+@pytest.mark.parametrize("box", [(0.0, 255.0), (-100.0, 100.0), (0.0, 1000.0), (-math.inf, math.inf)])
+@pytest.mark.parametrize("make", [Linf, L2])
+def test_what_is_projected_is_contained_in_any_box(make, box):
+    """Rounding grows with the values; what is surely outside stays so, and infinity is inside nothing."""
+    g = torch.Generator().manual_seed(0)
+    lo, hi = (max(-1000.0, box[0]), min(1000.0, box[1]))
+    u0 = lo + (hi - lo) * torch.rand(64, 1, 4, 4, generator=g)
+    ball = make(0.1 * (hi - lo), space="pixel", box=box)
+    u = ball.project(u0 + (hi - lo) * torch.randn(u0.shape, generator=g), u0)
+    assert ball.contains(u, u0).all() and ball.contains(u0, u0).all()
+    assert not ball.contains(u0 + 1.01 * ball.eps, u0).any()
+    assert not ball.contains(torch.full_like(u0, math.inf), u0).any()
+    assert not ball.contains(torch.full_like(u0, math.inf), torch.full_like(u0, math.inf)).any()
+
+
+@pytest.mark.parametrize("box", [(0.1, 0.9), (-0.3, 0.7), (0.2, 0.5), (-0.123, 0.456), (0.0, 1.0)])
+def test_flips_end_on_the_ends_of_the_box(box):
+    u0 = torch.tensor(box)[torch.randint(2, (8, 1, 3, 3), generator=torch.Generator().manual_seed(0))]
+    ball = L0(9, space="pixel", box=box)
+    assert set(ball.flipped(u0).unique().tolist()) == set(u0.unique().tolist())
+    assert not (ball.flipped(u0) == u0).any()
+    moved = ball.project(ball.flipped(u0), u0)
+    assert ball.contains(moved, u0).all() and not torch.equal(moved, u0)
+
+
+def test_an_l2_radius_without_bounds_is_not_zero():
+    ball, u0 = L2(1e20, space="pixel"), torch.full((2, 1, 2, 2), 0.5)
+    assert torch.equal(ball.project(u0 + 1e20, u0), torch.ones_like(u0))

@@ -165,9 +165,11 @@ def test_gradients_of_gradients_through_the_pass_with_batch_norm(built, affine, 
         first = torch.autograd.grad(out.pow(3).sum(), leaves, retain_graph=True)
         linear = torch.autograd.grad(out.sum(), y, create_graph=True)[0]
         again = torch.autograd.grad(linear.pow(2).sum(), y)[0]
-        found.append((out.detach(), *first, linear.detach(), again))
+        pushes = torch.stack([torch.ones_like(out), out.detach().square()])
+        many = torch.autograd.grad(f(), y, pushes, is_grads_batched=True)[0]
+        found.append((out.detach(), *first, linear.detach(), again, many))
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))
-    assert found[1][-1].abs().max() > 1e-3 and calls == ["back"]
+    assert found[1][-2].abs().max() > 1e-3 and calls == ["back"]
 
 
 WINDOWS = [(3, 1, 1), (3, 2, 1), (1, 2, 0), (7, 2, 3), (2, 3, 0), (5, 3, 2)]

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from jaxtyping import TypeCheckError
 
 from sparsetrail.snn.encode import (
     BACKWARD_RULES,
@@ -327,3 +328,14 @@ def test_a_given_generator_is_found_in_the_knobs():
 def test_refusals(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_frames_without_a_codebook_are_the_pixels_themselves():
+    """The first layer is computed once a distinct frame, of which nothing else is known."""
+    knobs = {"name": "twice", "knobs": {}, "steps": 3, "backward": "true", "frames": (0, 0, 0), "slope": torch.ones(3)}
+    with pytest.raises(ValueError, match="expected frames that show the pixels themselves"):
+        Encoder(apply=lambda x: (2 * x - 1).unsqueeze(0).expand(3, *x.shape), **knobs)
+    Encoder(apply=lambda x: x.unsqueeze(0).expand(3, *x.shape), **knobs)
+    Encoder(apply=lambda x: (2 * x - 1).unsqueeze(0).expand(3, *x.shape), **(knobs | {"frames": None}))
+    with pytest.raises((ValueError, TypeCheckError), match=r"whole number of steps|type"):
+        Encoder(apply=lambda x: x[None], **(knobs | {"steps": 0, "frames": None}))

@@ -984,6 +984,37 @@ def test_gradients_of_many_outputs_at_once():
         close(together[i], torch.autograd.grad(z[0, i], leaf, retain_graph=True)[0], 1e-10)
 
 
+@needs_kernels
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_what_hooks_on_saved_tensors_give_back_in_another_memory_order(mode):
+    net, x, _ = network(width=0.125, steps=3, n=2)
+    net.train(mode == "train")
+    leaf, found = phase(steps=3)(x), []
+    for pack in (None, lambda t: t.detach().contiguous()):
+        again, u = copy.deepcopy(net), leaf.clone().requires_grad_()
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t) if pack else contextlib.nullcontext()
+        with hooks:
+            z = again(u)[:, 0].sum()
+        found.append(torch.autograd.grad(z, [u, *again.parameters()], allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        close(b, a, 1e-10)
+    assert found[0][0].abs().max() > 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_checkpoint_that_computes_again_what_it_let_go(mode):
+    net, x, _ = network(width=0.125, steps=3, n=2)
+    net.train(mode == "train")
+    leaf, found = phase(steps=3)(x), []
+    for again in (False, True):
+        twin, u = copy.deepcopy(net), leaf.clone().requires_grad_()
+        z = torch.utils.checkpoint.checkpoint(twin, u, use_reentrant=False) if again else twin(u)
+        found.append(torch.autograd.grad(z[:, 0].sum(), [u, *twin.parameters()], allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        close(b, a, 1e-10)
+
+
 def test_modes_of_torch_that_hand_out_other_tensors():
     net, x, y = network(torch.float32)
     u, v = phase(steps=5)(x), victim(net, phase(steps=5))

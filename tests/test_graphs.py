@@ -132,6 +132,15 @@ def recorded():
     return f, u
 
 
+def test_scores_without_a_gradient_are_recorded_too(capsys):
+    """Behind an encoder without a backward there is a forward to launch and nothing to come back."""
+    f = Plain(lambda u: toy(u.detach()))
+    u = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    found = [f(u) for _ in range(3)]
+    assert f.ready(u) and not f.failed and "recorded" not in capsys.readouterr().err
+    assert all(torch.equal(z, toy(u)) and not z.requires_grad for z in found)
+
+
 def test_many_gradients_as_one_through_a_recording():
     f, u = recorded()
     found, want = (torch.autograd.functional.jacobian(lambda v, g=g: g(v).sum(0), u, vectorize=True) for g in (f, toy))

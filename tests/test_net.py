@@ -365,3 +365,21 @@ def test_shapes_are_checked_in_tests():
         net(spikes(4, 3, 32, 32))
     with pytest.raises(TypeCheckError):
         phase()(torch.zeros(3, 32, 32))
+
+
+def test_a_network_without_a_last_layer_of_that_name_is_asked_for_its_classes():
+    net = nn.Sequential(build(NetSpec(**SMALL))).eval()
+    with pytest.raises(ValueError, match="pass classes="):
+        victim(net, phase(steps=4))
+    assert victim(net, phase(steps=4), classes=10).scores(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+
+
+def test_vmap_over_images_and_over_an_ensemble():
+    nets = [build(NetSpec(**SMALL), seed=s).double().eval() for s in (0, 1)]
+    u = spikes(4, 3, 3, 8, 8).double()
+    want = nets[0](u)
+    alone = torch.func.vmap(lambda one: nets[0](one[:, None])[0], in_dims=1)(u)
+    assert torch.allclose(alone, want, atol=1e-10)
+    values, buffers = torch.func.stack_module_state(nets)
+    both = torch.func.vmap(lambda p, b: torch.func.functional_call(nets[0], (p, b), (u,)))(values, buffers)
+    assert torch.allclose(both, torch.stack([net(u) for net in nets]), atol=1e-10)

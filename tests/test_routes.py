@@ -542,6 +542,7 @@ def test_exact_networks():
         close(a, b, 1e-8)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_on_a_gpu():
     net, x, y = network()

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from lively import lively
+from torch import nn
 from torch.nn import functional as F
 
 from sparsetrail.adapt import stateful
@@ -67,6 +68,7 @@ from sparsetrail.theory import (
     tracking,
     violation_scan,
 )
+from sparsetrail.theory.switch import _folded
 from sparsetrail.trails import maxpool_density_cap, strided_conv_density
 
 
@@ -785,3 +787,9 @@ def test_bad_input_is_refused_with_what_was_expected():
         layer_gradients(
             Victim(encode=lambda x: x[None], logits=lambda u: u[0], steps=1, classes=2), images[:1], NONE, space="pixel"
         )
+
+
+def test_a_first_layer_without_a_bias_stays_where_it_lies():
+    """Elsewhere, a device's tensors and the CPU's meet: a stand-in device tells."""
+    conv, norm = nn.Conv2d(1, 4, 3, bias=False, device="meta"), nn.BatchNorm2d(4, device="meta")
+    assert [t.device.type for t in _folded(conv, norm)] == ["meta", "meta"]

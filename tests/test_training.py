@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import nn
 
 from sparsetrail import data
@@ -559,3 +560,51 @@ def test_the_learning_rate_is_constant_or_falls_by_half_a_cosine(schedule, share
     for step, share in zip((0, 2, 4, 6, 8), shares, strict=True):
         optimizer.set_rate(step, 8)
         assert optimizer.inner.param_groups[0]["lr"] == optimizer.rate == pytest.approx(0.2 * share, abs=1e-12)
+
+
+def test_ties_and_no_numbers_are_not_correct():
+    """As every attack counts: a network that scores NaN, or all classes alike, knows nothing."""
+    net = build(NET, seed=0).eval()
+    some = data.make_dataset("toy", "test", torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8), torch.full((20,), 3),
+                             tuple("0123456789"))  # fmt: skip
+    for bias in (float("nan"), 0.0):
+        with torch.no_grad():
+            net.fc.weight.zero_(), net.fc.bias.zero_()
+            net.fc.bias[3] = bias
+        assert accuracy(net, ENCODE, some).k == 0
+    with torch.no_grad():
+        net.fc.bias[3] = 1.0
+    assert accuracy(net, ENCODE, some).k == 20
+
+
+@pytest.mark.parametrize("wrong", [
+    {"cutout": 2.5}, {"flip": "no"}, {"epochs": True}, {"batch": 4.0}, {"crop": 1.5}, {"seed": 1.5}, {"lr": "0.1"},
+    {"betas": (0.9,)}, {"betas": 0.9}, {"optimizer": 3},
+])  # fmt: skip
+def test_settings_of_another_kind_are_refused(wrong):
+    with pytest.raises((ValueError, TypeCheckError), match=rf"{next(iter(wrong))}: expected|type"):
+        TrainSpec(**wrong)
+
+
+def test_a_start_is_the_file_that_the_card_names(images, finished, tmp_path):
+    other = load_model(finished.path)
+    with torch.no_grad():
+        other.net.fc.weight.mul_(0.5)
+    with pytest.raises(ValueError, match="start: expected the weights of"):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r", start=other)
+    assert not (tmp_path / "r").exists()
+
+
+def test_cards_that_make_no_network_are_told(finished, tmp_path):
+    tensors, card, _ = load_weights(finished.path)
+    net, encoder = card["net"], card["encoder"]
+    for changed, words in (
+        ({k: v for k, v in card.items() if k != "net"}, "a card of a network"),
+        (card | {"net": net | {"newer": 1}}, "a card of a network"),
+        (card | {"encoder": encoder | {"name": "morse"}}, "a card of a network"),
+        (card | {"net": net | {"width": 0.25}}, "other shape"),
+        (card | {"encoder": encoder | {"knobs": encoder["knobs"] | {"steps": 5}}}, "an encoder of 3 steps"),
+    ):
+        save_weights(tmp_path / "model.safetensors", tensors, changed)
+        with pytest.raises(CheckpointError, match=words):
+            load_model(tmp_path)

@@ -5,6 +5,7 @@ before and after every call. The audit's checks prove that it did (state, batch,
 """
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail.core import Route, Victim
+from sparsetrail.core.victim import refuse_train_mode
+from sparsetrail.snn.routes import DEFAULTS
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate, heaviside
 
 RESETS = ("reset", "reset_mem", "reset_states")  # SpikingJelly, BrainCog; snnTorch; sinabs
@@ -60,18 +63,24 @@ def stateful(
     `read` makes scores [n k] of what the network returns. A network that loops over time in your own code needs no
     more than `Victim(encode=..., logits=..., steps=..., classes=...)` around that loop. ValueError in train mode.
     """
-    steps = steps or getattr(encode, "steps", None)
+    told = getattr(encode, "steps", None)
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps: expected at least 1 time step, got {steps}")
+    if steps is not None and told is not None and steps != told:
+        raise ValueError(f"steps: expected {told}, those of the encoder, got {steps}; leave it out")
+    steps = told if steps is None else steps
     if steps is None:
         raise ValueError("steps: expected the number of time steps, which this encoder does not tell; pass steps=")
+    held = threading.Lock()
 
     def logits(u: Tensor) -> Tensor:
-        if net.training:
-            raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
-        reset(net)
-        try:
-            return read(net(u))
-        finally:
+        refuse_train_mode(net, name)
+        with held:  # a network that keeps state serves one caller at a time
             reset(net)
+            try:
+                return read(net(u))
+            finally:
+                reset(net)
 
     how = getattr(encode, "backward", "")
     return Victim(
@@ -85,7 +94,38 @@ def stateful(
         random=bool(getattr(encode, "random", False)),
         module=net,
         codebook=getattr(encode, "codebook", None),
+        reseed=encode.reseed if getattr(encode, "draws", None) is not None else None,  # type: ignore[attr-defined]
     )
+
+
+def _all_steps(net: nn.Module, logits: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    """`logits`; at the first call ValueError where neurons in single-step mode are called once for all steps.
+
+    They would take the steps for examples. A network that loops over the steps calls them once a step.
+    """
+    neurons = [m for m in net.modules() if hasattr(m, "surrogate_function")]
+    seen = any(getattr(m, "step_mode", "m") != "s" for m in neurons)
+
+    def checked(u: Tensor) -> Tensor:
+        nonlocal seen
+        if seen or len(u) < 2:
+            return logits(u)
+        called: list[nn.Module] = []
+        hooks = [m.register_forward_pre_hook(lambda m, _: called.append(m)) for m in neurons]
+        try:
+            z = logits(u)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(called) == len(set(called)) > 0:
+            raise ValueError(
+                f"{name}: expected a network in multi-step mode, found neurons in single-step mode called once for "
+                f"{len(u)} steps; call functional.set_step_mode(net, 'm')"
+            )
+        seen = True
+        return z
+
+    return checked
 
 
 class _Swapped(nn.Module):
@@ -127,7 +167,7 @@ def spikingjelly(
             if kind not in SURROGATES:
                 raise ValueError(f"{name}: expected a surrogate ({', '.join(SURROGATES)}), got the route {route}")
             try:
-                surrogate = Surrogate(kind, float(width or 1))
+                surrogate = Surrogate(kind, float(width or DEFAULTS.get(kind) or 1))
             except ValueError:
                 raise ValueError(f"{name}: expected a width as in triangle:1, got the route {route}") from None
             again, words = copy.deepcopy(net), f"BPTT {kind}({surrogate.width:g})"
@@ -136,4 +176,4 @@ def spikingjelly(
                     m.surrogate_function = _Swapped(surrogate)
         return stateful(again, way, classes=classes, name=name, route=words, **more)
 
-    return replace(own, rewire=rewire)
+    return replace(own, rewire=rewire, logits=_all_steps(net, own.logits, name))

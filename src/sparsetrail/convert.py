@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
 from sparsetrail.data import Dataset, pixels, take
-from sparsetrail.models import Trained, load_model
+from sparsetrail.models import Trained, load_model, net_spec_from
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.folded import FoldedNet
 from sparsetrail.snn.net import NetSpec, build, running_for
@@ -29,7 +29,7 @@ def convert(
     spec: NetSpec,
     encode: Encoder,
     data: Dataset,
-    out: Path,
+    out: Path | str,
     *,
     percentile: float = 99.7,
     scale: float = 0.3,
@@ -58,6 +58,17 @@ def convert(
         raise ValueError(f"scale: expected a positive factor, got {scale:g}")
     if steps < 1 or images < 1:
         raise ValueError(f"steps, images: expected at least 1 of each, got {steps} and {images}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch: expected at least 1 image, got {batch}")
+    if encode.steps != spec.steps:
+        raise ValueError(f"encoder: expected {spec.steps} steps as the network's, found {encode.steps}")
+    if data.images.shape[1] != spec.channels:
+        raise ValueError(f"data: expected {spec.channels} channels as the network's, found {data.images.shape[1]}")
+    own, asked = asdict(net_spec_from(twin.card["net"])), asdict(spec)
+    if strange := [k for k in asked if k not in ("neuron", "steps", "readout", "exact") and own[k] != asked[k]]:
+        told = ", ".join(f"{k} {own[k]} where {asked[k]} is asked for" for k in strange)
+        raise ValueError(f"twin: expected the same network but for neurons and steps, found {told}")
+    out = Path(out)
     some = take(data, min(images, len(data.labels)), seed=seed)
     how = {"from": twin.sha256, "percentile": percentile, "scale": scale, "steps": steps, "data": some.sha256}
     card: dict[str, Any] = {

@@ -5,6 +5,7 @@ import json
 import pickle
 import pickletools
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,20 +41,32 @@ def load_model(path: str | Path) -> Trained:
     tensors, card, sha256 = load_weights(file)
     if card.get("kind") != "model":
         raise CheckpointError(f"{file}: expected a model, found {card.get('kind', 'another file')}")
-    net = build(net_spec_from(card["net"]), seed=0)
+    try:
+        spec = net_spec_from(card["net"])
+        encode = build_encoder(card["encoder"]["name"], **card["encoder"]["knobs"])
+        net = build(spec, seed=0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: expected a card of a network and an encoder of this version, found one that makes none "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    if encode.steps != spec.steps:
+        raise CheckpointError(f"{file}: expected an encoder of {spec.steps} steps, found one of {encode.steps}")
     ours, theirs = set(net.state_dict()), set(tensors)
     if ours != theirs:
         raise CheckpointError(
             f"{file}: parameters do not fit {card['net']['arch']}: missing {sorted(ours - theirs)[:5]}, "
             f"unexpected {sorted(theirs - ours)[:5]}"
         )
+    if wrong := [k for k, v in net.state_dict().items() if v.shape != tensors[k].shape]:
+        raise CheckpointError(f"{file}: parameters do not fit {card['net']['arch']}: other shape {wrong[:5]}")
     broken = [k for k, v in tensors.items() if not v.isfinite().all()]
     if broken:
         raise CheckpointError(f"{file}: expected finite weights, found NaN or infinity in {', '.join(broken[:5])}")
     net.load_state_dict(tensors)  # of a compact file, upcast
     return Trained(
         net=net.eval(),
-        encode=build_encoder(card["encoder"]["name"], **card["encoder"]["knobs"]),
+        encode=encode,
         card=card,
         path=file,
         sha256=sha256,
@@ -111,17 +124,17 @@ def import_weights(
             f"{file}: expected tensors only, found a pickle that wants to run code; look into it on a machine that may "
             f"be lost, or pass --trust-pickle if you trust its source and it holds {STATE_DICT}: nothing else is taken"
         ) from None
-    except (RuntimeError, EOFError, OSError, AttributeError, ModuleNotFoundError) as error:
-        raise CheckpointError(f"{file}: expected a PyTorch checkpoint, found {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what a damaged file makes a reader of pickles raise can be anything
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{file}: expected a PyTorch checkpoint, found {why}") from None
     for key in ("model_state_dict", "state_dict", "model", "net"):
         if isinstance(held, dict) and isinstance(held.get(key), dict):
             held = held[key]
-    if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
+    if not isinstance(held, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items()):
         raise CheckpointError(f"{file}: expected {STATE_DICT}, found {type(held).__name__}")
     net = build(net_spec, seed=0)
     want = net.state_dict()
-    first = next(iter(want))
-    prefix = min((k.removesuffix(first) for k in held if f".{k}".endswith(f".{first}")), key=len, default="")
+    prefix = _prefix(held, want)
     tensors = got = {k.removeprefix(prefix): v for k, v in held.items()}
     wrong = [k for k in want if k in got and want[k].shape != got[k].shape]
     if set(want) != set(got) or wrong:
@@ -139,6 +152,8 @@ def import_weights(
     net.load_state_dict(tensors)
     if not all(v.isfinite().all() for v in net.state_dict().values()):
         raise CheckpointError(f"{file}: expected finite weights, found NaN or infinity")
+    if below := [k for k, v in net.state_dict().items() if k.endswith("running_var") and (v < 0).any()]:
+        raise CheckpointError(f"{file}: expected variances of 0 or more, found negative ones in {below[0]}")
     card = {
         "kind": "model",
         "net": asdict(net_spec),
@@ -151,9 +166,24 @@ def import_weights(
     return load_model(out)
 
 
+def _prefix(held: Iterable[str], want: Iterable[str]) -> str:
+    """What stands before the names of a network in a file: what most of its names fit with, the shortest of several."""
+    known = set(want)
+    starts = Counter(
+        k[:i] for k in held for i in [0, *(j + 1 for j, letter in enumerate(k) if letter == ".")] if k[i:] in known
+    )
+    return max(starts, key=lambda p: (starts[p], -len(p)), default="")
+
+
 def _held(t: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor of another type, as whole or as real numbers, is the same in `dtype`."""
-    if t.is_complex() or t.is_quantized or t.is_floating_point() != dtype.is_floating_point:
+    if (
+        t.is_meta
+        or t.layout != torch.strided
+        or t.is_complex()
+        or t.is_quantized
+        or t.is_floating_point() != dtype.is_floating_point
+    ):
         return False
     return t.dtype == dtype or torch.equal(t.to(dtype).to(t.dtype).nan_to_num(), t.nan_to_num())
 

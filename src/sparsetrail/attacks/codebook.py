@@ -87,7 +87,7 @@ def _reach(p: Problem, level0: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pixels(p: Problem, level: Tensor, level0: Tensor) -> Tensor:
-    return torch.where(level == level0, p.u0, level.to(p.u0.dtype) / 255)
+    return torch.where(level == level0, p.u0, (level.double() / 255).to(p.u0.dtype))
 
 
 def _moved(d: Tensor, code: Tensor, level: Tensor, low: Tensor, high: Tensor, q: float) -> Tensor:

@@ -1,5 +1,7 @@
 """Projected gradient descent. Madry et al. 2017, arXiv:1706.06083, sec. 2.1; the paper's eq. 3."""
 
+import math
+
 from sparsetrail.attacks.losses import loss_named
 from sparsetrail.core import Problem, Streams
 
@@ -11,10 +13,11 @@ def pgd(
 ) -> None:
     """`steps` steps of length `step` (input units) in the steepest direction, from `restarts` random starts.
 
-    Defaults are the paper's: 7 steps of 0.01. In L2, where 0.01 is next to nothing, a step is the same share of the
-    radius as 0.01 is of 8/255. The best point on the way counts, not the last.
+    Defaults are the paper's: 7 steps of 0.01 of the box. In L2, where that is next to nothing, and in a box without
+    ends a step is the same share of the radius as 0.01 is of 8/255. The best point on the way counts, not the last.
     """
-    length = step if step is not None else 0.01 if p.ball.norm == "linf" else PACE * p.ball.eps
+    by_box = p.ball.norm == "linf" and p.ball.span < math.inf
+    length = step if step is not None else 0.01 * p.ball.span if by_box else PACE * p.ball.eps
     while restarts > 0:
         with p.restarts(restarts) as (q, played):
             u = q.sample(g)

@@ -18,13 +18,14 @@ def rays(p: Problem, g: Streams, *, queries: int = 1000, tolerance: float = 1e-3
     before its length is bisected, and not at all below it; an L2 ray has the length of the uncut one.
     """
     if p.ball.norm == "l0":
-        raise ValueError(f"rays: expected an L-infinity or L2 ball, got {p.ball}; use sda")
+        raise ValueError(f"rays: expected an L-infinity or L2 ball, got {p.ball}; use sda or sparse_rs")
     lo, hi = p.ball.box
+    span = p.ball.span if p.ball.span < math.inf else 16 * p.ball.eps  # without ends: far enough to fool at all
     image = p.u0.movedim(p.axis, 0)
     n, entries = image.shape[0], image[0].numel()
     unit = 1.0 if p.ball.norm == "linf" else math.sqrt(entries)  # length of a ray of one in every entry
     sign = torch.ones(n, entries, dtype=p.u0.dtype, device=p.u0.device)
-    length = torch.full((n,), (hi - lo) * unit, dtype=torch.float64, device=p.u0.device)  # reaches every corner
+    length = torch.full((n,), span * unit, dtype=torch.float64, device=p.u0.device)  # reaches every corner
     started = torch.zeros(n, dtype=torch.bool, device=p.u0.device)
     left = torch.full((n,), queries, device=p.u0.device)
 
@@ -46,7 +47,7 @@ def rays(p: Problem, g: Streams, *, queries: int = 1000, tolerance: float = 1e-3
         short = torch.full_like(length, p.ball.eps)
         fooled(sign, short, found & (left > 0))
         found &= ~p.fooled
-        while bool((wide := found & (left > 0) & (length - short > tolerance * (hi - lo) * unit)).any()):
+        while bool((wide := found & (left > 0) & (length - short > tolerance * span * unit)).any()):
             middle = (short + length) / 2
             inside = fooled(sign, middle, wide)
             length, short = torch.where(inside, middle, length), torch.where(wide & ~inside, middle, short)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsetrail.core import Guide, Problem, Route, Run, Streams, Threat, Victim, correct, grey, margin
+from sparsetrail.core.victim import refuse_train_mode
 
 Attack = Callable[..., None]
 COUNTS = ("steps", "restarts", "draws", "queries", "targets", "samples", "first")
@@ -56,7 +58,7 @@ def attack(
     before anything runs, and the images given are never written to.
     """
     _refuse(victim, x, y)
-    knobs = settings(fn) | knobs
+    knobs = settings(fn) | {k: _number(v) for k, v in knobs.items()}
     try:
         inspect.signature(fn).bind(None, None, **knobs)
     except TypeError as error:
@@ -69,6 +71,9 @@ def attack(
             raise ValueError(f"{name}: expected a whole number of at least 1, got {count!r}")
     if indices is not None and len(indices) != len(y):
         raise ValueError(f"indices: expected one an image ({len(y)}), got {len(indices)}")
+    for name, keys in (("indices", indices or ()), ("seed", (seed,))):
+        if wrong := [k for k in keys if isinstance(k, bool) or not isinstance(k, numbers.Integral)]:
+            raise ValueError(f"{name}: expected whole numbers, by which random streams are keyed, got {wrong[0]!r}")
     if guide is not None and route is not None:
         raise ValueError("expected a route or a guide, got both; rewire the guide itself: guide.by(route)")
     if guide is not None and guide.classes != victim.classes:
@@ -180,7 +185,7 @@ def clean_point(victim: Victim, threat: Threat, x: Tensor) -> Tensor:
         raise ValueError(
             f"{victim.name}: expected a clean {'image' if threat.space == 'pixel' else 'code'} {ends} (the box of the "
             f"threat), got values in {float(u0.min()):.3g}..{float(u0.max()):.3g}; give a box that holds them: "
-            "Linf(..., box=(lo, hi))"
+            f"{threat.norm.capitalize()}(..., box=(lo, hi))"
         )
     return u0
 
@@ -211,6 +216,8 @@ def check_settings(attack: str, knobs: Mapping[str, Any], *, still: bool = False
     In a ball of radius 0 (`still`) a step may be 0 as well.
     """
     for name, value in knobs.items():
+        if isinstance(value, Tensor):
+            raise ValueError(f"{attack}: {name}: expected a plain number, got a tensor; give its .item()")
         if isinstance(value, bool) or not isinstance(value, int | float):  # a loss by its name, or as a function
             continue
         whole, zero = name in COUNTS, name in FROM_ZERO or (still and name == "step")
@@ -246,6 +253,13 @@ def settings(fn: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
+def _number(value: Any) -> Any:
+    """A number of another library as Python's own; all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def _name(fn: Attack) -> str:
     return getattr(fn, "__name__", str(fn))
 
@@ -269,8 +283,8 @@ def _mean(parts: Sequence[tuple[float, int]]) -> float:
 def _refuse(victim: Victim, x: Tensor, y: Tensor) -> None:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         raise ValueError(f"expected images and labels as tensors, got {type(x).__name__} and {type(y).__name__}")
-    if victim.module is not None and victim.mode == "eval" and victim.module.training:
-        raise ValueError(f"{victim.name}: expected a network in eval mode, found train mode; call net.eval() first")
+    if victim.mode == "eval":
+        refuse_train_mode(victim.module, victim.name, parts=not victim.random)  # dropout left on is a victim's noise
     if x.ndim < 2 or len(x) == 0 or y.shape != x.shape[:1]:
         raise ValueError(f"expected images [n c h w] and labels [n], n > 0, got {tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype not in (torch.float32, torch.float64):

@@ -43,9 +43,8 @@ def sda(p: Problem, g: Streams, *, steps: int = 30, first: int = 10, lean: bool 
 
 
 def _point(p: Problem, clean: Tensor, flipped: Tensor) -> Tensor:
-    lo, hi = p.ball.box
     image = p.u0.movedim(p.axis, 0).shape
-    return torch.where(flipped, lo + hi - clean, clean).view(image).movedim(0, p.axis).contiguous()
+    return torch.where(flipped, p.ball.flipped(clean), clean).view(image).movedim(0, p.axis).contiguous()
 
 
 def _ranking(p: Problem, g: Streams, want: Tensor, clean: Tensor, taken: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def sparse_rs(p: Problem, g: Streams, *, queries: int = 1000, share: float = 0.3
         return (p.noise(g).movedim(p.axis, 0).flatten(1) + 1) / 2
 
     def point(flipped: Tensor) -> Tensor:
-        return torch.where(flipped, lo + hi - clean, clean).view(image).movedim(0, p.axis).contiguous()
+        return torch.where(flipped, p.ball.flipped(clean), clean).view(image).movedim(0, p.axis).contiguous()
 
     def some(rank: Tensor, k: int) -> Tensor:
         return torch.zeros_like(rank, dtype=torch.bool).scatter(1, rank.topk(k, 1).indices, True)

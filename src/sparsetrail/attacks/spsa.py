@@ -1,5 +1,7 @@
 """SPSA. Uesato et al. 2018, arXiv:1802.05666, alg. 1: a gradient from differences of scores, followed by Adam."""
 
+import math
+
 import torch
 
 from sparsetrail.core import Problem, Streams
@@ -11,16 +13,21 @@ def spsa(
     *,
     steps: int = 100,
     samples: int = 128,
-    delta: float = 0.01,
-    step: float = 0.01,
+    delta: float | None = None,
+    step: float | None = None,
     restarts: int = 1,
 ) -> None:
     """`steps` Adam steps of length about `step` on the margin, each from `samples` pairs of points at +-`delta`.
 
-    Lengths in input units. Where we differ: both points of a pair are projected first, so that no query leaves the
-    ball, and their true difference is what the change of the margin multiplies: in the mean that never points downhill.
-    Adam runs in float64 without its 1e-8, which would hold small margins still.
+    Lengths in input units, by default 0.01 of the box, or a quarter of the radius in a box without ends. Where we
+    differ: both points of a pair are projected first, so that no query leaves the ball, and their true difference is
+    what the change of the margin multiplies: in the mean that never points downhill. Adam runs in float64 without its
+    1e-8, which would hold small margins still.
     """
+    if p.ball.norm == "l0":
+        raise ValueError(f"spsa: expected an L-infinity or L2 ball, got {p.ball}; use sda or sparse_rs")
+    length = 0.01 * p.ball.span if p.ball.span < math.inf else p.ball.eps / 4
+    delta, step = length if delta is None else delta, length if step is None else step
     for _ in range(restarts):
         u, mean, square = p.sample(g), torch.zeros_like(p.u0).double(), torch.zeros_like(p.u0).double()
         for i in range(1, steps + 1):

@@ -1,6 +1,7 @@
 """What the adversary may do: a ball of a norm around the clean tensor, in a named space."""
 
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +29,8 @@ class Threat:
 
     def __post_init__(self) -> None:
         lo, hi = self.box
+        if isinstance(self.eps, bool) or not isinstance(self.eps, numbers.Real):
+            raise ValueError(f"eps: expected a number such as 8/255, got {self.eps!r}")
         if self.space not in ("pixel", "encoded"):
             raise ValueError(f"space: expected 'pixel' or 'encoded', got {self.space!r}")
         if self.norm not in ("linf", "l2", "l0"):
@@ -52,6 +55,16 @@ class Threat:
         """The axis of the attacked tensor that counts images."""
         return image_axis(self.space)
 
+    @property
+    def span(self) -> float:
+        """How far it is from one end of the box to the other: 1 for pixels."""
+        return self.box[1] - self.box[0]
+
+    def flipped(self, u0: Tensor) -> Tensor:
+        """The other end of the box, entry by entry of a binary tensor."""
+        lo, hi = (u0.new_full((), end) for end in self.box)
+        return torch.where(u0 == lo, hi, lo)
+
     def project(self, u: Tensor, u0: Tensor) -> Tensor:
         """A point of the ball and the box near `u`: the nearest one for L-infinity.
 
@@ -62,16 +75,15 @@ class Threat:
             return torch.minimum(torch.maximum(u, u0 - self.eps), u0 + self.eps).clamp(*self.box)
         if self.norm == "l2":
             d = u - u0
-            size = _per_image(_norms(d, self.axis), d, self.axis)
-            return (u0 + d * (self.eps / size.clamp(min=1e-30)).clamp(max=1.0)).clamp(*self.box)
-        lo, hi = self.box
+            size = _per_image(_norms(d, self.axis), d, self.axis).clamp(1e-30, torch.finfo(d.dtype).max)
+            return (u0 + d * (self.eps / size).clamp(max=1.0)).clamp(*self.box)
         d = (u - u0).movedim(self.axis, 0).flatten(1)
         keep = min(int(self.eps), d.shape[1])
         top = torch.zeros_like(d, dtype=torch.bool)
         if keep:
             top.scatter_(1, d.abs().topk(keep, 1).indices, True)
-        moved = (top & (d.abs() > (hi - lo) / 2)).unflatten(1, u.movedim(self.axis, 0).shape[1:]).movedim(0, self.axis)
-        return torch.where(moved, lo + hi - u0, u0)
+        moved = (top & (d.abs() > self.span / 2)).unflatten(1, u.movedim(self.axis, 0).shape[1:]).movedim(0, self.axis)
+        return torch.where(moved, self.flipped(u0), u0)
 
     def steepest(self, g: Tensor) -> Tensor:
         """The direction of length one in which a loss of gradient `g` grows fastest; 0 where the gradient is."""
@@ -83,16 +95,17 @@ class Threat:
         raise ValueError("an L0 ball has no steepest direction; expected an attack that chooses entries, such as sda")
 
     def contains(self, u: Tensor, u0: Tensor, axis: int | None = None, tol: float = 1e-6) -> Bool[Tensor, " n"]:
-        """Per example: finite, inside ball and box up to `tol` (float rounding; relative for L2)."""
+        """Per example: finite, inside ball and box up to `tol` (float rounding; relative for L2 and above 1)."""
         lo, hi = self.box
         axis = self.axis if axis is None else axis
         flat = u.movedim(axis, 0).flatten(1)
-        d = flat - u0.movedim(axis, 0).flatten(1)
-        inside = ((flat >= lo - tol) & (flat <= hi + tol)).all(1)  # nan is inside nothing
+        clean = u0.movedim(axis, 0).flatten(1)
+        d, loose = flat - clean, tol * clean.abs().clamp(min=1.0)
+        inside = flat.isfinite().all(1) & ((flat >= lo - loose) & (flat <= hi + loose)).all(1)
         if self.norm == "linf":
-            return inside & (d.abs() <= self.eps + tol).all(1)
+            return inside & (d.abs() <= self.eps + loose).all(1)
         if self.norm == "l2":
-            return inside & (d.double().norm(dim=1) <= self.eps * (1 + tol) + tol)
+            return inside & (d.double().norm(dim=1) <= self.eps * (1 + tol) + loose.amax(1))
         return inside & ((d != 0).sum(1) <= self.eps) & ((flat == lo) | (flat == hi)).all(1)
 
     def snap(self, u: Tensor, u0: Tensor) -> Tensor:
@@ -112,7 +125,7 @@ class Threat:
             near = level.round().clamp(0, 255)
             fits = self.contains((near / 255).to(u.dtype), u0)
             level = torch.where(_per_image(fits, u, self.axis), near, level0 + (level - level0).trunc())
-        return level.to(u.dtype) / 255
+        return (level / 255).to(u.dtype)  # in float64: a GPU divides float32 by a number through its reciprocal
 
 
 def Linf(eps: float, *, space: Space, box: tuple[float, float] = (0.0, 1.0)) -> Threat:

@@ -140,3 +140,19 @@ class Victim:
                 f"give Victim(rewire=...), or leave the route {route} out"
             )
         return self.rewire(route)
+
+
+def refuse_train_mode(net: nn.Module | None, name: str, *, parts: bool = True) -> None:
+    """ValueError where a network, or one of its `parts`, is in train mode: its scores would depend on the batch.
+
+    A part of somebody's that holds no tensor and drops nothing out does not count: a surrogate put in later, say.
+    """
+    if net is not None and (net.training or (parts and any(m.training and _counts(m) for m in net.modules()))):
+        where = next(path for path, m in net.named_modules() if m.training and (m is net or _counts(m)))
+        found = f"its {where} in train mode" if where else "train mode"
+        raise ValueError(f"{name}: expected a network in eval mode, found {found}; call net.eval() first")
+
+
+def _counts(m: nn.Module) -> bool:
+    own = type(m).__module__.startswith("sparsetrail.snn.")
+    return own or bool(m._parameters or m._buffers) or "dropout" in type(m).__name__.lower()

@@ -14,7 +14,8 @@ def pixels(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1]: v / 255, same shape and device."""
     if images.dtype != torch.uint8:
         raise DataError(f"expected uint8 images 0..255, found {images.dtype}; are these already pixels in [0, 1]?")
-    return images.to(torch.float32) / 255
+    x = images.to(torch.float32)
+    return x / x.new_full((), 255)  # a GPU divides by a plain number through its reciprocal, an ulp off
 
 
 def flip(images: Tensor, generator: Generator) -> Tensor:

@@ -89,6 +89,10 @@ class Dataset:
     sha256: str
     official: bool
 
+    def __post_init__(self) -> None:
+        if self.labels.shape != self.images.shape[:1]:
+            raise DataError(f"{self.name}: expected a label an image, found {len(self.images)} and {len(self.labels)}")
+
     def __len__(self) -> int:
         return len(self.images)
 

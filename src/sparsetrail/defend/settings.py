@@ -28,7 +28,7 @@ def check_positive(**values: float) -> None:
 def check_count(**values: int) -> None:
     """Refuse what is no whole number from 1."""
     for name, value in values.items():
-        if value != int(value) or isinstance(value, bool) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
 
 

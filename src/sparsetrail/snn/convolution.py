@@ -54,7 +54,7 @@ class _SpikeConv(torch.autograd.Function):
         g, (m, cin, h, w) = ctx.geometry, ctx.size
         if kernels.differentiable(grad):
             return *plain_backward(ctx.needs_input_grad, grad, x, weight, ctx.size, g.stride, g.padding), None
-        grad, lib = last(grad), kernels.library(weight.dtype)
+        grad, weight, lib = last(grad), last(weight), kernels.library(weight.dtype)
         z = g.shape(m, cin, h, w, len(weight))
         dx = dw = None
         if ctx.needs_input_grad[0]:
@@ -67,7 +67,7 @@ class _SpikeConv(torch.autograd.Function):
                 lib.input_grad(z, pointer(grad), pointer(weight), pointer(dx))
         if ctx.needs_input_grad[1]:
             turned, dw = _scratch(g, weight), torch.empty_like(weight)
-            lib.spike_weight_grad(z, pointer(x), pointer(grad), pointer(turned))
+            lib.spike_weight_grad(z, pointer(last(x)), pointer(grad), pointer(turned))
             lib.turn_weights(z, pointer(dw), pointer(turned), 1)
         return dx, dw, None
 

@@ -32,7 +32,7 @@ class Encoder:
 
     `frames` tells which distinct frame each step shows (phase code: t mod bits; direct code: always frame 0), `slope`
     is the backward rule, [t] or by grey level [256 t], None if severed. `draws` is the generator of a random encoder
-    that was made from a seed.
+    that was made from a seed. ValueError where `frames` are told without a codebook and are not the pixels themselves.
     """
 
     name: str
@@ -45,6 +45,18 @@ class Encoder:
     frames: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
     slope: Tensor | None = field(default=None, repr=False, compare=False)
     draws: torch.Generator | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"encoder {self.name}: expected a whole number of steps from 1, got {self.steps!r}")
+        if self.frames is None or self.codebook is not None:
+            return
+        probe = torch.linspace(0, 1, 5).view(1, 1, 1, 5)
+        if not torch.equal(self.apply(probe), probe.expand(self.steps, *probe.shape)):
+            raise ValueError(
+                f"encoder {self.name}: expected frames that show the pixels themselves, found others; give the "
+                "codebook [256 t] too, or leave frames out"
+            )
 
     def reseed(self, key: int) -> None:
         """Let what a random encoder draws from here on depend on its seed and this key, not on earlier calls."""

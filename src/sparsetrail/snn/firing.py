@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +92,11 @@ class _Fire(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
-        grad_s = _before_pool(ctx, grad_s)
+        kept = _kept(ctx)
+        grad_s = _before_pool(ctx, kept, grad_s)
         if grad_h is not None or grad_s is None or kernels.differentiable(grad_s):
-            return (*_fire_backward(ctx, grad_s, grad_h), None)
-        return _kernel_backward(ctx, grad_s)
+            return (*_fire_backward(ctx, kept, grad_s, grad_h), None)
+        return _kernel_backward(ctx, kept, grad_s)
 
 
 class _FireByRule(_Fire):
@@ -104,11 +105,11 @@ class _FireByRule(_Fire):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
-        layer, wants, spec = ctx.layer, ctx.needs_input_grad, ctx.layer.spec
-        grad_s = _before_pool(ctx, grad_s)
+        layer, wants, spec, kept = ctx.layer, ctx.needs_input_grad, ctx.layer.spec, _kept(ctx)
+        grad_s = _before_pool(ctx, kept, grad_s)
         if grad_s is None or not (wants[0] or wants[2] or wants[3]):
             return None, grad_s if wants[1] else None, None, None, None
-        flat, _, _, _, _, _, scale, _ = ctx.saved_tensors
+        flat, scale = kept.h, kept.scale
         order, rule = layer.order, layer.rule
         h, grad = (t.reshape(len(order), -1, *t.shape[1:]) for t in (flat, grad_s))
         slopes = rule.slopes(h, spec, None, layer.number)
@@ -119,7 +120,7 @@ class _FireByRule(_Fire):
                 g, _ = through_time(grad, None, h, None, None, spec, every)
             else:
                 g = apart(grad, every, None, spec, rule.flow)
-            dy, d_gamma, d_beta = _through_norm(ctx, g)
+            dy, d_gamma, d_beta = _through_norm(ctx, kept, g)
             return dy, grad_s if wants[1] else None, d_gamma, d_beta, None
         frames, (_, n, c, p, q) = len(order) if through else max(order) + 1, h.shape
         into = maps(layer.space, frames * n, c, p, q, flat)
@@ -136,19 +137,38 @@ class _FireByRule(_Fire):
             for t, f in enumerate(order):
                 whole[f, part] += g[t] * scale
         if through:
-            return _kernel_backward(ctx, grad_s, into)
+            return _kernel_backward(ctx, kept, grad_s, into)
         return into, grad_s if wants[1] else None, None, None, None
 
 
-def _before_pool(ctx, grad_s: Tensor | None) -> Tensor | None:
+class _Kept(NamedTuple):
+    """What a pass keeps for its backward."""
+
+    h: Tensor
+    y: Any  # a tensor, or None where nothing asks for it
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    inv: Tensor
+    scale: Tensor
+    winners: Tensor | None
+
+
+def _kept(ctx) -> _Kept:
+    """That, asked for once, as a checkpoint gives it back; maps channels last, whatever a hook of somebody's made."""
+    h, y, *others = ctx.saved_tensors
+    return _Kept(last(h), None if y is None else last(y), *others)
+
+
+def _before_pool(ctx, kept: _Kept, grad_s: Tensor | None) -> Tensor | None:
     """The gradient of the spikes from that of the pooled map."""
-    pooling, (h, *_, winners) = ctx.layer.pooling, ctx.saved_tensors
-    return grad_s if pooling is None or grad_s is None else pooling.back(grad_s, winners, h.shape, ctx.layer.space)
+    pooling, size = ctx.layer.pooling, kept.h.shape
+    return grad_s if pooling is None or grad_s is None else pooling.back(grad_s, kept.winners, size, ctx.layer.space)
 
 
-def _kernel_backward(ctx, grad_s: Tensor, slopes: Tensor | None = None):
+def _kernel_backward(ctx, kept: _Kept, grad_s: Tensor, slopes: Tensor | None = None):
     """By the kernels: gradients of the input, of the other map, and of BatchNorm's weight and bias."""
-    h, y, gamma, beta, mean, inv, scale, winners = ctx.saved_tensors
+    h, y, _, _, mean, inv, scale, _ = kept
     layer, batch, wants = ctx.layer, ctx.batch, ctx.needs_input_grad
     order, space = layer.order, layer.space
     grad_s = last(grad_s)
@@ -212,25 +232,25 @@ def _weights(order: tuple[int, ...]) -> Tensor:
         return torch.bincount(torch.tensor(order, device="cpu")).to(torch.int32)
 
 
-def _fire_backward(ctx, grad_s: Tensor | None, grad_h: Tensor | None):
+def _fire_backward(ctx, kept: _Kept, grad_s: Tensor | None, grad_h: Tensor | None):
     """By differentiable operations: for second derivatives, and where the potentials themselves have a gradient."""
     if grad_s is None and grad_h is None:
         return None, None, None, None
-    h, steps = ctx.saved_tensors[0], len(ctx.layer.order)
+    steps = len(ctx.layer.order)
     for_s, for_h = (None if g is None else g.reshape(steps, -1, *g.shape[1:]) for g in (grad_s, grad_h))
-    g, _ = through_time(for_s, for_h, h.unflatten(0, (steps, -1)), None, None, ctx.layer.spec)
-    dy, d_gamma, d_beta = _through_norm(ctx, g)
+    g, _ = through_time(for_s, for_h, kept.h.unflatten(0, (steps, -1)), None, None, ctx.layer.spec)
+    dy, d_gamma, d_beta = _through_norm(ctx, kept, g)
     return dy, grad_s if ctx.needs_input_grad[1] else None, d_gamma, d_beta
 
 
-def _through_norm(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _through_norm(ctx, kept: _Kept, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the frames and of BatchNorm's weight and bias from those of the neuron's input [t n c h w]."""
-    _, y, gamma, beta, mean, inv, scale, _ = ctx.saved_tensors
+    _, y, gamma, beta, mean, inv, _, _ = kept
     norm, order, batch, wants = ctx.layer.norm, ctx.layer.order, ctx.batch, ctx.needs_input_grad
     steps, frames = len(order), max(order) + 1
     dy = d_gamma = d_beta = None
     if batch:
-        inputs = [t for t, want in ((y, wants[0]), (gamma, wants[2]), (beta, wants[3])) if want]
+        inputs: list[Any] = [t for t, want in ((y, wants[0]), (gamma, wants[2]), (beta, wants[3])) if want]
         again = torch.is_grad_enabled()  # not in the last backward of several
         with torch.enable_grad():
             shown = y.unflatten(0, (frames, -1))[list(order)].flatten(0, 1)
@@ -276,12 +296,14 @@ class _FireNormed(torch.autograd.Function):
         _, c, p, q = h.shape
         transformed = torch._C._are_functorch_transforms_active() or any(map(kernels.batched, ctx.saved_tensors))
         if grad is None or grad_h is not None or transformed or kernels.batched(grad) or torch.is_grad_enabled():
-            for_s, for_h = (None if g is None else g.unflatten(0, (steps, -1)) for g in (grad, grad_h))
+            # `unflatten` has no rule for many gradients as one
+            for_s, for_h = (None if g is None else g.reshape(steps, -1, *g.shape[1:]) for g in (grad, grad_h))
             g, _ = through_time(for_s, for_h, h.unflatten(0, (steps, -1)), None, None, ctx.spec)
             inv = (norm.running_var + norm.eps).rsqrt()
             scale = inv if norm.weight is None else inv * norm.weight
-            return g.flatten(0, 1) * scale.view(1, -1, 1, 1), plus, None, None, None, None
-        grad, out = last(grad), torch.empty_like(h)
+            return g.reshape(-1, *g.shape[2:]) * scale.view(1, -1, 1, 1), plus, None, None, None, None
+        grad, h = last(grad), last(h)
+        out = torch.empty_like(h)
         at = map(pointer, (grad, h, norm.running_var, norm.weight))
         ctx.run.back_normed(*at, norm.eps, pointer(out), len(h) // steps * p * q, c)
         return out, plus, None, None, None, None

@@ -9,6 +9,7 @@ from sparsetrail._shapes import Float
 from sparsetrail.snn.convolution import coded
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.firing import conv_fire, fire
+from sparsetrail.snn.kernels import overseen
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, carried
 
 Readout = Literal["mean", "sum"]
@@ -30,7 +31,8 @@ class FoldedNeuron(Neuron):
         self.steps = steps
 
     def forward(self, x: Float[Tensor, "m ..."]) -> Float[Tensor, "m ..."]:
-        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        fits = x.ndim == 4 and not overseen(x)  # a map of maps tells no memory order
+        last = fits and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if last and self.differentiated()[1] is None:  # a rule knows its channels by their axis
             # in memory order: otherwise the spikes come back channels first and the next convolution copies them
             s = super().forward(x.permute(0, 2, 3, 1).unflatten(0, (self.steps, -1)))

@@ -54,6 +54,15 @@ def _forget(device: torch.device) -> None:
         torch._C._cuda_clearCublasWorkspaces()
 
 
+@contextlib.contextmanager
+def training_products(tf32: bool) -> Iterator[None]:
+    """`products` for a whole training; asked for while no other thread records a step or judges in float32."""
+    with contextlib.ExitStack() as stack:
+        with _one_at_a_time:
+            stack.enter_context(products(tf32))
+        yield
+
+
 @functools.cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
     """The stream of a device on which steps are recorded. Streams come from a pool: one of another priority, since one
@@ -101,7 +110,8 @@ class _Recording:
 
         def both() -> None:
             z = f(self.point)
-            torch.autograd.grad(z, self.point, torch.zeros_like(z))
+            if z.requires_grad:
+                torch.autograd.grad(z, self.point, torch.zeros_like(z))
 
         with _one_at_a_time, products(tf32=False), torch.enable_grad():  # the first call may only want scores
             try:
@@ -110,7 +120,8 @@ class _Recording:
                 self.forward, self.z = record(lambda: f(self.point))
                 self.push = torch.zeros_like(self.z)
                 _forget(like.device)
-                self.backward, self.gradient = record(lambda: torch.autograd.grad(self.z, self.point, self.push)[0])
+                if self.z.requires_grad:  # not behind an encoder without a backward
+                    self.backward, self.gradient = record(lambda: torch.autograd.grad(self.z, self.point, self.push)[0])
             finally:
                 _forget(like.device)
         self.turn = 0
@@ -211,7 +222,7 @@ class Scores:
             u = torch.cat([u, u.new_zeros(*shape[: self.axis], room - n, *shape[self.axis + 1 :])], self.axis)
         recording = self.made[key]
         assert recording is not None
-        return _Replayed.apply(u, recording)[:n]
+        return (_Replayed.apply(u, recording) if recording.z.requires_grad else recording.run(u))[:n]
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsetrail.core import Memory, Route, Victim
 from sparsetrail.core.precision import products
+from sparsetrail.core.victim import refuse_train_mode
 from sparsetrail.snn import kernels
 from sparsetrail.snn.convolution import Conv2d
 from sparsetrail.snn.encode import Encoder
@@ -141,6 +142,8 @@ def victim(
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
+    if classes is None and not hasattr(net, "fc"):
+        raise ValueError(f"{name}: expected the number of classes, which this network does not tell; pass classes=")
     k = classes if classes is not None else net.fc.out_features  # type: ignore[union-attr]
     half, space = precision == "bf16", Workspace()
     if half:
@@ -164,10 +167,10 @@ def victim(
         known = _Known()
 
         def run(x: Tensor, task: str) -> Tensor:
-            if net.training:
-                raise ValueError(f"{name}: expected a network in eval mode, found train mode; call net.eval() first")
+            refuse_train_mode(net, name, parts=False)
 
             def plain(x: Tensor, seen: bool = False) -> Tensor:
+                refuse_train_mode(net, name)
                 # who watches this very network sees it called
                 now = net if seen and not (stretched or relus) else freeze(net, space, half=half)
                 if stretched:

@@ -177,7 +177,7 @@ def _folded(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weights and shift of convolution and BatchNorm (eval) as one, in float64."""
     assert isinstance(conv, nn.Conv2d)
     w = conv.weight.detach().double()
-    b = torch.zeros(len(w), dtype=torch.float64) if conv.bias is None else conv.bias.detach().double()
+    b = w.new_zeros(len(w)) if conv.bias is None else conv.bias.detach().double()
     if not isinstance(norm, nn.BatchNorm2d):
         return w, b
     assert norm.running_var is not None and norm.running_mean is not None

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from sparsetrail._files import alone, write_atomic
 from sparsetrail._shapes import Float
-from sparsetrail.core.precision import products
 from sparsetrail.data import Dataset, cutout, flip, pixels, split_validation
 from sparsetrail.data import crop as random_crop
 from sparsetrail.models import Trained, load_model, net_spec_from
 from sparsetrail.snn.encode import Encoder, build_encoder
 from sparsetrail.snn.engine import halve, has_bf16, share_memory
+from sparsetrail.snn.graphs import training_products
 from sparsetrail.snn.net import NetSpec, build
+from sparsetrail.snn.weights import load_weights
 from sparsetrail.training.kept import (
     Log,
     Progress,
@@ -71,10 +72,16 @@ def train(
         seams.check(net_spec, encode, spec)
     if start is not None and asdict(net_spec_from(start.card["net"])) != asdict(net_spec):
         raise ValueError(f"start: expected a model of the network asked for, found another in {start.path}")
+    if start is not None:  # the card names the file
+        held, now = load_weights(start.path)[0], start.net.state_dict()
+        if any(not torch.equal(now[k].cpu(), v.to(now[k].dtype)) for k, v in held.items()):
+            raise ValueError(
+                f"start: expected the weights of {start.path}, found others; save them as a model of their own"
+            )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     gpu = device.type == "cuda"
-    with alone(out), products(spec.precision == "tf32") if gpu else contextlib.nullcontext():
+    with alone(out), training_products(spec.precision == "tf32") if gpu else contextlib.nullcontext():
         check_folder(out, identity)
         for left in out.glob(".*.part"):  # by a writer that was killed
             left.unlink()

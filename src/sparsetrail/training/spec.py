@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import NetSpec
+
+KINDS: dict[type, tuple[str, tuple[type, ...]]] = {  # of a setting, by that of its default
+    bool: ("True or False", (bool,)), int: ("a whole number", (int,)), float: ("a number", (int, float)),
+    str: ("a word", (str,)), tuple: ("a pair of numbers", (tuple, list)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +45,17 @@ class TrainSpec:
     seed: int = 3407
 
     def __post_init__(self) -> None:
+        for field_ in fields(self):
+            value, want = getattr(self, field_.name), type(field_.default)
+            kind, types = KINDS[want]
+            if not isinstance(value, types) or (isinstance(value, bool) and want is not bool):
+                raise ValueError(f"{field_.name}: expected {kind}, got {value!r}")
         for name, ok, want in (
             ("optimizer", self.optimizer in ("adam", "sgd"), "adam or sgd"),
             ("schedule", self.schedule in ("none", "cosine"), "none or cosine"),
             ("precision", self.precision in ("fp32", "tf32", "bf16"), "fp32, tf32 or bf16"),
             ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
-            ("betas", all(0 <= b < 1 for b in self.betas), "shares from 0 to below 1"),
+            ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two shares from 0 to below 1"),
             ("momentum", 0 <= self.momentum < 1, "a share from 0 to below 1"),
             ("batch", self.batch >= 1, "at least 1 image"),
             ("epochs", self.epochs >= 1, "at least 1"),

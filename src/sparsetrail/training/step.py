@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float, Int
-from sparsetrail.core import Rate
+from sparsetrail.core import Rate, correct
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.engine import has_bf16
@@ -231,7 +231,7 @@ def scores(net: nn.Module, encode: Encoder, x: Float[Tensor, "n c h w"]) -> Floa
 def accuracy(
     net: nn.Module, encode: Encoder, data: Dataset, *, batch: int = 128, device: str | torch.device = "cpu"
 ) -> Rate:
-    """Clean accuracy in eval mode; the network's mode is put back."""
+    """Clean accuracy in eval mode, ties and NaN wrong as in `attack`; the network's mode is put back."""
     was = net.training
     net.eval()
     right = 0
@@ -239,7 +239,7 @@ def accuracy(
         with torch.no_grad(), in_float32(torch.device(device)):
             for i in range(0, len(data.labels), batch):
                 z = scores(net, encode, pixels(data.images[i : i + batch].to(device)))
-                right += int((z.argmax(1) == data.labels[i : i + batch].to(device)).sum())
+                right += int(correct(z, data.labels[i : i + batch].to(device)).sum())
     finally:
         net.train(was)
     return Rate(right, len(data.labels))
