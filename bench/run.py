@@ -58,20 +58,23 @@ def main() -> None:
     shared += ["--weights", str(a.weights)] if a.weights else []
     shared += ["--smoke"] if a.smoke else []
     rows: list[dict[str, str]] = []
+    failed: list[str] = []
     for name in names:
         done = subprocess.run([sys.executable, str(ROOT / "bench" / f"{name}.py"), *shared])
         if done.returncode:
-            print(f"{name}: failed, see above; CSVs of the scripts before it are in {a.out}", file=sys.stderr)
-            sys.exit(done.returncode)
+            print(f"{name}: failed, see above; the others go on", file=sys.stderr)
+            failed.append(name)
+            continue
         print(flush=True)
         if SCRIPTS[name]:
             rows += read_rows(csv_path(name, a))
-    if not rows:
-        return
-    text = f"{table(rows)}\n\n{shared_facts(rows)}"
-    (a.out / "table.md").write_text(text + "\n")
-    print(text)
-    print(f"written {a.out / 'table.md'}")
+    if rows:
+        text = f"{table(rows)}\n\n{shared_facts(rows)}"
+        (a.out / "table.md").write_text(text + "\n")
+        print(text)
+        print(f"written {a.out / 'table.md'}")
+    if failed:
+        sys.exit(f"{', '.join(failed)}: failed, see above; the CSVs of the others are in {a.out}")
 
 
 if __name__ == "__main__":

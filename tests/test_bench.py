@@ -180,3 +180,20 @@ def test_what_bench_needs_is_said(tmp_path, monkeypatch, capsys):
     assert "pip install --no-deps -r tests/references.txt" in refused()
     monkeypatch.setattr(verbs, "__file__", str(tmp_path / "src" / "sparsetrail" / "cli" / "verbs.py"))
     assert "clone" in refused()
+
+
+def test_a_script_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch):
+    import run
+
+    ran = []
+
+    def script(command):
+        ran.append(Path(command[1]).stem)
+        return subprocess.CompletedProcess(command, int(ran[-1] == "memory"))
+
+    monkeypatch.setattr(run.subprocess, "run", script)
+    monkeypatch.setattr(run, "read_rows", lambda path: [])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^memory: failed, see above"):
+        run.main()
+    assert ran == list(run.SCRIPTS)
