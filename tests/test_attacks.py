@@ -573,7 +573,7 @@ def test_numbers_of_other_libraries_are_numbers():
     with pytest.raises(ValueError, match="expected a plain number, got a tensor"):
         attack(pgd, v, ball, x, y, steps=torch.tensor(0))
     for keys in ({"indices": [0.5] * N}, {"seed": "a"}, {"seed": 0.5}):
-        with pytest.raises((ValueError, TypeError), match=r"expected whole numbers|type-check"):
+        with pytest.raises((ValueError, TypeError), match=r"expected whole numbers|[Tt]ype-check"):
             attack(pgd, v, ball, x, y, **keys)
 
 
@@ -589,7 +589,7 @@ def test_a_part_of_a_network_left_in_train_mode_is_refused():
         lambda: v.scores(x),
         lambda: v.logits(v.encode(x)),
     ):
-        with pytest.raises(ValueError, match=r"found its layer1\.0 in train mode; call net\.eval"):
+        with pytest.raises(ValueError, match=r"found its layer1\.0\.bn1 in train mode; call net\.eval"):
             call()
     assert all(torch.equal(b, before[k]) for k, b in net.named_buffers())
 

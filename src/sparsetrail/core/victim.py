@@ -145,7 +145,7 @@ class Victim:
 def refuse_train_mode(net: nn.Module | None, name: str, *, parts: bool = True) -> None:
     """ValueError where a network, or one of its `parts`, is in train mode: its scores would depend on the batch.
 
-    A part of somebody's that holds no tensor and drops nothing out does not count: a surrogate put in later, say.
+    Of parts those count that act by it: with running statistics, dropout, our own. A linear head put in later does not.
     """
     if net is not None and (net.training or (parts and any(m.training and _counts(m) for m in net.modules()))):
         where = next(path for path, m in net.named_modules() if m.training and (m is net or _counts(m)))
@@ -154,5 +154,5 @@ def refuse_train_mode(net: nn.Module | None, name: str, *, parts: bool = True) -
 
 
 def _counts(m: nn.Module) -> bool:
-    own = type(m).__module__.startswith("sparsetrail.snn.")
-    return own or bool(m._parameters or m._buffers) or "dropout" in type(m).__name__.lower()
+    statistics = getattr(m, "running_mean", None) is not None
+    return statistics or "dropout" in type(m).__name__.lower() or hasattr(m, "generator")

@@ -66,8 +66,8 @@ class _SpikeConv(torch.autograd.Function):
             else:
                 lib.input_grad(z, pointer(grad), pointer(weight), pointer(dx))
         if ctx.needs_input_grad[1]:
-            turned, dw = _scratch(g, weight), torch.empty_like(weight)
-            lib.spike_weight_grad(z, pointer(last(x)), pointer(grad), pointer(turned))
+            x, turned, dw = last(x), _scratch(g, weight), torch.empty_like(weight)
+            lib.spike_weight_grad(z, pointer(x), pointer(grad), pointer(turned))
             lib.turn_weights(z, pointer(dw), pointer(turned), 1)
         return dx, dw, None
 
