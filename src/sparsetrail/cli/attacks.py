@@ -143,7 +143,9 @@ def audit(
     budget: Annotated[
         Literal["quick", "standard", "thorough"], Parameter(help="how much is tried: a look, the rule, everything")
     ] = "standard",
-    minutes: Annotated[float | None, Parameter(help="begin no further attack after this long")] = None,
+    minutes: Annotated[
+        float | None, Parameter(help="begin no further attack after this long; the default attack always runs")
+    ] = None,
     claim: Annotated[float | None, Parameter(help="the robust accuracy that is claimed, 0..1")] = None,
     claim_source: str = "",
     transfer: Annotated[
