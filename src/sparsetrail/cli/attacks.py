@@ -87,9 +87,11 @@ def attack(
     model, folder = model_at(target)
     test_set = images_for(model, data_name, n, common.root)
     label = folder.resolve().name
-    with Screen(quiet=common.as_json) as screen:
+    if threat is not None:
+        refuse_flips(measure.as_victim(model, label), threat, data.pixels(test_set.images[:8]))
+    with Screen(quiet=common.as_json) as screen, output_folder(folder / "attacks") as place:
         bench = measure.Bench(
-            out=output_folder(folder / "attacks"),
+            out=place,
             device=where,
             seed=seed or 0,
             batch=64 if batch is None else batch,
@@ -186,14 +188,15 @@ def audit(
     if verify:
         _verify(target, what, threats, test_set, place, out, common.as_json, device=where, batch=batch, seed=seed)
         return
-    if what.model is None:
-        what.make()  # refused before a folder is made
+    victim = what.make()  # refused before a folder is made
+    for threat in threats:
+        refuse_flips(victim, threat, data.pixels(test_set.images[:8].to(where)))
+    if out is not None and not common.fresh:
+        audits.refuse_other(out, what, threats)
     if out is None:
         out = place / "_".join([*map(audits.short, threats), f"n{len(test_set.labels)}"])
-    with Screen(quiet=common.as_json) as screen:
-        bench = measure.Bench(
-            out=common.folder(out), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
-        )
+    with Screen(quiet=common.as_json) as screen, common.folder(out):
+        bench = measure.Bench(out=out, device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
         report, examples = audits.run(
             bench, what, threats, test_set, budget=budget, claim=claim, claim_source=claim_source, eot=eot,
             minutes=minutes, guides=[audits.target(t, device=where) for t in transfer or ()],

@@ -34,9 +34,9 @@ def design(
     (default: runs/design-DATA-SCALE). The same command continues, whenever it was stopped.
     """
     where = common.where()
-    place = common.folder(out or Path("runs") / f"design-{Path(data_name).name}-{scale}")
+    place = out or Path("runs") / f"design-{Path(data_name).name}-{scale}"
     flags = [f"--data {data_name} --scale {scale} --seeds {seeds}", *(f"--only {f}" for f in only or ())]
-    with Screen(quiet=common.as_json) as screen:
+    with Screen(quiet=common.as_json) as screen, common.folder(place):
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = sweep(
             bench, data_name, scale, factors=only or FACTORS, eps=eps or EPS, seeds=seeds,

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from sparsetrail import data
 from sparsetrail.cli.flags import COMMON, Common, emit, images_for, model_at, output_folder
-from sparsetrail.cli.screen import Screen
+from sparsetrail.cli.screen import Screen, show
 from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate as run_ablation
@@ -56,8 +56,7 @@ def trail(
     if example is not None:
         test_set, per_step = data.pick(test_set, example), True
         name, command = f"{name}-example-{example}", f"{command.replace(f'--n {n}', f'--example {example}')}"
-    with Screen(quiet=common.as_json) as screen:
-        place = output_folder(out or first / name)
+    with Screen(quiet=common.as_json) as screen, output_folder(out or first / name) as place:
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = trace(
             bench, models, test_set, detail=detail, mode=mode, per_step=per_step, per_example=per_example, batch=batch,
@@ -98,8 +97,8 @@ def ablate(
     """
     where = common.where()
     models, test_set, first = _models(targets, data_name, n, common.root, batch)
-    with Screen(quiet=common.as_json) as screen:
-        place = output_folder(out or first / _named("ablation", models, n))
+    place = out or first / _named("ablation", models, n)
+    with Screen(quiet=common.as_json) as screen, output_folder(place):
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = run_ablation(
             bench, models, test_set, batch=batch, command=f"sparsetrail ablate {' '.join(targets)} --n {n}"
