@@ -88,7 +88,7 @@ def _brief(report: Report) -> dict[str, Any]:
 def reproduce(
     figure: Literal["table1", "table2", "table3", "fig1", "fig3", "threats", "theorems"],
     *,
-    scale: Literal["smoke", "small", "paper"] = "small",
+    scale: Annotated[Literal["smoke", "small", "paper"] | None, Parameter(help="how much; default small")] = None,
     rows: Annotated[
         list[str] | None,
         Parameter(negative="", help="networks or systems, e.g. sew_resnet18, rat_vgg11; repeat it for more"),
@@ -117,8 +117,15 @@ def reproduce(
     each, `paper` is the published scale (a GPU and days). --rows takes one at a time.
     """
     if from_records:
+        given = {
+            "--scale": scale, "--rows": rows, "--datasets": datasets, "--n": n, "--models": models,
+            "--seeds": None if seeds == 1 else seeds, "--out": out, "--fresh": common.fresh or None,
+        }  # fmt: skip
+        if asked := ", ".join(flag for flag, value in given.items() if value is not None):
+            raise ValueError(f"--from-records: runs nothing and shows all that is kept; leave {asked} out")
         _show_records(figure, records, common.as_json)
         return
+    scale = scale or "small"
     if figure == "theorems" and not (n is None and models is None and seeds == 1):
         raise ValueError("--n, --models, --seeds: `theorems` takes none of them; leave them out")
     if models is not None and not models.is_dir():
