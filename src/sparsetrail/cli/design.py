@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from sparsetrail.cli.flags import KEPT, Kept, Number, emit
-from sparsetrail.cli.screen import Screen
+from sparsetrail.cli.screen import Screen, show
 from sparsetrail.core import as_fraction
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import EPS, FACTORS, Factor, sweep
@@ -49,8 +49,7 @@ def design(
     if common.as_json:
         emit({"points": [asdict(p) for p in points], "files": {k: str(v) for k, v in files.items()}})
         return
-    grid = tradeoff_grid(points)
-    print(f"{grid.caption}\n\n{grid.text('simple')}")
+    show(tradeoff_grid(points))
     for line in report.summary:
         print(line)
     print(f"figure   {', '.join(map(str, drawn))}")

@@ -1,7 +1,7 @@
 """The verbs `trail` and `ablate`: the gradients of trained models operation by operation, and their zeros' origin."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -110,7 +110,8 @@ def ablate(
         emit({"ablations": [asdict(t) for t in tables], "files": {k: str(v) for k, v in files.items()}})
         return
     for table in tables:
-        print(f"{table.victim}\n{table.grid.text('simple')}\n{table.sentence}\n")
+        show(replace(table.grid, caption=table.victim))
+        print(f"{table.sentence}\n")
     print(f"figure   {', '.join(map(str, drawn))}")
     print(f"report   {files.get('html', place)}")
 
