@@ -71,7 +71,8 @@ def audit(
     """What the paper's theorems say about TARGET and what it does: hypotheses, measurements, a verdict for each.
 
     TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim. Writes
-    theorems.html, theorems.md and theorems.json into --out (default: theory/ beside the model).
+    theorems.html, theorems.md and theorems.json into --out (default: a folder in theory/ beside the model, named by
+    threat and n).
     """
     where = common.where()
     if eps is None or space is None:

@@ -45,13 +45,14 @@ def trail(
     """The sparsity trail of TARGETS: exact zeros in, and L2 norm of, the gradient at the input of every operation.
 
     Several models of one architecture stand side by side in one picture. Writes a page, CSVs, trail.svg and trail.pdf
-    into --out (default: beside the first model trail/, with mode, other models and n in its name where they are not
-    the default). --mode train uses batch statistics, as the paper's code does; the models are left as they were.
+    into --out (default: beside the first model trail/, with mode, detail, other models and n in its name where they are
+    not the default). --mode train uses batch statistics, as the paper's code does; the models are left as they were.
     docs/trail.md says what every column means.
     """
     where = common.where()
     models, test_set, first = _models(targets, data_name, None if example is not None else n, common.root, batch)
-    name = _named("trail" if mode == "eval" else "trail-train-mode", models, n, example is None)
+    kind = "-".join(["trail", *(["train-mode"] if mode == "train" else []), *([detail] if detail != "full" else [])])
+    name = _named(kind, models, n, example is None)
     command = f"sparsetrail trail {' '.join(targets)} --n {n} --detail {detail} --mode {mode}"
     if example is not None:
         test_set, per_step = data.pick(test_set, example), True
