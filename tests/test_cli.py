@@ -17,7 +17,7 @@ from sparsetrail._files import alone
 from sparsetrail.cli import DATA_VERBS, THEORY_VERBS, VERBS, main
 from sparsetrail.models import load_model
 from sparsetrail.snn.net import NetSpec, build
-from sparsetrail.snn.weights import load_weights
+from sparsetrail.snn.weights import load_weights, save_weights
 
 WAY = "hard reset detached; phase encoder: identity"
 
@@ -216,10 +216,48 @@ def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
         (("attack", "mine.py:mine", *ok), "a Python file: `audit` and `theory audit` take one"),
         (("report", tmp_path / "nowhere"), "nowhere"),
         (("reproduce", "table3", "--scale", "smoke", "--rows", "vgg11", "--out", tmp_path / "t"), "sew_resnet18"),
+        (
+            (
+                "reproduce",
+                "table3",
+                "--from-records",
+                "--scale",
+                "small",
+                "--rows",
+                "a",
+                "--datasets",
+                "b",
+                "--n",
+                1,
+                "--models",
+                "c",
+                "--seeds",
+                2,
+                "--out",
+                tmp_path / "t",
+                "--fresh",
+            ),
+            "leave --scale, --rows, --datasets, --n, --models, --seeds, --out, --fresh out",
+        ),
+        *(
+            (
+                (verb, model, *ok[2:], "--eps", "5", "--norm", "l0", *sda),
+                "found other values in pixel space; use --space",
+            )
+            for verb, sda in (("attack", ("--name", "sda")), ("audit", ()))
+        ),
+        (("attack", model, "--eps", "5", "--space", "encoded", "--name", "sda"), "--name sda: expected --norm l0"),
+        (("attack", model, *ok, "--name", "sparse_rs"), "--name sparse_rs: expected --norm l0"),
+        (("audit", model, *ok, "--out", tmp_path / "t.html"), f"found that of a file; give --out {tmp_path / 't'}"),
+        (("quick", "--images", 0, "--out", tmp_path / "t"), "--images: expected 1 to 6000 of the shipped train"),
+        (("quick", "--images", 6001, "--out", tmp_path / "t"), "--images: expected 1 to 6000 of the shipped train"),
+        (("quick", "--attacked", 5000, "--out", tmp_path / "t"), "--attacked: expected 1 to 1000 of the shipped test"),
+        (("quick", "--epochs", 0, "--out", tmp_path / "t"), "epochs: expected at least 1"),
         (("data", "add", tmp_path / "gone"), "gone"),
     ):
         code, out, err = run(*argv, capsys=capsys)
         assert code == 4 and words in err and "Traceback" not in err, (argv, code, err)
+        assert not list(tmp_path.iterdir()), argv  # nothing is left of what was refused
     if not torch.cuda.is_available():
         code, _, err = run("attack", model, *ok, "--device", "cuda", capsys=capsys)
         assert code == 4 and "no CUDA device" in err
@@ -227,6 +265,141 @@ def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
     blocked.write_text("")
     code, _, err = run("train", "--data", "fashion-mnist-slice", "--out", blocked / "x", capsys=capsys)
     assert code == 4 and "--out" in err
+
+
+def test_attacks_that_follow_no_gradient_cannot_follow_that_of_another_model(model, capsys):
+    from sparsetrail.attacks import ATTACKS, attack, settings
+    from sparsetrail.cli.attacks import FLIPS, SCORES
+    from sparsetrail.core import L0, Linf, Victim
+
+    flat = Victim(encode=lambda x: x[None], logits=lambda u: u[0].flatten(1), steps=1, classes=4, codebook=torch.eye(1))
+    x, y = torch.eye(4).view(4, 1, 2, 2), torch.arange(4)
+    few = {"steps": 2, "queries": 4, "draws": 2, "targets": 1}
+    asked = set()
+    for name, fn in ATTACKS.items():
+        if name == "codebook":  # of a code
+            continue
+        known = {k: v for k, v in few.items() if k in settings(fn)}
+        ball = L0(1, space="pixel") if name in FLIPS else Linf(0.1, space="pixel")
+        asked |= {name} if attack(fn, flat, ball, x, y, **known).backwards == 0 else set()
+    assert asked == set(SCORES)
+    for name in SCORES:
+        l0 = ("--norm", "l0", "--eps", "2", "--space", "encoded")
+        threat = l0 if name in FLIPS else ("--eps", "8/255", "--space", "pixel")
+        code, _, err = run("attack", model, *threat, "--name", name, "--transfer", model, capsys=capsys)
+        assert code == 4 and f"--transfer: {name} asks for scores alone" in err, err
+
+
+def test_a_step_longer_than_the_radius_is_told(model, capsys):
+    for eps, told in (("1/255", True), ("8/255", False)):
+        args = ("attack", model, "--eps", eps, "--space", "pixel", "--n", 4)
+        code, out, err = run(*args, capsys=capsys)
+        assert code == 0 and ("note     a step of 0.01 is longer than the radius" in out) == told, (out, err)
+    assert "eps / steps" in " ".join(run("attack", "--help", capsys=capsys)[1].replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "work", "said"),
+    [
+        (("attack",), "sparsetrail.recipes.measure.strike", "begins anew"),
+        (("audit",), "sparsetrail.recipes.audits.run", "continues"),
+        (("theory", "audit"), "sparsetrail.cli.theory.run_audit", "begins anew"),
+        (("trail",), "sparsetrail.cli.trails.trace", "continues"),
+        (("ablate",), "sparsetrail.cli.trails.run_ablation", "continues"),
+    ],
+)
+def test_whoever_interrupts_is_told_what_the_same_command_does(model, capsys, monkeypatch, argv, work, said):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, stop)
+    threat = () if argv in (("trail",), ("ablate",)) else ("--eps", "8/255", "--space", "pixel")
+    beside = {p.name for p in model.iterdir()}
+    code, _, err = run(*argv, model, *threat, "--n", "5", capsys=capsys)
+    assert code == 130 and f"interrupted; the same command {said}" in err
+    assert {p.name for p in model.iterdir()} == beside  # nothing was done: no empty folder
+
+
+def test_the_demo_of_the_theory_stops_when_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sparsetrail.cli.screen.Screen.stop", lambda self: True)
+    code, _, err = run("theory", "demo", "--out", tmp_path / "a" / "b", capsys=capsys)
+    assert code == 130 and "begins anew" in err and not (tmp_path / "a").exists()
+
+
+def test_an_audit_replaces_no_result_of_another_question(model, tmp_path, capsys, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    net = load_model(model)
+    shutil.copy(model / "model.safetensors", other)
+    out = tmp_path / "out"
+
+    def audit(target, *more, eps="8/255"):
+        flags = ("--eps", eps, "--space", "pixel", "--n", 20, "--budget", "quick", "--minutes", 0, "--out", out)
+        return run("audit", target, *flags, *more, capsys=capsys)
+
+    code, told, err = audit(model, "--json")
+    assert code == 0, err
+    (line,) = json.loads(told)["audits"]
+    assert line["default_attack"].startswith("pgd") and not line["complete"]
+    before = (out / "result.json").read_bytes()
+    with torch.no_grad():
+        changed = {k: v + 1e-3 if v.ndim > 1 else v for k, v in net.net.state_dict().items()}
+    save_weights(other / "model.safetensors", changed, net.card)
+    for argv, eps in ((other, "8/255"), (model, "4/255")):
+        code, _, err = audit(argv, eps=eps)
+        assert code == 4 and "which would be replaced; give another --out, or --fresh" in err, err
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsetrail.recipes.audits.run", stop)
+    assert (
+        audit(model)[0] == audit(model, "--eps", "4/255", "--space", "pixel")[0] == 130
+    )  # all is told again, and more
+    code, _, err = audit(other, "--fresh")
+    assert code == 130 and "back to" in err and (out / "result.json").read_bytes() == before
+
+
+def test_pages_of_the_theory_lie_apart_by_n_and_are_drawn_again(model, tmp_path, capsys):
+    for n in (2, 3):
+        args = ("theory", "audit", model, "--eps", "8/255", "--space", "pixel", "--n", n, "--draws", 2)
+        code, _, err = run(*args, capsys=capsys)
+        assert code == 0, err
+    pages = [model / "theory" / f"pixel-linf-8of255_n{n}" for n in (2, 3)]
+    assert sorted((model / "theory").iterdir()) == pages
+    code, out, err = run("report", pages[0], "--out", tmp_path / "again", capsys=capsys)
+    assert code == 0 and out == f"report   {tmp_path / 'again' / 'theorems.html'}\n", err
+    for name in ("theorems.html", "theorems.md", "theorems.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (pages[0] / name).read_bytes()
+    code, _, err = run("report", pages[0], "--format", "pdf", "--out", tmp_path / "p", capsys=capsys)
+    assert code == 4 and "expected all for theorems" in err
+    for name in ("o.pdf", "o.html"):
+        code, _, err = run("report", pages[0], "--out", tmp_path / name, capsys=capsys)
+        assert code == 4 and f"give --out {tmp_path / 'o'}" in err and not (tmp_path / name).exists()
+
+
+def test_a_wide_table_is_folded_and_nothing_is_cut_off(monkeypatch, capsys):
+    from sparsetrail.cli.screen import show
+    from sparsetrail.report.tables import Grid
+
+    head = ("replaced", *(f"kind{i}, entries at" for i in range(9)))
+    row = ("neuron: straight_through(1) and the reset in the graph", *(f"{i}1.5 % [1{i}.0, 2{i}.0]" for i in range(9)))
+    for width in (80, 400):
+        monkeypatch.setenv("COLUMNS", str(width))
+        show(Grid("of a net", head, (row, row)))
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= width and "…" not in out
+        assert set(" ".join((*head, *row)).split()) <= set(out.split())
+        assert ("continued" in out) == (width == 80)
+
+
+def test_things_are_counted_in_words(model, capsys):
+    from sparsetrail.cli.flags import counted
+
+    assert (counted(1, "channel"), counted(3, "channel")) == ("1 channel", "3 channels")
+    if not torch.cuda.is_available():
+        err = run("attack", model, "--threads", "1", capsys=capsys)[2]
+        assert "device   cpu, 1 thread (no CUDA device)" in err
 
 
 def test_a_damaged_model_is_refused(model, tmp_path, capsys):
@@ -263,7 +436,7 @@ def test_trail_and_report(model, tmp_path, capsys):
     assert code == 4 and "is printed, not written" in err and not (tmp_path / "t4").exists()
     beside = {p.name for p in model.iterdir()}
     assert run("trail", model, "--n", "4", "--detail", "plain", "--json", capsys=capsys)[0] == 0
-    assert {p.name for p in model.iterdir()} - beside == {"trail-n4"}  # a result of 64 images is not written over
+    assert {p.name for p in model.iterdir()} - beside == {"trail-plain-n4"}  # a result of 64 images is not written over
     code, _, err = run("trail", model, "--example", "100000", capsys=capsys)
     assert code == 4 and "expected an image from 0 to" in err
     code, _, err = run("trail", model, model, "--n", "4", capsys=capsys)
@@ -349,7 +522,7 @@ def test_a_foreign_checkpoint_is_taken_in_without_running_it(model, tmp_path, ca
     spec = load_model(tmp_path / "lif").card["net"]["neuron"]
     assert (spec["kind"], spec["tau"], spec["threshold"], spec["detach_reset"]) == ("lif", 1.5, 0.8, True)
     code, _, err = run("import", tmp_path / "best.pth", *flags[:-4], "--out", tmp_path / "in2", capsys=capsys)
-    assert code == 4 and "other shape" in err and not (tmp_path / "in2" / "model.safetensors").exists()
+    assert code == 4 and "other shape" in err and not (tmp_path / "in2").exists()
     torch.save({"model_state_dict": net.state_dict(), "extra": Bomb()}, tmp_path / "bomb.pth")
     code, _, err = run("import", tmp_path / "bomb.pth", *flags, "--out", tmp_path / "in3", capsys=capsys)
     assert code == 4 and "--trust-pickle" in err and "the pickle ran" not in err
@@ -364,6 +537,7 @@ def test_a_foreign_checkpoint_is_taken_in_without_running_it(model, tmp_path, ca
     (tmp_path / "page.pth").write_text("<html>404</html>")
     code, _, err = run("import", tmp_path / "page.pth", *flags, "--out", tmp_path / "in4", capsys=capsys)
     assert code == 4 and "expected a PyTorch checkpoint" in err, err
+    assert not (tmp_path / "in3").exists() and not (tmp_path / "in4").exists()
     code, _, err = run("attack", tmp_path / "best.pth", "--eps", "8/255", "--space", "pixel", capsys=capsys)
     assert code == 4 and "sparsetrail import" in err
 

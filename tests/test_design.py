@@ -79,6 +79,7 @@ def test_a_sweep_from_end_to_end(swept, capsys, monkeypatch):
     page = (out / "report.html").read_text()
     assert "<h2>Trade-off</h2>" in page and '"tradeoff"' in page and '"trail-0"' not in page
     capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "250")
     main(args)
     for told in (page, (out / "report.md").read_text(), capsys.readouterr().out):
         assert "clean, n=16" in told and "worst case, n=8" in told and "different sets of images" in told

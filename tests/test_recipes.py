@@ -550,8 +550,9 @@ def test_the_audit_of_a_trained_model_is_made_as_it_was_asked_for(done, tmp_path
     assert (report.trails[0].victim, report.trails[0].n) == ("max", 4)
     assert found.provenance["command"] == report.provenance["command"] == "audit it"
     assert audits.adversarial_file(tmp_path, threat).is_file()
-    _, late, told = asked(minutes=0.0)
-    assert not late.complete and not late.runs and late.verdict == "inconclusive"
+    _, late, told = asked(minutes=0.0, guides=[guide])
+    assert not late.complete and [r.attack for r in late.runs] == [stages[0].label]  # always run: its figure is told
+    assert late.default == found.default != late.clean and late.verdict == "inconclusive"
     assert late.claim is None and told["C18"].level == "not applicable"
 
 

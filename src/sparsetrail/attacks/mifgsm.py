@@ -2,6 +2,7 @@
 
 import torch
 
+from sparsetrail.attacks.bim import own_step
 from sparsetrail.attacks.losses import loss_named
 from sparsetrail.attacks.moves import by_mean
 from sparsetrail.core import Problem, Streams
@@ -15,7 +16,7 @@ def mifgsm(
     The gradient is rescaled by its largest entry before it is normalised, so that a tiny one still moves and a zero one
     adds nothing, where the published division gives NaN.
     """
-    length = p.ball.eps / steps if step is None else step
+    length = own_step(p.ball, steps) if step is None else step
     u, sum_of = p.u0, torch.zeros_like(p.u0)
     for _ in range(steps):
         sum_of = decay * sum_of + by_mean(p.grad(u, loss_named(loss)), p.axis)

@@ -3,9 +3,15 @@
 import math
 
 from sparsetrail.attacks.losses import loss_named
-from sparsetrail.core import Problem, Streams
+from sparsetrail.core import Problem, Streams, Threat
 
 PACE = 0.01 / (8 / 255)
+
+
+def own_step(ball: Threat, steps: int) -> float:
+    """The length of a step where none is given: 0.01 of the box, elsewhere that share of the radius as of 8/255."""
+    by_box = ball.norm == "linf" and ball.span < math.inf
+    return 0.01 * ball.span if by_box else PACE * ball.eps
 
 
 def pgd(
@@ -16,8 +22,7 @@ def pgd(
     Defaults are the paper's: 7 steps of 0.01 of the box. In L2, where that is next to nothing, and in a box without
     ends a step is the same share of the radius as 0.01 is of 8/255. The best point on the way counts, not the last.
     """
-    by_box = p.ball.norm == "linf" and p.ball.span < math.inf
-    length = step if step is not None else 0.01 * p.ball.span if by_box else PACE * p.ball.eps
+    length = own_step(p.ball, steps) if step is None else step
     while restarts > 0:
         with p.restarts(restarts) as (q, played):
             u = q.sample(g)

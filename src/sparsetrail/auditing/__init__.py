@@ -2,7 +2,7 @@
 
 from sparsetrail.auditing.battery import Budget, Stage, battery
 from sparsetrail.auditing.kept import contradiction, misjudged
-from sparsetrail.auditing.refusals import refuse
+from sparsetrail.auditing.refusals import refuse, refuse_flips
 from sparsetrail.auditing.run import audit
 from sparsetrail.auditing.verdict import judge
 from sparsetrail.auditing.work import Forgetful, Store, fingerprint, join, verify, wavers
@@ -20,6 +20,7 @@ __all__ = [
     "judge",
     "misjudged",
     "refuse",
+    "refuse_flips",
     "verify",
     "wavers",
 ]

@@ -54,6 +54,7 @@ def refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices:
     if int(y.min()) < 0 or int(y.max()) >= victim.classes:
         raise ValueError(f"labels: expected 0..{victim.classes - 1}, got {int(y.min())}..{int(y.max())}")
     _refuse_codebook(victim, x)
+    refuse_flips(victim, threat, x)
     if threat.space != "pixel" or threat.box != (0.0, 1.0):
         return
     on = grey(x)
@@ -63,6 +64,21 @@ def refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices:
         )
     if bool(on.all()) and threat.norm == "linf" and 255 * threat.eps < 1 - 1e-4:
         raise ValueError(f"eps: less than one grey level ({255 * threat.eps:.3g} of one) holds no other 8-bit image")
+
+
+def refuse_flips(victim: Victim, threat: Threat, x: Tensor) -> None:
+    """ValueError for an L0 ball, which flips entries of two values, around images or a code of others."""
+    if threat.norm != "l0" or (threat.space == "encoded" and victim.random):  # its draws are the victim's own affair
+        return
+    with torch.no_grad():
+        u0 = x if threat.space == "pixel" else victim.encode(x[:8])
+    lo, hi = threat.box
+    if not bool(((u0 == lo) | (u0 == hi)).all()):
+        what, fix = ("images", "space encoded") if threat.space == "pixel" else ("a code", "norm linf or l2")
+        raise ValueError(
+            f"norm l0: expected {what} of {lo:g} and {hi:g} alone, whose entries can be flipped, found other values in "
+            f"{threat.space} space; use --{fix}"
+        )
 
 
 def _refuse_codebook(victim: Victim, x: Tensor) -> None:

@@ -54,8 +54,9 @@ def audit(
     `claim` is the robust accuracy 0..1 that is claimed; without one the default attack's stands in for it. `guides` are
     other victims to transfer from, `control` an undefended victim of the same kind that must fall. `fresh` makes the
     victim anew for the last judgement. `eot` gradients are averaged at every step (10 for a victim that draws noise).
-    After `minutes` no further attack is begun. `store` keeps finished parts under `identity`, which must tell victims
-    and data apart. `say(task, done, of, note)` reports, `stop()` is asked between batches (KeyboardInterrupt follows).
+    After `minutes` no further attack is begun; the default one always is. `store` keeps finished parts under
+    `identity`, which must tell victims and data apart. `say(task, done, of, note)` reports, `stop()` is asked between
+    batches (KeyboardInterrupt follows).
 
     Adversarials come by position in `x`, in the attacked tensor's shape without the image axis. ValueError where input
     is not fit; nothing is attacked then.

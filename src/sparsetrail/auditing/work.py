@@ -162,12 +162,12 @@ class Work:
         return found
 
     def play(self, stages: Sequence[Stage], deadline: float) -> tuple[_Ledger, bool]:
-        """Run the battery on the images standing; has all of it been run?"""
+        """Run the battery on the images standing, its first attack whatever the deadline; has all of it been run?"""
         clean = self.clean()
         ledger = _Ledger(clean, list(clean), list(clean), [None] * len(clean), [], {}, set())
         pace: list[tuple[float, float]] = []
         for i, stage in enumerate(stages):
-            if time.monotonic() > deadline:
+            if i and time.monotonic() > deadline:
                 return ledger, False
             rows = [j for j, held in enumerate(ledger.standing) if held]
             if not rows:

@@ -37,6 +37,7 @@ VERBS = {
     "bench": "Measure the engine against SpikingJelly 2.0.0, in a clone: a table and CSVs.",
     "doctor": "What this machine offers: torch, device, threads, data, optional tools.",
 }
+ANEW = ("attack", "theory", "data", "import", "report", "bench", "doctor")  # these keep no unfinished work
 DATA_VERBS = {
     "get": "Download an image set (the only verb that touches the network).",
     "add": "Take in an image set from a local file or folder.",
@@ -59,6 +60,7 @@ def app(asked: Sequence[str] = ()) -> App:
         name="sparsetrail",
         version=__version__,
         help="Adversarial robustness of spiking neural networks, judged honestly.",
+        suppress_keyboard_interrupt=False,  # `main` says what becomes of the work
     )
     for verb, text in VERBS.items():
         root.command(f"{HOMES.get(verb, HOME)}:{verb}{'_' * iskeyword(verb)}", name=verb, help=line(verb, text))
@@ -75,14 +77,14 @@ def app(asked: Sequence[str] = ()) -> App:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 our bug or failed training, 2 usage, 4 input refused, 130 interrupted."""
+    asked = sys.argv[1:] if argv is None else argv
     try:
-        app(sys.argv[1:] if argv is None else argv)(
-            argv, exit_on_error=False, print_error=True, result_action="return_value"
-        )
+        app(asked)(argv, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        goes_on = "begins anew" if asked[0] in ANEW else "continues"
+        print(f"interrupted; the same command {goes_on}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)

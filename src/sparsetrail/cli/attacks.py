@@ -9,8 +9,9 @@ from rich.console import Console
 
 from sparsetrail import data
 from sparsetrail.attacks import ATTACKS, check_settings, settings
-from sparsetrail.attacks.pgd import PACE
-from sparsetrail.auditing import refuse, wavers
+from sparsetrail.attacks.bim import own_step as in_parts
+from sparsetrail.attacks.pgd import own_step as paced
+from sparsetrail.auditing import refuse, refuse_flips, wavers
 from sparsetrail.cli.flags import (
     COMMON,
     KEPT,
@@ -31,6 +32,10 @@ from sparsetrail.recipes import audits, measure
 from sparsetrail.report import console as print_table
 from sparsetrail.report import write
 
+OWN_STEPS = {"pgd": paced, "bim": in_parts, "mifgsm": in_parts}
+SCORES = ("noise", "square", "spsa", "sparse_rs", "rays")  # attacks that ask for scores alone
+FLIPS = ("sda", "sparse_rs")  # attacks of an L0 ball
+
 
 def attack(
     target: str,
@@ -43,7 +48,13 @@ def attack(
         Literal["authors"] | None, Parameter(help="the paper's code: encoded 6/255, crafted in train mode")
     ] = None,
     steps: int | None = None,
-    step: Number | None = None,
+    step: Annotated[
+        Number | None,
+        Parameter(
+            help="length of a step; default for pgd 0.01, with l2 the share of eps that 0.01 is of 8/255, for spsa "
+            "0.01, for bim and mifgsm eps / steps"
+        ),
+    ] = None,
     restarts: int | None = None,
     draws: int | None = None,
     sets: Annotated[
@@ -53,7 +64,9 @@ def attack(
         list[str] | None,
         Parameter(negative="", help="another backward of the neurons, e.g. triangle:1, hart, assg; several: the mean"),
     ] = None,
-    transfer: Annotated[str | None, Parameter(help="follow the gradient of this model instead")] = None,
+    transfer: Annotated[
+        str | None, Parameter(help=f"follow the gradient of this model instead; not with {', '.join(SCORES)}")
+    ] = None,
     eot: Annotated[int | None, Parameter(help="gradients averaged a step; default 10 for a random encoder")] = None,
     encoder_gradient: Annotated[str | None, Parameter(help="identity, weighted, secant or none")] = None,
     precision: Annotated[
@@ -76,7 +89,7 @@ def attack(
     knobs = {k: v for k, v in given.items() if v is not None} | chosen(
         name, settings(ATTACKS[name]) if name in ATTACKS else {}, sets or []
     )
-    threat = _threat(name, eps, space, norm, knobs) if compat is None else None
+    threat = _threat(name, eps, space, norm, knobs, transfer) if compat is None else None
     asked = (eps, space, encoder_gradient, batch, seed, route, transfer, sets)
     if compat is not None and (knobs or precision != "fp32" or eot is not None or any(a is not None for a in asked)):
         raise ValueError(
@@ -87,9 +100,11 @@ def attack(
     model, folder = model_at(target)
     test_set = images_for(model, data_name, n, common.root)
     label = folder.resolve().name
-    with Screen(quiet=common.as_json) as screen:
+    if threat is not None:
+        refuse_flips(measure.as_victim(model, label), threat, data.pixels(test_set.images[:8]))
+    with Screen(quiet=common.as_json) as screen, output_folder(folder / "attacks") as place:
         bench = measure.Bench(
-            out=output_folder(folder / "attacks"),
+            out=place,
             device=where,
             seed=seed or 0,
             batch=64 if batch is None else batch,
@@ -113,7 +128,9 @@ def attack(
             _say_run(run)
 
 
-def _threat(name: str, eps: float | None, space: Space | None, norm: Norm, knobs: dict[str, Any]) -> Threat:
+def _threat(
+    name: str, eps: float | None, space: Space | None, norm: Norm, knobs: dict[str, Any], transfer: str | None
+) -> Threat:
     if eps is None or space is None:
         raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
     if name not in ATTACKS:
@@ -125,6 +142,10 @@ def _threat(name: str, eps: float | None, space: Space | None, norm: Norm, knobs
             flags = ", ".join(f"--{a}" if a in own else f"--set {a}=" for a in allowed)
             raise ValueError(f"--{k}: {name} does not have it; expected {flags or 'no settings'}")
     check_settings(name, knobs)
+    if name in FLIPS and norm != "l0":
+        raise ValueError(f"--name {name}: expected --norm l0, got {norm}; its radius is a number of entries to flip")
+    if transfer is not None and name in SCORES:
+        raise ValueError(f"--transfer: {name} asks for scores alone and follows no gradient; leave it out")
     return Threat(eps, space=space, norm=norm)
 
 
@@ -143,7 +164,9 @@ def audit(
     budget: Annotated[
         Literal["quick", "standard", "thorough"], Parameter(help="how much is tried: a look, the rule, everything")
     ] = "standard",
-    minutes: Annotated[float | None, Parameter(help="begin no further attack after this long")] = None,
+    minutes: Annotated[
+        float | None, Parameter(help="begin no further attack after this long; the default attack always runs")
+    ] = None,
     claim: Annotated[float | None, Parameter(help="the robust accuracy that is claimed, 0..1")] = None,
     claim_source: str = "",
     transfer: Annotated[
@@ -184,14 +207,15 @@ def audit(
     if verify:
         _verify(target, what, threats, test_set, place, out, common.as_json, device=where, batch=batch, seed=seed)
         return
-    if what.model is None:
-        what.make()  # refused before a folder is made
+    victim = what.make()  # refused before a folder is made
+    for threat in threats:
+        refuse_flips(victim, threat, data.pixels(test_set.images[:8].to(where)))
+    if out is not None and not common.fresh:
+        audits.refuse_other(out, what, threats)
     if out is None:
         out = place / "_".join([*map(audits.short, threats), f"n{len(test_set.labels)}"])
-    with Screen(quiet=common.as_json) as screen:
-        bench = measure.Bench(
-            out=common.folder(out), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop
-        )
+    with Screen(quiet=common.as_json) as screen, common.folder(out):
+        bench = measure.Bench(out=out, device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
         report, examples = audits.run(
             bench, what, threats, test_set, budget=budget, claim=claim, claim_source=claim_source, eot=eot,
             minutes=minutes, guides=[audits.target(t, device=where) for t in transfer or ()],
@@ -279,7 +303,9 @@ def _say_run(run: Run) -> None:
     print(f"{run.attack:<8} {run.accuracy}" + (f"   ({knobs})" if knobs else ""))
     if run.zero_gradient is not None:
         print(f"gradient {run.zero_gradient:.1%} exact zeros; {run.dead_examples} images once without any gradient")
+    step = told.get("step", 0)
     notes = (
+        f"a step of {step:g} is longer than the radius; give a shorter --step" if step > run.threat.eps > 0 else "",
         f"{run.ties} ties, counted as not fooled" if run.ties else "",
         f"{run.nonfinite} images with a gradient that is not finite" if run.nonfinite else "",
         run.note,
@@ -296,11 +322,6 @@ def _route(run: Run) -> str:
 
 def _knobs(run: Run) -> dict[str, Any]:
     """The settings of a run, with the length of a step that the attack took by itself where none was given."""
-    eps = run.threat.eps
-    by_itself = {
-        "pgd": 0.01 if run.threat.norm == "linf" else PACE * eps,
-        "bim": eps / run.knobs.get("steps", 1),
-        "mifgsm": eps / run.knobs.get("steps", 1),
-    }
-    taken = run.attack in by_itself and run.knobs.get("step", 0) is None
-    return run.knobs | ({"step": by_itself[run.attack]} if taken else {})
+    if run.attack not in OWN_STEPS or run.knobs.get("step", 0) is not None:
+        return run.knobs
+    return run.knobs | {"step": OWN_STEPS[run.attack](run.threat, run.knobs["steps"])}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from sparsetrail.cli.flags import KEPT, Kept, Number, emit
-from sparsetrail.cli.screen import Screen
+from sparsetrail.cli.screen import Screen, show
 from sparsetrail.core import as_fraction
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import EPS, FACTORS, Factor, sweep
@@ -34,9 +34,9 @@ def design(
     (default: runs/design-DATA-SCALE). The same command continues, whenever it was stopped.
     """
     where = common.where()
-    place = common.folder(out or Path("runs") / f"design-{Path(data_name).name}-{scale}")
+    place = out or Path("runs") / f"design-{Path(data_name).name}-{scale}"
     flags = [f"--data {data_name} --scale {scale} --seeds {seeds}", *(f"--only {f}" for f in only or ())]
-    with Screen(quiet=common.as_json) as screen:
+    with Screen(quiet=common.as_json) as screen, common.folder(place):
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = sweep(
             bench, data_name, scale, factors=only or FACTORS, eps=eps or EPS, seeds=seeds,
@@ -49,8 +49,7 @@ def design(
     if common.as_json:
         emit({"points": [asdict(p) for p in points], "files": {k: str(v) for k, v in files.items()}})
         return
-    grid = tradeoff_grid(points)
-    print(f"{grid.caption}\n\n{grid.text('simple')}")
+    show(tradeoff_grid(points))
     for line in report.summary:
         print(line)
     print(f"figure   {', '.join(map(str, drawn))}")

@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +35,7 @@ Json = Annotated[bool, Parameter(name="--json", negative="", help="print one JSO
 Fresh = Annotated[bool, Parameter(negative="", help="move an older result in --out aside and start again")]
 Space = Literal["pixel", "encoded"]
 Norm = Literal["linf", "l2", "l0"]
+FILES = (".csv", ".html", ".json", ".md", ".pdf", ".png", ".svg")  # no names of folders
 
 
 @Parameter(name="*")
@@ -58,7 +60,7 @@ class Kept(Common):
 
     fresh: Fresh = False
 
-    def folder(self, out: Path) -> Path:
+    def folder(self, out: Path) -> AbstractContextManager[Path]:
         """The output folder, writable, an older one moved aside if so told."""
         return output_folder(out, self.fresh)
 
@@ -76,7 +78,7 @@ def device_named(name: str, threads: int | None) -> str:
     if name == "auto" and torch.cuda.is_available():
         return "cuda"
     if name == "auto":
-        print(f"device   cpu, {torch.get_num_threads()} threads (no CUDA device)", file=sys.stderr)
+        print(f"device   cpu, {counted(torch.get_num_threads(), 'thread')} (no CUDA device)", file=sys.stderr)
         return "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
@@ -91,17 +93,49 @@ def device_named(name: str, threads: int | None) -> str:
     return name
 
 
-def output_folder(out: Path, fresh: bool = False) -> Path:
-    """The output folder, writable before any work starts; `fresh` moves an older one aside unless one trains there."""
-    if fresh and out.exists():
-        n = 1
-        while (aside := out.with_name(f"{out.name}.old{n}")).exists():
-            n += 1
-        with contextlib.ExitStack() as held:
-            for lock in sorted(out.rglob(".lock")):
-                held.enter_context(alone(lock.parent))
-            os.replace(out, aside)
-        print(f"moved {out} to {aside}", file=sys.stderr)
+@contextlib.contextmanager
+def output_folder(out: Path, fresh: bool = False) -> Iterator[Path]:
+    """The output folder, writable before any work starts; `fresh` moves an older one aside unless one trains there.
+
+    Work that fails before it has written anything leaves no folder, and the older one where it was.
+    """
+    refuse_file(out)
+    aside = _set_aside(out) if fresh and out.exists() else None
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        _make(out)
+        yield out
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+        if aside is not None and not out.exists():
+            os.replace(aside, out)
+            print(f"moved {aside} back to {out}: nothing was written", file=sys.stderr)
+        raise
+
+
+def refuse_file(out: Path) -> None:
+    """ValueError for an --out that is named as a file is."""
+    if out.suffix in FILES and not out.is_dir():
+        raise ValueError(
+            f"--out {out}: expected the name of a folder, found that of a file; give --out {out.with_suffix('')}"
+        )
+
+
+def _set_aside(out: Path) -> Path:
+    n = 1
+    while (aside := out.with_name(f"{out.name}.old{n}")).exists():
+        n += 1
+    with contextlib.ExitStack() as held:
+        for lock in sorted(out.rglob(".lock")):
+            held.enter_context(alone(lock.parent))
+        os.replace(out, aside)
+    print(f"moved {out} to {aside}", file=sys.stderr)
+    return aside
+
+
+def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
@@ -111,7 +145,11 @@ def output_folder(out: Path, fresh: bool = False) -> Path:
         raise ValueError(
             f"--out {out}: expected a folder to write to, found {error.strerror}; choose another"
         ) from None
-    return out
+
+
+def counted(n: int, what: str) -> str:
+    """So many of a thing, in words: '1 thread', '3 threads'."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def emit(facts: dict[str, Any]) -> None:
@@ -141,8 +179,8 @@ def images_for(model: Trained | None, name: str | None, n: int | None, root: Pat
         want, got = (net["channels"], net["classes"]), (found.images.shape[1], len(found.classes))
         if want != got:
             raise ValueError(
-                f"{found.name}: expected {want[0]} channels and {want[1]} classes as in the model, found {got[0]} and "
-                f"{got[1]}; name another set with --data"
+                f"{found.name}: expected {counted(want[0], 'channel')} and {want[1]} classes as in the model, found "
+                f"{got[0]} and {got[1]}; name another set with --data"
             )
     if n is not None and n < 1:
         raise ValueError(f"--n: expected at least 1 image, got {n}")

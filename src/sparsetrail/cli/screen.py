@@ -1,14 +1,41 @@
 """What the terminal shows while work goes on: a live bar on a terminal, one plain line at most every 30 s elsewhere."""
 
+import re
 import signal
 import sys
+import textwrap
 import time
+from dataclasses import replace
 from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sparsetrail.report.tables import Grid
+from sparsetrail.report.terminal import _print
+
 EVERY = 30.0  # seconds between plain lines
+
+LABEL = 22  # letters of a row's name on one line
+
+
+def show(grid: Grid) -> None:
+    """A table on stdout; where the terminal is too narrow, words go on several lines and columns into several tables.
+
+    Nothing is cut off: a column is as wide as its longest cell or the longest word of its head.
+    """
+    console, grid = Console(), replace(grid, head=grid.flat_head, groups=())
+    if max(map(len, grid.text("simple").split("\n"))) > console.width:
+        cells = zip(*grid.rows, strict=True)
+        columns = [[textwrap.fill(cell, LABEL) for cell in column] if i < grid.labels else list(column)
+                   for i, column in enumerate(cells)]  # fmt: skip
+        widths = [
+            max(len(part) for text in (*head.split(), *column) for part in re.split(r"\n| (?=[\[(])", text))
+            for head, column in zip(grid.head, columns, strict=True)
+        ]
+        heads = tuple(textwrap.fill(head, width) for head, width in zip(grid.head, widths, strict=True))
+        grid = replace(grid, head=heads, rows=tuple(zip(*columns, strict=True)))
+    _print(grid, console)
 
 
 class Screen:

@@ -41,13 +41,18 @@ def demo(
     """
     device_named("cpu", threads)
     started = time.monotonic()
-    with Screen(quiet=as_json) as screen:
-        place = output_folder(out, fresh)
-        found = run_demo(seed=seed, say=lambda part, done, total: screen.tick("demo", done, total, part))
-    bench = Bench(out=place, seed=seed)
-    _finish(
-        theorems.demo_page(found, provenance(bench, started, f"sparsetrail theory demo --seed {seed}")), out, as_json
-    )
+    bench = Bench(out=out, seed=seed)
+    with output_folder(out, fresh):
+        with Screen(quiet=as_json) as screen:
+
+            def say(part: str, done: int, total: int) -> None:
+                if screen.stop():
+                    raise KeyboardInterrupt
+                screen.tick("demo", done, total, part)
+
+            found = run_demo(seed=seed, say=say)
+        told = provenance(bench, started, f"sparsetrail theory demo --seed {seed}")
+        _finish(theorems.demo_page(found, told), out, as_json)
 
 
 def audit(
@@ -66,7 +71,8 @@ def audit(
     """What the paper's theorems say about TARGET and what it does: hypotheses, measurements, a verdict for each.
 
     TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim. Writes
-    theorems.html, theorems.md and theorems.json into --out (default: theory/ beside the model).
+    theorems.html, theorems.md and theorems.json into --out (default: a folder in theory/ beside the model, named by
+    threat and n).
     """
     where = common.where()
     if eps is None or space is None:
@@ -79,12 +85,10 @@ def audit(
         raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")
     test_set = images_for(what.model, data_name, n, common.root)
     if out is None:
-        home = Path(target) if what.model is not None else Path("runs") / what.name.replace(":", "-")
-        home = home if home.is_dir() or what.model is None else home.parent
-        out = home / "theory" / audits.short(threat)
+        out = audits.home(target, what) / "theory" / f"{audits.short(threat)}_n{len(test_set.labels)}"
     started = time.monotonic()
-    with Screen(quiet=common.as_json) as screen:
-        bench = Bench(out=common.folder(out), device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
+    with Screen(quiet=common.as_json) as screen, common.folder(out):
+        bench = Bench(out=out, device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
         victim, x = what.make(), pixels(test_set.images.to(where))
         audits.fits(victim, x, test_set)
         found = run_audit(

@@ -1,7 +1,7 @@
 """The verbs `trail` and `ablate`: the gradients of trained models operation by operation, and their zeros' origin."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from sparsetrail import data
 from sparsetrail.cli.flags import COMMON, Common, emit, images_for, model_at, output_folder
-from sparsetrail.cli.screen import Screen
+from sparsetrail.cli.screen import Screen, show
 from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate as run_ablation
@@ -45,19 +45,19 @@ def trail(
     """The sparsity trail of TARGETS: exact zeros in, and L2 norm of, the gradient at the input of every operation.
 
     Several models of one architecture stand side by side in one picture. Writes a page, CSVs, trail.svg and trail.pdf
-    into --out (default: beside the first model trail/, with mode, other models and n in its name where they are not
-    the default). --mode train uses batch statistics, as the paper's code does; the models are left as they were.
+    into --out (default: beside the first model trail/, with mode, detail, other models and n in its name where they are
+    not the default). --mode train uses batch statistics, as the paper's code does; the models are left as they were.
     docs/trail.md says what every column means.
     """
     where = common.where()
     models, test_set, first = _models(targets, data_name, None if example is not None else n, common.root, batch)
-    name = _named("trail" if mode == "eval" else "trail-train-mode", models, n, example is None)
+    kind = "-".join(["trail", *(["train-mode"] if mode == "train" else []), *([detail] if detail != "full" else [])])
+    name = _named(kind, models, n, example is None)
     command = f"sparsetrail trail {' '.join(targets)} --n {n} --detail {detail} --mode {mode}"
     if example is not None:
         test_set, per_step = data.pick(test_set, example), True
         name, command = f"{name}-example-{example}", f"{command.replace(f'--n {n}', f'--example {example}')}"
-    with Screen(quiet=common.as_json) as screen:
-        place = output_folder(out or first / name)
+    with Screen(quiet=common.as_json) as screen, output_folder(out or first / name) as place:
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = trace(
             bench, models, test_set, detail=detail, mode=mode, per_step=per_step, per_example=per_example, batch=batch,
@@ -98,8 +98,8 @@ def ablate(
     """
     where = common.where()
     models, test_set, first = _models(targets, data_name, n, common.root, batch)
-    with Screen(quiet=common.as_json) as screen:
-        place = output_folder(out or first / _named("ablation", models, n))
+    place = out or first / _named("ablation", models, n)
+    with Screen(quiet=common.as_json) as screen, output_folder(place):
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = run_ablation(
             bench, models, test_set, batch=batch, command=f"sparsetrail ablate {' '.join(targets)} --n {n}"
@@ -111,7 +111,8 @@ def ablate(
         emit({"ablations": [asdict(t) for t in tables], "files": {k: str(v) for k, v in files.items()}})
         return
     for table in tables:
-        print(f"{table.victim}\n{table.grid.text('simple')}\n{table.sentence}\n")
+        show(replace(table.grid, caption=table.victim))
+        print(f"{table.sentence}\n")
     print(f"figure   {', '.join(map(str, drawn))}")
     print(f"report   {files.get('html', place)}")
 

@@ -1,7 +1,5 @@
 """The verbs that make models: `train`, `defend` (a compared system, as its source trains it), `import`."""
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +11,7 @@ from sparsetrail.attacks import settings
 from sparsetrail.cli.flags import KEPT, Fresh, Kept, chosen, emit, output_folder
 from sparsetrail.cli.screen import Screen
 from sparsetrail.defend import DEFENCES
-from sparsetrail.models import Trained, import_weights, load_model
+from sparsetrail.models import Trained, import_weights
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.systems import SYSTEMS, facts, plan, train_system
 from sparsetrail.snn.encode import Encoder, build_encoder
@@ -125,8 +123,7 @@ def train(
     if seams is not None and seams.check is not None:
         seams.check(net, code, spec)  # refused before anything is written
     name = f"{train_set.name}-{arch}-{net.pool}{f'-{defence}' if defence else ''}".replace(":", "-")
-    folder = common.folder(out or Path("runs") / name)
-    with Screen() as screen:
+    with Screen() as screen, common.folder(out or Path("runs") / name) as folder:
 
         def say(event: dict[str, Any]) -> None:
             if event["event"] == "step":
@@ -176,13 +173,8 @@ def import_(
     found = data.load(data_name, "test", root=root)
     net = network.spec(arch, found, normalise=normalise, readout=readout, norm=norm, dropout=dropout)
     code = network.code()
-    if fresh and out.exists():  # what is there goes only when the file is good
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent) as there:
-            taken = import_weights(file, net, code, found.name, there, trust_pickle=trust_pickle)
-            os.replace(taken.path, output_folder(out, fresh) / "model.safetensors")
-        model = load_model(out)
-    else:
-        model = import_weights(file, net, code, found.name, output_folder(out), trust_pickle=trust_pickle)
+    with output_folder(out, fresh):
+        model = import_weights(file, net, code, found.name, out, trust_pickle=trust_pickle)
     print(f"model    {model.path}   sha256 {model.sha256[:12]}")
     print(f"taken    {_assumed(net, code)}")
 
@@ -242,8 +234,7 @@ def defend(
         "validation": validation, "seed": seed, "knobs": knobs,
     }  # fmt: skip
     plan(name, train_set, **how)  # refused before anything is written
-    with Screen(quiet=common.as_json) as screen:
-        common.folder(out / "models" / f"{train_set.name}-{name}")
+    with Screen(quiet=common.as_json) as screen, common.folder(out / "models" / f"{train_set.name}-{name}"):
         bench = measure.Bench(out=out, device=where, tick=screen.tick, stop=screen.stop)
         model = train_system(bench, name, train_set, **how)
     told = facts(name) | {"defence settings": measure.told(model.card.get("defence", {}).get("knobs", {})) or "none"}

@@ -1,6 +1,8 @@
 """The other verbs: thin functions that turn flags into calls and results into lines; `--json` prints one JSON line."""
 
+import contextlib
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -15,14 +17,26 @@ from rich.console import Console
 
 from sparsetrail import __version__, data
 from sparsetrail.cli.attacks import run_line, say_report
-from sparsetrail.cli.flags import KEPT, Device, Fresh, Json, Kept, Threads, device_named, emit, model_at, output_folder
+from sparsetrail.cli.flags import (
+    KEPT,
+    Device,
+    Fresh,
+    Json,
+    Kept,
+    Threads,
+    device_named,
+    emit,
+    model_at,
+    output_folder,
+    refuse_file,
+)
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import Report
 from sparsetrail.recipes import measure, paper
 from sparsetrail.recipes import quick as quick_recipe
 from sparsetrail.report import console as print_table
 from sparsetrail.report import load as load_report
-from sparsetrail.report import write
+from sparsetrail.report import unpack, write
 from sparsetrail.snn import kernels
 from sparsetrail.snn.engine import has_bf16
 
@@ -45,10 +59,8 @@ def quick(
     network and no GPU needed. The same command continues or, when finished, shows the result again.
     """
     where = device_named(device, threads)
-    with Screen() as screen:
-        bench = measure.Bench(
-            out=output_folder(out, fresh), device=where, seed=seed, tick=screen.tick, stop=screen.stop
-        )
+    with Screen() as screen, output_folder(out, fresh):
+        bench = measure.Bench(out=out, device=where, seed=seed, tick=screen.tick, stop=screen.stop)
         spec = quick_recipe.QuickSpec(images=images, epochs=epochs, attacked=attacked)
         report, examples = quick_recipe.quick(bench, spec)
         screen.tick("report", 0, 1, "")
@@ -76,7 +88,7 @@ def _brief(report: Report) -> dict[str, Any]:
 def reproduce(
     figure: Literal["table1", "table2", "table3", "fig1", "fig3", "threats", "theorems"],
     *,
-    scale: Literal["smoke", "small", "paper"] = "small",
+    scale: Annotated[Literal["smoke", "small", "paper"] | None, Parameter(help="how much; default small")] = None,
     rows: Annotated[
         list[str] | None,
         Parameter(negative="", help="networks or systems, e.g. sew_resnet18, rat_vgg11; repeat it for more"),
@@ -105,27 +117,30 @@ def reproduce(
     each, `paper` is the published scale (a GPU and days). --rows takes one at a time.
     """
     if from_records:
+        given = {
+            "--scale": scale, "--rows": rows, "--datasets": datasets, "--n": n, "--models": models,
+            "--seeds": None if seeds == 1 else seeds, "--out": out, "--fresh": common.fresh or None,
+        }  # fmt: skip
+        if asked := ", ".join(flag for flag, value in given.items() if value is not None):
+            raise ValueError(f"--from-records: runs nothing and shows all that is kept; leave {asked} out")
         _show_records(figure, records, common.as_json)
         return
+    scale = scale or "small"
     if figure == "theorems" and not (n is None and models is None and seeds == 1):
         raise ValueError("--n, --models, --seeds: `theorems` takes none of them; leave them out")
     if models is not None and not models.is_dir():
         raise ValueError(f"--models: expected a folder of trained networks, found none at {models}")
     where = common.where()
-    place = common.folder(out or Path("runs") / f"paper-{scale}")
+    place = out or Path("runs") / f"paper-{scale}"
     if figure == "theorems":
         from sparsetrail.cli import theory
 
-        return theory.reproduce(
-            place,
-            scale,
-            rows=rows or (),
-            datasets=datasets or (),
-            root=common.root,
-            device=where,
-            as_json=common.as_json,
-        )
-    with Screen(quiet=common.as_json) as screen:
+        with common.folder(place):
+            return theory.reproduce(
+                place, scale, rows=rows or (), datasets=datasets or (), root=common.root, device=where,
+                as_json=common.as_json,
+            )  # fmt: skip
+    with Screen(quiet=common.as_json) as screen, common.folder(place):
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = paper.reproduce(
             bench, figure, scale, rows=rows or (), datasets=datasets or (), root=common.root,
@@ -196,17 +211,32 @@ def _records(figure: str, folder: Path) -> list[Path]:
 def report(
     path: Path,
     *,
-    out: Path | None = None,
+    out: Annotated[Path | None, Parameter(help="a folder; default where the report lies")] = None,
     format: Literal["all", "table", "latex", "svg", "pdf"] = "all",
 ) -> None:
-    """Draw the report in PATH (a folder or result.json) again; `table`, `latex` print, `svg`, `pdf` draw the trail."""
+    """Draw the report in PATH (a folder or result.json) again; `table`, `latex` print, `svg`, `pdf` draw the trail.
+
+    PATH may be a folder of `theory` too, of which all is drawn.
+    """
     from sparsetrail.report import figure as draw
     from sparsetrail.report import text_tables
 
-    found = load_report(path)
-    place = out or (path if path.is_dir() else path.parent)
     if format in ("table", "latex") and out is not None:
         raise ValueError(f"--out: {format} is printed, not written; leave it out, or send the output to a file")
+    if out is not None:
+        refuse_file(out)
+    place = out or (path if path.is_dir() else path.parent)
+    theorems = path / "theorems.json" if path.is_dir() else path
+    if theorems.name == "theorems.json" and theorems.is_file() and not (path / "result.json").is_file():
+        from sparsetrail.report.theorems import Page
+        from sparsetrail.report.theorems import write as write_theorems
+
+        if format != "all":
+            raise ValueError(f"--format {format}: expected all for theorems, which have no trail; leave it out")
+        page = unpack(Page, json.loads(theorems.read_bytes()))
+        print(f"report   {write_theorems(page, place)['html']}")
+        return
+    found = load_report(path)
     if format == "table":
         print(text_tables(found, "github"))
     elif format == "latex":
@@ -252,11 +282,11 @@ def bench(
         "runs": runs,
         "weights": weights,
         "device": device_named(device, threads),
+        "out": out,
     }
-    if out is not None:
-        given["out"] = output_folder(out)
     command = [sys.executable, str(script), *(["--smoke"] if smoke else [])]
-    done = subprocess.run(command + [t for k, v in given.items() if v is not None for t in (f"--{k}", str(v))])
+    with contextlib.nullcontext() if out is None else output_folder(out):
+        done = subprocess.run(command + [t for k, v in given.items() if v is not None for t in (f"--{k}", str(v))])
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -283,6 +283,23 @@ def kept_under(place: Path, threat: Threat, n: int) -> Path:
     return min(sorted(found), key=lambda p: (not (p / "result.json").is_file(), len(p.name)))
 
 
+def refuse_other(out: Path, what: Target, threats: Sequence[Threat]) -> None:
+    """ValueError where a folder holds a result that an audit of a target under these threats would replace."""
+    if not (out / "result.json").is_file():
+        return
+    held = load(out / "result.json")
+    others = [] if held.audits else [held.title]
+    for a in held.audits:
+        of = a.provenance.get("target sha256") or a.card.get("weights sha256") or what.identity
+        if of != what.identity or a.threat not in threats:
+            others.append(f"that of {a.victim} ({of[:12]}) under {a.threat}")
+    if others:
+        raise ValueError(
+            f"--out {out}: expected no result or one of {what.name} ({what.identity[:12]}) under these threats, found "
+            f"{'; '.join(others)}, which would be replaced; give another --out, or --fresh to move it aside"
+        )
+
+
 def verify_again(bench: Bench, what: Target, threat: Threat, data: Dataset) -> tuple[int, dict[int, str]]:
     """Show every kept adversarial of an audit to the model made anew, one by one; how many, and why some do not hold.
 

@@ -38,8 +38,11 @@ def quick(
     spec = spec or QuickSpec()
     started = time.monotonic()
     train_set = load("fashion-mnist-slice", "train")
-    train_set = train_set if spec.images >= len(train_set.labels) else take(train_set, spec.images, seed=bench.seed)
     test_set = load("fashion-mnist-slice", "test")
+    for flag, got, of in (("images", spec.images, train_set), ("attacked", spec.attacked, test_set)):
+        if not 1 <= got <= len(of.labels):
+            raise ValueError(f"--{flag}: expected 1 to {len(of.labels)} of the shipped {of.split} images, got {got}")
+    train_set = take(train_set, spec.images, seed=bench.seed)
     attacked = take(test_set, spec.attacked, seed=bench.seed)
     traced = take(test_set, spec.traced, seed=bench.seed)
     train_spec = TrainSpec(epochs=spec.epochs, batch=spec.batch)

@@ -102,7 +102,7 @@ def _print(grid: Grid, console: "Console") -> None:
 
     def width(i: int) -> int:
         words = [*grid.head[i].split(), *(line for row in grid.rows for line in str(_two_lines(row[i])).split("\n"))]
-        return max(map(len, words)) + 2
+        return max(map(len, words)) + 3  # of padding and the line between
 
     label = list(range(grid.labels))
     room = console.width - sum(min(24, width(i)) for i in label)
