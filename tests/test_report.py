@@ -39,7 +39,7 @@ from sparsetrail.report import (
     write,
 )
 from sparsetrail.report.images import examples
-from sparsetrail.report.labels import columns
+from sparsetrail.report.labels import columns, route_of
 
 PIXEL, CODE = Linf(8 / 255, space="pixel"), Linf(6 / 255, space="encoded")
 N = 200
@@ -407,6 +407,38 @@ def test_routes_are_in_the_header_only_where_they_are_needed():
     assert "gradient under encoded 6/255, eval mode: other" in room.table(
         empty(runs=(run(1), run(2, threat=CODE, route="other")))
     )
+
+
+def test_every_attack_stands_under_the_route_its_gradient_takes():
+    way = "BPTT atan(2), hard reset detached; phase encoder: identity"
+    code = "BPTT atan(2), hard reset detached; phase encoder: its codebook, exact"
+    runs = [
+        run(1, route=way),
+        run(2, route=way, attack="codebook (steps 20, loss margin)", knobs={"steps": 20, "loss": "margin"}),
+        run(3, route=f"{way} + HART(0.5); phase encoder: identity", attack="codebook"),
+        *(run(4, route=way, attack=name, knobs={}, backwards=0) for name in ("noise", "Square", "my search")),
+        run(0, route=way, attack="noise", knobs={"draws": 2}, backwards=0, right=0, victim="dead"),
+        run(0, route=way, attack="fgsm", knobs={}, backwards=0, right=0, victim="dead"),  # met no image
+    ]
+    mixed = f"{code} + HART(0.5); phase encoder: its codebook, exact"
+    told = [way, code, mixed, *["none, scores only"] * 4, way]
+    assert [route_of(r) for r in runs] == told
+    report = empty(runs=tuple(runs))
+    ((label, sentence),) = page.threats(report)
+    assert label == "pixel 8/255, eval mode" and f"{way} (PGD-7, FGSM); {code} (codebook-20)" in sentence
+    assert "none, scores only (noise, Square, my search)" in sentence
+    for head in tables.accuracy(runs).flat_head[2:]:
+        assert ("identity" in head) == head.startswith(("PGD", "FGSM"))
+        assert ("scores only" in head) == head.startswith(("noise", "Square", "my search"))
+    assert "gradient: none, scores only" in room.table(empty(runs=tuple(runs[3:7])))
+    plain = [run(1, route=way), run(4, route=way, attack="noise", knobs={}, backwards=0)]
+    assert tables.accuracy(plain).flat_head[2:] == (
+        "PGD-7, pixel 8/255, eval mode",
+        "noise, pixel 8/255, eval mode, scores only",
+    )
+    ((_, grid),) = tables.per_setting(plain)
+    assert grid.head == ("victim", "clean", "PGD-7", "noise")  # one table and one panel a threat
+    assert len(charts.accuracy_spec(plain)["hconcat"]) == 1
 
 
 def test_cells_are_shares_with_wilson_intervals():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sparsetrail.core import Audit, Finding, Rate, Run
-from sparsetrail.report.labels import Setting, attack_words, setting
+from sparsetrail.report.labels import Setting, attack_words, route_of, setting
 from sparsetrail.report.tables import DASH, Grid, percent
 
 # tone of the colour and a sign, since a colour alone is not seen by everyone nor on every printer
@@ -177,7 +177,7 @@ def battery_grid(audit: Audit) -> Grid:
         (
             str(s.number),
             f"{s.name} ({s.knobs})" if s.knobs else s.name,
-            s.run.route if s.run.backwards else "none, scores only",
+            route_of(s.run),
             str(s.met),
             f"{s.broken} ({100 * s.broken / audit.n:.1f} %)" if s.broken else "0",
             percent(s.left),

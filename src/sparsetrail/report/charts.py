@@ -17,7 +17,7 @@ from sparsetrail.core import Audit, Rate, Report, Run, Trail, TrailRow
 from sparsetrail.report.ablation_tables import Ablation, ablations
 from sparsetrail.report.design_tables import Point, tradeoff, undominated
 from sparsetrail.report.io import ReportError
-from sparsetrail.report.labels import Setting, columns, settings
+from sparsetrail.report.labels import NO_GRADIENT, Setting, by_setting, columns, settings
 from sparsetrail.report.seeds import seeded
 from sparsetrail.report.tables import percent
 from sparsetrail.report.trail_tables import TrailGroup, trail_groups
@@ -229,12 +229,13 @@ def accuracy_spec(runs: Sequence[Run], named: Mapping[str, str] | None = None) -
 
     cells, datas = columns(runs), list(dict.fromkeys(run.data for run in runs))
     victims = list(dict.fromkeys(run.victim for run in runs))
-    routes = len({s.route for s in settings(runs)}) > 1
+    routes = len({s.route for s in settings(runs)} - {NO_GRADIENT}) > 1
     rows = []
     for data in datas:
         panels = []
-        for where in settings(runs):
-            here = [(c.label, run) for (c, _), run in cells.items() if c.setting == where and run.data == data]
+        for where, members in by_setting(runs).items():
+            inside = set(map(id, members))
+            here = [(c.label, run) for (c, _), run in cells.items() if id(run) in inside and run.data == data]
             if here:
                 panels.append(_panel(where, here, victims, named or {}, route=routes, first=not panels))
         row = alt.hconcat(*panels, spacing=34)
