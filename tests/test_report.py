@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import vl_convert
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
@@ -630,6 +631,34 @@ def values_in(spec):
         named = [v for rows in spec.get("datasets", {}).values() for v in rows]
         return here + named + [v for part in spec.values() for v in values_in(part)]
     return [v for part in spec for v in values_in(part)] if isinstance(spec, list) else []
+
+
+def test_many_victims_are_rows_of_their_own_and_no_two_attacks_are_drawn_alike():
+    names = [f"victim {i}" for i in range(11)]
+    ways = [{"route": f"BPTT {name[-1]}"} for name in ("a", "b")]
+    runs = [run(i, victim=name, attack=f"attack{k}", **ways[i < 2]) for i, name in enumerate(names) for k in range(7)]
+    runs += [run(3, victim=name, attack="noise", knobs={}, backwards=0, **ways[0]) for name in names]
+    spec = charts.accuracy_spec(runs)
+    panels = [line["hconcat"][0] for line in spec["vconcat"]]
+    rows = [panel["layer"][0]["encoding"]["y"]["sort"] for panel in panels]
+    assert sorted([*rows[0], *rows[1]]) == sorted(names) and len(rows) == 2  # each beside its own route, noise too
+    assert all(panel["layer"][0]["encoding"]["y"]["axis"].get("labels", True) for panel in panels)
+    scale = {channel: panels[0]["layer"][1]["encoding"][channel]["scale"] for channel in ("color", "shape")}
+    count = len(scale["color"]["domain"])
+    pairs = {(i % len(charts.SHAPES), scale["shape"]["range"][i % len(scale["shape"]["range"])]) for i in range(count)}
+    assert count == 9 == len(pairs)
+    assert drawn_width(spec) <= 1170
+
+
+def test_panels_stand_under_each_other_before_they_are_drawn_small():
+    runs = [run(5, victim=f"v{i}", threat=Linf(k / 255, space="pixel")) for i in range(5) for k in range(1, 7)]
+    assert 600 < drawn_width(charts.accuracy_spec(runs)) <= 1170
+
+
+def drawn_width(spec):
+    """Of the picture, in pixels: what the page has room for at a width of 1280 is drawn in its own size."""
+    svg = vl_convert.vegalite_to_svg({**spec, "config": charts.config()})
+    return float(re.search(r'<svg[^>]* width="([\d.]+)"', svg)[1])
 
 
 def test_the_accuracy_chart_has_one_panel_a_setting():

@@ -129,10 +129,14 @@ def setting_label(one: Setting, among: Sequence[Setting]) -> str:
 
 
 def by_setting(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
-    """The runs of every setting; those without a gradient join the first that has one under their threat and mode."""
-    among = settings(runs)
-    home = {s: next((o for o in among if s.route == NO_GRADIENT != o.route and o.short == s.short), s) for s in among}
-    return {s: [run for run in runs if home[setting(run)] == s] for s in dict.fromkeys(home.values())}
+    """The runs of every setting; one without a gradient joins one that has, of its victim and under its threat."""
+    out: dict[Setting, list[Run]] = {s: [] for s in settings(runs)}
+    for run in runs:
+        mine = setting(run)
+        near = [r for r in runs if setting(r).short == mine.short and route_of(r) != NO_GRADIENT]
+        near = [r for r in near if (r.victim, r.data) == (run.victim, run.data)] or near
+        out[setting(near[0]) if near and mine.route == NO_GRADIENT else mine].append(run)
+    return {s: members for s, members in out.items() if members}
 
 
 def gradients(runs: Sequence[Run]) -> dict[str, str]:
