@@ -164,7 +164,7 @@ def test_points_by_hand():
     assert (x.density, y.density, z.density) == (pytest.approx(0.4), pytest.approx(0.7), 1.0)
     assert [p.victim for p in undominated([x, y, z])] == ["y", "x"]
     (line,) = tradeoff_sentences([x, y, z])
-    assert "clean and robust accuracy -0.50" in line and "not dominated: y, x" in line
+    assert "clean and robust accuracy -0.50" in line and "not dominated: y; x." in line
     assert "density and robust accuracy +0.50" in line and "worst of 2 attacks, 3 networks" in line
     rows = list(csv.DictReader(io.StringIO(tradeoff_csv([x]))))
     assert rows[0]["robust_k"] == "1" and rows[0]["robust_n"] == "4" and float(rows[0]["density"]) == pytest.approx(0.4)
@@ -172,6 +172,13 @@ def test_points_by_hand():
     grid = tradeoff_grid([x, replace(y, clean=Rate(2, 4))])
     assert grid.head[2:4] == ("clean", "worst case, n=4") and [row[2][-5:] for row in grid.rows] == [" n=10", ", n=4"]
     assert "different sets" in grid.caption and "different" not in tradeoff_grid([replace(y, clean=Rate(2, 4))]).caption
+
+
+def test_an_attack_that_fooled_nothing_is_not_the_strongest():
+    report = made(("x", "pool", 9, "1111", "1111", 0.0), ("y", "pool", 9, "1111", "1101", 0.0))
+    gone = tuple(replace(run, victim="z", clean=(False,) * 4, robust=(False,) * 4) for run in report.runs[:2])
+    report = replace(report, runs=report.runs + gone, models=(*report.models, report.models[0] | {"name": "z"}))
+    assert [p.strongest for p in tradeoff(report)] == ["none", "Square", "none"]
 
 
 def test_two_threats_are_never_one_worst_case():

@@ -219,6 +219,20 @@ def edited(change):
             r"unknown field `zeros` - at `\$\.trails\[0\]\.rows\[2\]`",
         ),
         (lambda b: b.update(verdict="good"), r"unknown field `verdict`"),
+        (
+            lambda b: b["runs"][0].update(robust=[True] * 5),
+            r"robust: expected 200 .* found 5, at `\$\.runs\[0\]`",
+        ),
+        (lambda b: b["runs"][0].update(indices=[1]), r"indices: expected 200 entries, .* found 1, at `\$\.runs\[0\]`"),
+        (lambda b: b["runs"][0].update(forwards=-1), r"forwards: expected a count of 0 or more, found -1"),
+        (lambda b: b["runs"][0].update(zero_gradient=25), r"zero_gradient: expected a share 0\.\.1, found 25"),
+        (
+            lambda b: b["trails"][0]["rows"][2].update(zero=7.5),
+            r"zero: expected a share 0\.\.1, found 7\.5, at `\$\.trails\[0\]\.rows\[2\]`",
+        ),
+        (lambda b: b["trails"][0]["rows"][0].update(per_step=[0.5, -1]), r"per_step: expected a share .*found -1"),
+        (lambda b: b["trails"][0].update(clean_accuracy=43), r"clean_accuracy: expected a share 0\.\.1, found 43"),
+        (lambda b: b["trails"][0].update(rows=[]), r"rows: expected at least one operation.*`\$\.trails\[0\]`"),
         (lambda b: b["runs"][0].pop("route"), r"missing required field `route` - at `\$\.runs\[0\]`"),
         (lambda b: b["runs"][0].update(ties="1"), r"at `\$\.runs\[0\]\.ties`"),
         (lambda b: b["runs"][0]["threat"].update(space="latent"), r"at `\$\.runs\[0\]\.threat\.space`"),
@@ -643,10 +657,10 @@ def test_many_victims_are_rows_of_their_own_and_no_two_attacks_are_drawn_alike()
     rows = [panel["layer"][0]["encoding"]["y"]["sort"] for panel in panels]
     assert sorted([*rows[0], *rows[1]]) == sorted(names) and len(rows) == 2  # each beside its own route, noise too
     assert all(panel["layer"][0]["encoding"]["y"]["axis"].get("labels", True) for panel in panels)
-    scale = {channel: panels[0]["layer"][1]["encoding"][channel]["scale"] for channel in ("color", "shape")}
-    count = len(scale["color"]["domain"])
-    pairs = {(i % len(charts.SHAPES), scale["shape"]["range"][i % len(scale["shape"]["range"])]) for i in range(count)}
-    assert count == 9 == len(pairs)
+    attacks = panels[0]["layer"][1]["encoding"]["color"]["scale"]["domain"]
+    ranges = charts.config()["range"]
+    looks = {tuple(ranges[name][i % len(ranges[name])] for name in ("category", "symbol")) for i in range(len(attacks))}
+    assert len(attacks) == len(looks) == 9
     assert drawn_width(spec) <= 1170
 
 

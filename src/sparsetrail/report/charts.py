@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from sparsetrail._files import write_atomic
 from sparsetrail.core import Audit, Rate, Report, Run, Trail, TrailRow
-from sparsetrail.report.ablation_tables import Ablation, ablations
+from sparsetrail.report.ablation_tables import KINDS, Ablation, ablations
 from sparsetrail.report.design_tables import Point, tradeoff, undominated
 from sparsetrail.report.io import ReportError
 from sparsetrail.report.labels import NO_GRADIENT, Setting, by_setting, columns, settings
@@ -33,8 +33,8 @@ DARK = {
     "good": "#7cc9a0", "warn": "#e9b44c", "bad": "#f2857c", "left": "#3d4a59",
 }  # fmt: skip
 SERIES = {
-    "light": ["#1d4e89", "#e58a1f", "#5aa89a", "#9b3f6c", "#7f7f7f", "#b5a642"],
-    "dark": ["#82b4f0", "#f0a24a", "#7fd0c0", "#e191b5", "#b0b0b0", "#d8ca6a"],
+    "light": ["#1d4e89", "#e58a1f", "#5aa89a", "#9b3f6c", "#7f7f7f", "#b5a642", "#3f6b35", "#b59bd6"],
+    "dark": ["#82b4f0", "#f0a24a", "#7fd0c0", "#e191b5", "#b0b0b0", "#d8ca6a", "#93c47d", "#b9a4e0"],
 }
 PANEL = (430, 340)  # of the trade-off, in pixels
 WIDE, AXIS, ROW = 1120, 70, 520  # panels of accuracy in one line, what is beside one, one with a row per victim
@@ -297,7 +297,6 @@ def _listing(where: Setting, runs: Sequence[tuple[str, Run]], attacks: Sequence[
     here = [attack for attack in attacks if any(value["attack"] == attack for value in values)]
     legend = alt.Legend(title=None, orient="top", columns=6)
     across = alt.Scale(domain=[0, 100])
-    shapes = SHAPES if len(attacks) <= len(SHAPES) else SHAPES[:-1]  # no pair with a colour comes twice
     base = alt.Chart(alt.Data(values=values)).encode(
         y=alt.Y("victim:N", sort=rows, axis=alt.Axis(title=None, labelLimit=300, ticks=False)),
         yOffset=alt.YOffset("attack:N", sort=here, scale=alt.Scale(paddingInner=0.3, paddingOuter=0.6)),
@@ -307,7 +306,7 @@ def _listing(where: Setting, runs: Sequence[tuple[str, Run]], attacks: Sequence[
     interval = base.mark_rule(strokeWidth=1.8).encode(x=alt.X("low:Q", scale=across), x2="high:Q")
     point = base.mark_point(size=40, filled=True, opacity=1).encode(
         x=alt.X("accuracy:Q", scale=across, axis=alt.Axis(title="correct, %", tickCount=5)),
-        shape=alt.Shape("attack:N", sort=attacks, scale=alt.Scale(domain=attacks, range=shapes), legend=legend),
+        shape=alt.Shape("attack:N", sort=attacks, scale=alt.Scale(domain=attacks), legend=legend),
     )
     step = alt.Step(8, **{"for": "offset"})
     return (interval + point).properties(width=ROW, height=step, title=_title(where, ROW, route=route))
@@ -539,7 +538,7 @@ def ablation_spec(found: Ablation) -> Spec:
     import altair as alt
 
     base = found.rows[0]
-    names = [f"{row.part}: {row.replaced}" if row.part else "as it is" for row in found.rows]
+    names = [row.name for row in found.rows]
     values = [
         {"replaced": name, "kind": kind, "order": i, "zero": _finite(100 * zero), "left": _finite(100 * row.left)}
         for name, row in zip(names, found.rows, strict=True)
@@ -547,13 +546,18 @@ def ablation_spec(found: Ablation) -> Spec:
         if zero
     ]
     kinds = [k for k in found.kinds if any(v["kind"] == k for v in values)]
+    known = [*KINDS, *(k for k in kinds if k not in KINDS)]  # the colour of a kind is that of its place here
     chart = (
         alt.Chart(alt.Data(values=values))
         .mark_bar(size=13)
         .encode(
             x=alt.X("zero:Q", title="zero entries, % of all", stack="zero"),
             y=alt.Y("replaced:N", scale=alt.Scale(domain=names), axis=alt.Axis(title=None, labelLimit=420)),
-            color=alt.Color("kind:N", sort=kinds, legend=alt.Legend(title=None, orient="top", columns=3)),
+            color=alt.Color(
+                "kind:N",
+                scale=alt.Scale(domain=known),
+                legend=alt.Legend(title=None, orient="top", columns=3, values=kinds),
+            ),
             order=alt.Order("order:Q"),
             tooltip=[
                 alt.Tooltip("replaced:N"),
