@@ -647,6 +647,18 @@ def values_in(spec):
     return [v for part in spec for v in values_in(part)] if isinstance(spec, list) else []
 
 
+def test_charts_scroll_and_captions_wrap(written):
+    text = written["html"].read_text()
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert re.search(r"caption \{[^}]*max-width: min\(60rem, 100vw - 3rem\)", style)
+    assert re.search(r"\.vega-embed details, [^{]*\{ position: static", style)  # the menu covers nothing
+    assert re.search(r"\.threats \{[^}]*fit-content\(14rem\)", style)
+    assert re.search(r"\.groups th \{ text-align: left", style) and "<span>pixel 8/255, eval mode</span>" in text
+    for group in trail_tables.trail_groups(whole().trails):
+        axes = [layer["encoding"]["x"]["axis"] for layer in charts.trail_spec(group)["vconcat"][1]["layer"]]
+        assert min(axis.get("labelFontSize", 12) for axis in axes) >= 11
+
+
 def test_many_victims_are_rows_of_their_own_and_no_two_attacks_are_drawn_alike():
     names = [f"victim {i}" for i in range(11)]
     ways = [{"route": f"BPTT {name[-1]}"} for name in ("a", "b")]

@@ -77,7 +77,7 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
         "range": {"category": SERIES[theme], "symbol": SHAPES},
         "style": {
             "stage": {"color": c["line"]},
-            "stage-name": {"color": c["soft"], "fill": c["soft"], "fontSize": 10.5},
+            "stage-name": {"color": c["soft"], "fill": c["soft"], "fontSize": 11.5},
             "halo": {"color": c["ground"], "stroke": c["ground"], "strokeWidth": 4, "fontSize": 11},
             **{f"audit-{name}": {"color": c[name]} for name in ("ink", "good", "warn", "bad", "left")},
             "audit-none": {"color": c["soft"]},
@@ -106,7 +106,7 @@ def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
     def x(axis: Any = bare, **kwargs: Any) -> Any:
         return alt.X("op:N", sort=ops, axis=axis, scale=alt.Scale(paddingInner=0.14, paddingOuter=0.1), **kwargs)
 
-    below = alt.Axis(labelAngle=-90, labelFontSize=9.5, title=None, labelLimit=180, labelOverlap=False)
+    below = alt.Axis(labelAngle=-90, labelFontSize=11, title=None, labelLimit=180, labelOverlap=False)
     legend = alt.Legend(title=None, orient="top", symbolType="square", symbolOpacity=1) if many > 1 else None
     series = alt.XOffset("victim:N", sort=labels, scale=alt.Scale(paddingInner=0.0))
     colour = alt.Color("victim:N", sort=labels, legend=legend)
@@ -387,7 +387,7 @@ def _squares(
         if not values:
             continue
         ops = alt.Axis(
-            title=None, labelFontSize=9.5, labelOverlap=False, labelLimit=180, labels=not panels, ticks=not panels
+            title=None, labelFontSize=11, labelOverlap=False, labelLimit=180, labels=not panels, ticks=not panels
         )
         count = len({v["along"] for v in values})
         panels.append(
@@ -408,7 +408,7 @@ def _squares(
                     alt.Tooltip("zero:Q", title="zero, %", format=".3f"),
                 ],
             )
-            .properties(width=size * count, height=12 * len(group.ops), title=label)
+            .properties(width=size * count, height=14 * len(group.ops), title=label)
         )
     return _spec(alt.hconcat(*panels, spacing=24).resolve_scale(color="shared", y="shared")) if panels else None
 
@@ -639,7 +639,7 @@ def _which(report: Report, which: str) -> Spec:
 
 def stamped(spec: Spec, report: Report, of: Sequence[Run | Trail | Audit]) -> Spec:
     """A chart with what it rests on below it: images and their number, seed, threat and mode, versions."""
-    return {"vconcat": [spec], "title": {"text": stamp(report, of), "orient": "bottom", "fontSize": 10.5, "offset": 14}}
+    return {"vconcat": [spec], "title": {"text": stamp(report, of), "orient": "bottom", "fontSize": 11.5, "offset": 14}}
 
 
 def stamp(report: Report, of: Sequence[Run | Trail | Audit]) -> list[str]:
