@@ -28,7 +28,7 @@ from sparsetrail.recipes.measure import (
     strike,
     strike_as_published,
 )
-from sparsetrail.recipes.systems import FEW_STEPS, SYSTEMS, Twin, facts, train_system
+from sparsetrail.recipes.systems import FEW_STEPS, SYSTEMS, UNPUBLISHED, Twin, facts, train_system
 from sparsetrail.report import claims
 from sparsetrail.report.seeds import seeded, sentences
 from sparsetrail.snn.encode import phase

@@ -253,8 +253,12 @@ def accuracy_spec(runs: Sequence[Run], named: Mapping[str, str] | None = None) -
                 lines[-1].append(_listing(where, here, attacks, route=routes))
             else:
                 lines[-1].append(_panel(where, here, victims, told, route=routes, first=not lines[-1]))
-        scale = {"x": "independent", "y": "independent" if listed else "shared", "color": "shared", "shape": "shared"}
-        drawn = [alt.hconcat(*panels, spacing=34).resolve_scale(**scale) for panels in lines]
+        drawn = [
+            alt.hconcat(*panels, spacing=34).resolve_scale(
+                x="independent", y="independent" if listed else "shared", color="shared", shape="shared"
+            )
+            for panels in lines
+        ]
         row = drawn[0] if len(drawn) == 1 else alt.vconcat(*drawn, spacing=24)
         rows.append(row.properties(title=data) if len(datas) > 1 else row)
     return _spec(rows[0] if len(rows) == 1 else alt.vconcat(*rows, spacing=30))
@@ -518,7 +522,7 @@ def _places(
         return gap + (40 if min(others, default=math.inf) < gap + 4 else 0) + 1e3 * outside + 1e4 * covered
 
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
-    out = {}
+    out: dict[int, tuple[float, float, float, float]] = {}
     for i, (x, y) in sorted(enumerate(pixels), key=lambda one: one[1]):
         size = letter * len(names[i])
         spots = [
@@ -528,8 +532,9 @@ def _places(
         box = min(boxes, key=lambda one: cost(one, pixels[i]))
         taken.append(box)
         to = near(box, pixels[i])
-        ends = (box[0], (box[1] + box[3]) / 2), (to if math.dist(to, pixels[i]) > 12 else pixels[i])
-        out[i] = tuple(v for ex, ey in ends for v in (x0 + ex / wide * (x1 - x0), y0 + ey / high * (y1 - y0)))
+        end = to if math.dist(to, pixels[i]) > 12 else pixels[i]
+        across, up = (x1 - x0) / wide, (y1 - y0) / high
+        out[i] = (x0 + box[0] * across, y0 + (box[1] + box[3]) / 2 * up, x0 + end[0] * across, y0 + end[1] * up)
     return [out[i] for i in range(len(names))]
 
 
