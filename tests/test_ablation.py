@@ -12,8 +12,8 @@ from sparsetrail.core import Trail, TrailRow
 from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate, averaged, rebuilt, spread, trace, variants
-from sparsetrail.report import figure, load, pack, write
-from sparsetrail.report.ablation_tables import ablations
+from sparsetrail.report import charts, figure, load, pack, write
+from sparsetrail.report.ablation_tables import Ablation, AblationRow, ablations
 from sparsetrail.report.labels import explain
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec, build
@@ -159,7 +159,22 @@ def test_the_same_command_computes_nothing_again_and_draws_the_same(tiny, report
     assert "What is left of the zeros" in files["html"].read_text() and "What is left" in files["md"].read_text()
     assert "straight-through" not in files["csv"].read_text()  # trails of the networks as they are only
     drawn = figure(report, tmp_path / "ablation.svg", which="ablation").read_text()
-    assert "as it is" in drawn and "n=6" in drawn and "seed 0" in drawn
+    assert "nothing replaced" in drawn and "n=6" in drawn and "seed 0" in drawn
+
+
+def test_a_kind_has_one_colour_in_every_chart_and_a_row_one_name():
+    def spec(*kinds):
+        row = AblationRow(part="", replaced="", route="r", zero=0.5, at_input=0.0, kinds=(0.5,) * len(kinds),
+                          of_all=(0.1,) * len(kinds), left=1.0, participation=None)  # fmt: skip
+        found = Ablation(victim="v", data="d", n=1, kinds=kinds, rows=(row,))
+        chart = charts.ablation_spec(found)["layer"][1]
+        assert {v["replaced"] for v in chart["data"]["values"]} == {found.grid.rows[0][0]}
+        colour = chart["encoding"]["color"]
+        assert colour["legend"]["values"] == list(kinds)
+        return [colour["scale"]["domain"].index(kind) for kind in kinds]
+
+    assert spec("conv that leaves cells out") == [1] and spec("pool", "conv that leaves cells out") == [3, 1]
+    assert spec("add", "neuron")[0] == 6
 
 
 def test_a_changed_forward_stops_the_recipe(tiny, monkeypatch):

@@ -17,7 +17,8 @@ from rich.console import Console
 from test_report import DASH, Page, cells_of, empty, pictures, trail, visit
 
 from sparsetrail import report as room
-from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run
+from sparsetrail.checks import CHECKS, Case
+from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run, Victim
 from sparsetrail.report import audit_charts, audits, cards, from_json, load, pack, page, to_json, unpack, write
 from sparsetrail.report.labels import Setting, attack_words, setting
 
@@ -562,6 +563,37 @@ def test_the_battery_chart_says_what_each_attack_broke():
     row = rows["6. codebook-20, hart"]
     assert (row["before"], row["left"]) == (100 * 33 / N, 100 * 21 / N)
     assert row["said"] == "\u22124.7 points, 12 images" and rows["2. FGSM"]["said"] == "none"
+
+
+def test_attacks_of_one_name_are_told_apart_in_chart_and_terminal():
+    more = (
+        ("pgd", {"steps": 8, "loss": "margin"}, "", 14, 1.0),
+        ("noise", {"draws": 5, "corners": True}, "", 13, 1.0),
+        ("noise", {"draws": 5, "corners": False}, "", 13, 1.0),
+        ("noise", {"draws": 5, "corners": False}, "hart", 12, 1.0),
+    )
+    audit = masked(stages=(BATTERY[0], *more))
+    names = ["2. PGD-8, loss margin", "3. noise, corners yes", "4. noise, corners no", "5. noise, hart"]
+    assert [v["row"] for v in values_in(audit_charts.battery_spec(audit)) if "row" in v][2:6] == names
+    assert [row[0] for row in audits.short_grid(audit).rows][2:6] == names
+
+
+def test_an_l0_ball_has_no_steepest_direction_and_a_code_no_grey_levels():
+    def logits(u):
+        s = u.mean((0, 2, 3, 4))
+        return torch.stack([s, 0.7 - s], 1)
+
+    v = Victim(encode=lambda x: (x > 0.5).float()[None], logits=logits, steps=1, classes=2)
+    x = torch.zeros(3, 1, 2, 2)
+    x[:, :, 0] = 1
+    x[0, :, :, 0] = 1
+    y = torch.tensor([0, 0, 0])
+    probe = Case(v, L0(2, space="encoded"), x, y)
+    found = CHECKS["G4"](probe)
+    assert (found.level, found.evidence) == ("not applicable", "an L0 ball has no steepest direction")
+    told = CHECKS["S1"](probe).evidence
+    assert "grey levels" not in told and re.search(r"; (1 adversarial|\d+ adversarials) in encoded space, not", told)
+    assert "rounded to grey levels, 0 of" in CHECKS["S1"](Case(v, Linf(0.6, space="pixel"), x, y)).evidence
 
 
 def test_curves_are_drawn_as_far_as_they_are_there():

@@ -165,7 +165,7 @@ def test_points_by_hand():
     assert (x.density, y.density, z.density) == (pytest.approx(0.4), pytest.approx(0.7), 1.0)
     assert [p.victim for p in undominated([x, y, z])] == ["y", "x"]
     (line,) = tradeoff_sentences([x, y, z])
-    assert "clean and robust accuracy -0.50" in line and "not dominated: y, x" in line
+    assert "clean and robust accuracy -0.50" in line and "not dominated: y; x." in line
     assert "density and robust accuracy +0.50" in line and "worst of 2 attacks, 3 networks" in line
     rows = list(csv.DictReader(io.StringIO(tradeoff_csv([x]))))
     assert rows[0]["robust_k"] == "1" and rows[0]["robust_n"] == "4" and float(rows[0]["density"]) == pytest.approx(0.4)
@@ -173,6 +173,13 @@ def test_points_by_hand():
     grid = tradeoff_grid([x, replace(y, clean=Rate(2, 4))])
     assert grid.head[2:4] == ("clean", "worst case, n=4") and [row[2][-5:] for row in grid.rows] == [" n=10", ", n=4"]
     assert "different sets" in grid.caption and "different" not in tradeoff_grid([replace(y, clean=Rate(2, 4))]).caption
+
+
+def test_an_attack_that_fooled_nothing_is_not_the_strongest():
+    report = made(("x", "pool", 9, "1111", "1111", 0.0), ("y", "pool", 9, "1111", "1101", 0.0))
+    gone = tuple(replace(run, victim="z", clean=(False,) * 4, robust=(False,) * 4) for run in report.runs[:2])
+    report = replace(report, runs=report.runs + gone, models=(*report.models, report.models[0] | {"name": "z"}))
+    assert [p.strongest for p in tradeoff(report)] == ["none", "Square", "none"]
 
 
 def test_two_threats_are_never_one_worst_case():
@@ -198,10 +205,20 @@ def test_the_plot_holds_intervals_both_ways_and_names_that_do_not_meet(tmp_path)
     assert rows["x"]["clean_accuracy"] == 90 and rows["x"]["density"] == pytest.approx(40)
     span = [charts._span([r.interval() for r in rs]) for rs in ([p.clean for p in points], [p.robust for p in points])]
     scale = [size / (b - a) for size, (a, b) in zip(charts.PANEL, span, strict=True)]
-    at = [(v["name_x"] * scale[0], v["name_y"] * scale[1], 5.4 * len(v["network"])) for v in rows.values()]
+    places = [[v[k] for k in ("name_x", "name_y", "line_x", "line_y", "clean_accuracy", "robust_accuracy")] for v in
+              rows.values()]  # fmt: skip
+    pixels = [[(v - span[i % 2][0]) * scale[i % 2] for i, v in enumerate(place)] for place in places]
+    at = [(x, y, 5.4 * len(name)) for (x, y, *_), name in zip(pixels, rows, strict=True)]
     for i, (x, y, wide) in enumerate(at):
         for u, w, size in at[:i]:
             assert abs(y - w) > 11.9 or x + wide <= u + 0.1 or u + size <= x + 0.1
+        assert x >= 0 and x + wide <= charts.PANEL[0] and 6 <= y <= charts.PANEL[1] - 6
+        for *_, dot, height in pixels:  # no name lies on a dot
+            assert dot < x - 5 or dot > x + wide + 5 or abs(height - y) > 11.9
+        end, rise, dot, height = pixels[i][2:]
+        led = (end, rise) != pytest.approx((dot, height))  # a line leads to a name that is not beside its dot
+        assert led or (min(abs(x - dot), abs(x + wide - dot), abs(x + wide / 2 - dot)) < 14 and abs(y - height) < 21)
+        assert not led or (x - 1 <= end <= x + wide + 5 and abs(rise - y) < 7)
     files = write(report, tmp_path)
     assert files["tradeoff"].name == "tradeoff.csv" and "## Trade-off" in files["md"].read_text()
     assert figure(report, tmp_path / "t.pdf", which="tradeoff").read_bytes().startswith(b"%PDF")

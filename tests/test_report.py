@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import vl_convert
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
@@ -39,7 +40,7 @@ from sparsetrail.report import (
     write,
 )
 from sparsetrail.report.images import examples
-from sparsetrail.report.labels import columns
+from sparsetrail.report.labels import columns, route_of
 
 PIXEL, CODE = Linf(8 / 255, space="pixel"), Linf(6 / 255, space="encoded")
 N = 200
@@ -218,6 +219,20 @@ def edited(change):
             r"unknown field `zeros` - at `\$\.trails\[0\]\.rows\[2\]`",
         ),
         (lambda b: b.update(verdict="good"), r"unknown field `verdict`"),
+        (
+            lambda b: b["runs"][0].update(robust=[True] * 5),
+            r"robust: expected 200 .* found 5, at `\$\.runs\[0\]`",
+        ),
+        (lambda b: b["runs"][0].update(indices=[1]), r"indices: expected 200 entries, .* found 1, at `\$\.runs\[0\]`"),
+        (lambda b: b["runs"][0].update(forwards=-1), r"forwards: expected a count of 0 or more, found -1"),
+        (lambda b: b["runs"][0].update(zero_gradient=25), r"zero_gradient: expected a share 0\.\.1, found 25"),
+        (
+            lambda b: b["trails"][0]["rows"][2].update(zero=7.5),
+            r"zero: expected a share 0\.\.1, found 7\.5, at `\$\.trails\[0\]\.rows\[2\]`",
+        ),
+        (lambda b: b["trails"][0]["rows"][0].update(per_step=[0.5, -1]), r"per_step: expected a share .*found -1"),
+        (lambda b: b["trails"][0].update(clean_accuracy=43), r"clean_accuracy: expected a share 0\.\.1, found 43"),
+        (lambda b: b["trails"][0].update(rows=[]), r"rows: expected at least one operation.*`\$\.trails\[0\]`"),
         (lambda b: b["runs"][0].pop("route"), r"missing required field `route` - at `\$\.runs\[0\]`"),
         (lambda b: b["runs"][0].update(ties="1"), r"at `\$\.runs\[0\]\.ties`"),
         (lambda b: b["runs"][0]["threat"].update(space="latent"), r"at `\$\.runs\[0\]\.threat\.space`"),
@@ -409,6 +424,38 @@ def test_routes_are_in_the_header_only_where_they_are_needed():
     )
 
 
+def test_every_attack_stands_under_the_route_its_gradient_takes():
+    way = "BPTT atan(2), hard reset detached; phase encoder: identity"
+    code = "BPTT atan(2), hard reset detached; phase encoder: its codebook, exact"
+    runs = [
+        run(1, route=way),
+        run(2, route=way, attack="codebook (steps 20, loss margin)", knobs={"steps": 20, "loss": "margin"}),
+        run(3, route=f"{way} + HART(0.5); phase encoder: identity", attack="codebook"),
+        *(run(4, route=way, attack=name, knobs={}, backwards=0) for name in ("noise", "Square", "my search")),
+        run(0, route=way, attack="noise", knobs={"draws": 2}, backwards=0, right=0, victim="dead"),
+        run(0, route=way, attack="fgsm", knobs={}, backwards=0, right=0, victim="dead"),  # met no image
+    ]
+    mixed = f"{code} + HART(0.5); phase encoder: its codebook, exact"
+    told = [way, code, mixed, *["none, scores only"] * 4, way]
+    assert [route_of(r) for r in runs] == told
+    report = empty(runs=tuple(runs))
+    ((label, sentence),) = page.threats(report)
+    assert label == "pixel 8/255, eval mode" and f"{way} (PGD-7, FGSM); {code} (codebook-20)" in sentence
+    assert "none, scores only (noise, Square, my search)" in sentence
+    for head in tables.accuracy(runs).flat_head[2:]:
+        assert ("identity" in head) == head.startswith(("PGD", "FGSM"))
+        assert ("scores only" in head) == head.startswith(("noise", "Square", "my search"))
+    assert "gradient: none, scores only" in room.table(empty(runs=tuple(runs[3:7])))
+    plain = [run(1, route=way), run(4, route=way, attack="noise", knobs={}, backwards=0)]
+    assert tables.accuracy(plain).flat_head[2:] == (
+        "PGD-7, pixel 8/255, eval mode",
+        "noise, pixel 8/255, eval mode, scores only",
+    )
+    ((_, grid),) = tables.per_setting(plain)
+    assert grid.head == ("victim", "clean", "PGD-7", "noise")  # one table and one panel a threat
+    assert len(charts.accuracy_spec(plain)["hconcat"]) == 1
+
+
 def test_cells_are_shares_with_wilson_intervals():
     text = room.table(empty(runs=(run(340, n=1000, right=800),)), tablefmt="github")
     assert "34.0 % [31.1, 37.0]" in text
@@ -598,6 +645,46 @@ def values_in(spec):
         named = [v for rows in spec.get("datasets", {}).values() for v in rows]
         return here + named + [v for part in spec.values() for v in values_in(part)]
     return [v for part in spec for v in values_in(part)] if isinstance(spec, list) else []
+
+
+def test_charts_scroll_and_captions_wrap(written):
+    text = written["html"].read_text()
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert re.search(r"caption \{[^}]*max-width: min\(60rem, 100vw - 3rem\)", style)
+    assert re.search(r"\.vega-embed details, [^{]*\{ position: static", style)  # the menu covers nothing
+    assert re.search(r"\.threats \{[^}]*fit-content\(14rem\)", style)
+    assert re.search(r"\.groups th \{ text-align: left", style) and "<span>pixel 8/255, eval mode</span>" in text
+    for group in trail_tables.trail_groups(whole().trails):
+        axes = [layer["encoding"]["x"]["axis"] for layer in charts.trail_spec(group)["vconcat"][1]["layer"]]
+        assert min(axis.get("labelFontSize", 12) for axis in axes) >= 11
+
+
+def test_many_victims_are_rows_of_their_own_and_no_two_attacks_are_drawn_alike():
+    names = [f"victim {i}" for i in range(11)]
+    ways = [{"route": f"BPTT {name[-1]}"} for name in ("a", "b")]
+    runs = [run(i, victim=name, attack=f"attack{k}", **ways[i < 2]) for i, name in enumerate(names) for k in range(7)]
+    runs += [run(3, victim=name, attack="noise", knobs={}, backwards=0, **ways[0]) for name in names]
+    spec = charts.accuracy_spec(runs)
+    panels = [line["hconcat"][0] for line in spec["vconcat"]]
+    rows = [panel["layer"][0]["encoding"]["y"]["sort"] for panel in panels]
+    assert sorted([*rows[0], *rows[1]]) == sorted(names) and len(rows) == 2  # each beside its own route, noise too
+    assert all(panel["layer"][0]["encoding"]["y"]["axis"].get("labels", True) for panel in panels)
+    attacks = panels[0]["layer"][1]["encoding"]["color"]["scale"]["domain"]
+    ranges = charts.config()["range"]
+    looks = {tuple(ranges[name][i % len(ranges[name])] for name in ("category", "symbol")) for i in range(len(attacks))}
+    assert len(attacks) == len(looks) == 9
+    assert drawn_width(spec) <= 1170
+
+
+def test_panels_stand_under_each_other_before_they_are_drawn_small():
+    runs = [run(5, victim=f"v{i}", threat=Linf(k / 255, space="pixel")) for i in range(5) for k in range(1, 7)]
+    assert 600 < drawn_width(charts.accuracy_spec(runs)) <= 1170
+
+
+def drawn_width(spec):
+    """Of the picture, in pixels: what the page has room for at a width of 1280 is drawn in its own size."""
+    svg = vl_convert.vegalite_to_svg({**spec, "config": charts.config()})
+    return float(re.search(r'<svg[^>]* width="([\d.]+)"', svg)[1])
 
 
 def test_the_accuracy_chart_has_one_panel_a_setting():

@@ -252,6 +252,9 @@ def test_pages_tell_the_reader(shown, found, tmp_path):
     assert html.count("data:image/svg+xml") == sum(len(s.plots) for s in page.statements)
     assert "<script" not in html and "http" not in re.sub(r"base64,[^\"]*", "", html).replace("http-equiv", "")
     assert "Title &lt;b&gt;" in html and "\u2264" in html
+    body = html[html.index("<body>") :]
+    assert "`" not in body and "dW_1" not in body and "dW<sub>1</sub>" in body and "gradient is masked" not in text
+    assert '<table class="card">' in body and "white-space: normal; }\n@media" in html  # commands and verdicts wrap
     for words in (text, html):
         assert not re.search(r"theorem( \d)? holds|is true[.]", words, re.I) or "never that a theorem is true" in words
     assert "Theorem holds" not in text + html
@@ -279,7 +282,7 @@ def test_an_audit_alone_has_a_page(found):
         ("linf", "eval", found.route, "slice")
     }
     assert found.victim in page.title and all(s.results for s in page.statements)
-    assert page.summary[2].startswith("Tiny, pixel space, L-infinity 8/255, n=8") and "not met" in page.summary[2]
+    assert page.summary[2].startswith("tiny, pixel space, L-infinity 8/255, n=8") and "not met" in page.summary[2]
 
 
 def test_empty_plots_are_left_out():

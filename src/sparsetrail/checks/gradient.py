@@ -73,6 +73,7 @@ def saturation(case: Case) -> Outcome:
     steps that is worse by plain cross-entropy than by the other (exact sign test, p < 0.05) by more than a point.
     (Carlini & Wagner 2017 on distillation; Croce & Hein 2020.)
     """
+    case.needs_gradient()
     plain, real = (case.rows(case.grad(case.start, case.labels, f)).abs().amax(1) for f in (_plain, lead))
     n, gone = len(plain), int(((plain == 0) & (real > 0)).sum())
     flat = int((_plain(case.scores(case.start), case.labels) == 0).sum())

@@ -60,18 +60,21 @@ def validity(case: Case, run: Run) -> Outcome:
     fooled = flags(run.clean) & ~flags(run.robust)
     outside = ~run.threat.contains(u, case.u0).cpu()
     lost = torch.zeros_like(fooled)  # stays so for a random victim: votes on a point near the boundary waver
+    count = int(fooled.sum())
+    held = f"{count} {'adversarial' if count == 1 else 'adversarials'} in {case.threat.space} space, not rounded"
     if not case.victim.random and case.threat.space == "pixel" and _grey(case.x) and case.threat.box == (0.0, 1.0):
         rounded = run.threat.snap(u.nan_to_num(), case.u0)
         with torch.no_grad():
             z = torch.cat([case.victim.judge("pixel")(part).float() for part in rounded.split(case.batch)])
         lost = fooled & (margin(z, case.y) <= 0).cpu()
+        gone = int(lost.sum())
+        held = f"rounded to grey levels, {gone} of {count} no longer {'fools' if gone == 1 else 'fool'}"
     bad = int((outside | lost).sum())
     return Outcome(
         graded(False, bad > 0),
         bad,
         "0",
-        f"{int(outside.sum())} of {case.n} points outside ball or box or not finite; {int(lost.sum())} of "
-        f"{int(fooled.sum())} adversarials no longer fool when rounded to grey levels",
+        f"{int(outside.sum())} of {case.n} points outside ball or box or not finite; {held}",
         "project to the ball and round before judging; count what then fools",
     )
 

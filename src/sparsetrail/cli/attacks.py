@@ -1,6 +1,5 @@
 """`attack` and `audit`, and what both say of a run."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +30,7 @@ from sparsetrail.core import Audit, Report, Route, Run, Threat, as_fraction
 from sparsetrail.recipes import audits, measure
 from sparsetrail.report import console as print_table
 from sparsetrail.report import write
+from sparsetrail.report.labels import route_of
 
 OWN_STEPS = {"pgd": paced, "bim": in_parts, "mifgsm": in_parts}
 SCORES = ("noise", "square", "spsa", "sparse_rs", "rays")  # attacks that ask for scores alone
@@ -274,7 +274,7 @@ def run_line(run: Run) -> dict[str, Any]:
     lo, hi = run.accuracy.interval()
     return {
         "victim": run.victim, "attack": run.attack, "knobs": _knobs(run), "space": run.threat.space,
-        "norm": run.threat.norm, "eps": run.threat.eps, "mode": run.mode, "route": _route(run), "data": run.data,
+        "norm": run.threat.norm, "eps": run.threat.eps, "mode": run.mode, "route": route_of(run), "data": run.data,
         "n": run.n, "clean_acc": run.clean_accuracy.value, "robust_acc": run.accuracy.value, "interval95": [lo, hi],
         "ties": run.ties, "zero_gradient": run.zero_gradient, "dead_examples": run.dead_examples,
         "nonfinite": run.nonfinite, "forwards": run.forwards, "backwards": run.backwards, "seed": run.seed,
@@ -295,7 +295,7 @@ def _audit_line(a: Audit) -> dict[str, Any]:
 
 def _say_run(run: Run) -> None:
     print(f"threat   {run.threat}, crafted in {run.mode} mode")
-    print(f"route    {_route(run)}")
+    print(f"route    {route_of(run)}")
     print(f"data     {run.data}")
     print(f"clean    {run.clean_accuracy}")
     told = {k: v for k, v in _knobs(run).items() if v is not None} | ({"eot": run.eot} if run.eot > 1 else {})
@@ -312,12 +312,6 @@ def _say_run(run: Run) -> None:
     )
     for line in filter(None, notes):
         print(f"note     {line}")
-
-
-def _route(run: Run) -> str:
-    """The gradient route; the codebook step follows the gradient of the code and asks the encoder for none."""
-    exact = "encoder: its codebook, exact"
-    return re.sub(r"encoder: \w+", exact, run.route) if run.attack == "codebook" else run.route
 
 
 def _knobs(run: Run) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class Run:
     tied: tuple[int, ...] = ()
     adversarial: Tensor | None = field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        _as_long(self, "robust", "indices")
+        _counts(self, "ties", "dead_examples", "nonfinite", "silent", "forwards", "backwards")
+        _shares(self, "zero_gradient")
+
     @property
     def n(self) -> int:
         """Number of images attacked."""
@@ -153,6 +158,10 @@ class Audit:
     seconds: float
     provenance: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        _as_long(self, "indices", "default", "worst", "broken_by")
+        _shares(self, "claim")
+
     @property
     def n(self) -> int:
         """Number of images."""
@@ -211,6 +220,11 @@ class TrailRow:
     weight_participation: float | None = None
     weight_norm: float | None = None
 
+    def __post_init__(self) -> None:
+        _shares(self, "zero", "forced", "per_step", "inherited", "created", "participation", "zero64", "per_example")
+        _shares(self, "weight_zero", "weight_participation")
+        _counts(self, "entries")
+
     @property
     def passed(self) -> float | None:
         """Share of zeros that are passed on: every output the entry leads to has a zero gradient."""
@@ -246,6 +260,12 @@ class Trail:
     unfolded: tuple[str, ...] = ()
     nonfinite: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("rows: expected at least one operation, found none")
+        _shares(self, "clean_accuracy")
+        _counts(self, "nonfinite")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -276,3 +296,26 @@ class Report:
     provenance: dict[str, Any]
     notes: tuple[str, ...] = ()
     audits: tuple[Audit, ...] = ()
+
+
+def _as_long(of: Run | Audit, *names: str) -> None:
+    """Refuse fields that do not hold one entry an image, as `clean` does."""
+    for name in names:
+        if (held := getattr(of, name)) is not None and len(held) != len(of.clean):
+            raise ValueError(f"{name}: expected {len(of.clean)} entries, one an image as in clean, found {len(held)}")
+
+
+def _shares(of: Any, *names: str) -> None:
+    """Refuse fields that are no shares 0..1; what is not known may be None or NaN."""
+    for name in names:
+        held = getattr(of, name)
+        for share in held if isinstance(held, tuple) else (held,):
+            if share is not None and not (math.isnan(share) or -1e-6 <= share <= 1 + 1e-6):
+                raise ValueError(f"{name}: expected a share 0..1, found {share:g}")
+
+
+def _counts(of: Any, *names: str) -> None:
+    """Refuse fields that are no counts."""
+    for name in names:
+        if (held := getattr(of, name)) < 0:
+            raise ValueError(f"{name}: expected a count of 0 or more, found {held}")

@@ -28,7 +28,7 @@ from sparsetrail.recipes.measure import (
     strike,
     strike_as_published,
 )
-from sparsetrail.recipes.systems import FEW_STEPS, SYSTEMS, Twin, facts, train_system
+from sparsetrail.recipes.systems import FEW_STEPS, SYSTEMS, UNPUBLISHED, Twin, facts, train_system
 from sparsetrail.report import claims
 from sparsetrail.report.seeds import seeded, sentences
 from sparsetrail.snn.encode import phase
@@ -309,7 +309,8 @@ def reproduce(
             ]
     shown = _shown(figure, found, chosen)
     return Report(
-        title=f"{figure.replace('fig', 'Figure ').replace('table', 'Table ')} at {scale} scale",
+        title=f"{figure.replace('fig', 'Figure ').replace('table', 'Table ').replace('threats', 'Threats')} at {scale} "
+        "scale",
         summary=(
             *_published(shown),
             *_summary(runs, trails, cards),
@@ -440,12 +441,14 @@ def _published(shown: Sequence[Claim]) -> tuple[str, ...]:
 def _told_apart(chosen: Sequence[Row], judged: Sequence[Audit]) -> tuple[str, ...]:
     """One line a system: what is left of it, and what separates it from its published figure."""
     found = {a.victim: a for a in judged}
-    return tuple(
-        f"{row.name}: {audits.sentence(found[row.name])} From its published figure it is apart by the scale, and: "
-        f"{SYSTEMS[row.arch].apart}."
-        for row in chosen
-        if row.system and row.name in found
-    )
+    lines = []
+    for row in chosen:
+        if row.system and row.name in found:
+            apart = SYSTEMS[row.arch].apart
+            begin = "From its published figure it is apart by the scale, and: "
+            said = f"{apart[:1].upper()}{apart[1:]}" if UNPUBLISHED in apart else f"{begin}{apart}"
+            lines.append(f"{row.name}: {audits.sentence(found[row.name])} {said}.")
+    return tuple(lines)
 
 
 def _left(chosen: Sequence[Row], judged: Sequence[Audit]) -> tuple[str, ...]:

@@ -86,17 +86,17 @@ def _summary(runs: list[Run], trails: list[Trail]) -> tuple[str, ...]:
     lines = []
     for threat in (PIXEL, ENCODED):
         parts = [
-            f"{r.victim}: {r.clean_accuracy.value:.1%} clean, {r.accuracy.value:.1%} left by PGD"
+            f"{r.victim}: clean {r.clean_accuracy}, PGD leaves {r.accuracy}"
             for r in runs
             if r.threat == threat and r.attack == "pgd"
         ]
-        lines.append(f"{threat}: {'; '.join(parts)} (n={runs[0].n}).")
+        lines.append(f"{threat}, crafted in {runs[0].mode} mode: {'; '.join(parts)}.")
     for t in trails:
         pool = next((r for r in t.rows if r.kind == "pool" and r.op == "pool"), None)
         if pool is not None:
             lines.append(
-                f"{t.victim}: {pool.zero:.1%} of the gradient entries at the stem's pool are exactly zero; geometry "
-                f"alone forces {pool.forced:.1%}."
+                f"{t.victim}, {t.mode} mode, n={t.n}: {pool.zero:.1%} of the gradient entries at the stem's pool are "
+                f"exactly zero; geometry alone forces {pool.forced:.1%}."
             )
     return tuple(lines)
 

@@ -105,6 +105,7 @@ _RAT = (
     "VGG-11; by default: one FGSM step of 2/255 through time, no cutout, 0.004 (its released tester attacks by the "
     "route cba unless told otherwise)"
 )
+UNPUBLISHED = "no figure is published in the paper's tables"
 _RAT_APART = (
     f"{_EPOCHS}; independent runs of VGG-11 "
     "print 45.0 and 23.0 % (FGSM, PGD-7) for CIFAR-10, as published, but 18.9 and 8.9 % for CIFAR-100"
@@ -121,7 +122,7 @@ SYSTEMS: dict[str, System] = {
         arch="vgg11", title="Vanilla VGG-11", apart=_EPOCHS
     ),
     "vanilla_wrn16": System(
-        arch="wrn16_4", title="Vanilla WRN-16-4", apart="no figure is published in the paper's tables"
+        arch="wrn16_4", title="Vanilla WRN-16-4", apart=UNPUBLISHED
     ),
     "rat_vgg11": System(
         arch="vgg11", title="SNN-RAT VGG-11", called="snn_rat", defence="snn_rat",
@@ -140,8 +141,7 @@ SYSTEMS: dict[str, System] = {
     "hire_vgg5": System(
         arch="vgg5", title="HIRE-SNN VGG-5", called="hire_snn", defence="hire_snn", neuron=DIET, norm="none",
         dropout=0.2, readout="sum", train=TUNE, twin=FEW_STEPS, open=f"{_HIRE}, 8 time steps as of VGG-11",
-        apart="the training code was never released, so the settings above are guesses; no figure is in the paper's "
-        "tables",
+        apart=f"the training code was never released, so the settings above are guesses; {UNPUBLISHED}",
     ),
     "discretised_vgg11": System(
         arch="vgg11", title="Input discretisation VGG-11", called="input_discretisation",
@@ -158,12 +158,12 @@ SYSTEMS: dict[str, System] = {
     ),
     "pgd_at_vgg11": System(
         arch="vgg11", title="PGD-AT VGG-11", called="pgd_at", defence="pgd_at", knobs=_WEAK,
-        open="none; 2/255 in two steps is what SNN papers compare with", apart="no figure is in the paper's tables",
+        open="none; 2/255 in two steps is what SNN papers compare with", apart=UNPUBLISHED,
     ),
     "trades_vgg11": System(
         arch="vgg11", title="TRADES VGG-11", called="trades", defence="trades",
         open="made for other networks; by default: beta 6, ten steps of 2/255 in 8/255",
-        apart="no figure is in the paper's tables",
+        apart=UNPUBLISHED,
     ),
     "sr_vgg11": System(
         arch="vgg11", title="SR VGG-11", called="sr", defence="sr", train=replace(SGD, batch=32),

@@ -195,9 +195,9 @@ def sentence(a: TheoryAudit) -> str:
         if fidelity != fidelity
         else "Gradient fidelity, the median correlation of what the score does with what the gradient predicts over "
         f"random directions of this radius, is {two(fidelity)}; it {line} {RELIABLE:g}, our line for a gradient that "
-        "describes the score. Whether attacks that follow it miss adversarials, `sparsetrail audit` tells."
+        "describes the score. Whether attacks that follow it miss adversarials, only an audit tells."
     )
     return (
-        f"{a.victim[:1].upper()}{a.victim[1:]}, {a.threat}, n={a.n}: vulnerability ratio {ratio}; the linear theory "
+        f"{a.victim}, {a.threat}, n={a.n}: vulnerability ratio {ratio}; the linear theory "
         f"says {three(at.linear_ratio)}; {switch}; the hypotheses of Theorem 1 are {met}. {trust}"
     )

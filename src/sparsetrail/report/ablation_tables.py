@@ -9,6 +9,8 @@ from sparsetrail.report.labels import portion
 from sparsetrail.report.tables import DASH, Grid, as_csv, share
 from sparsetrail.report.trail_tables import by_op, family
 
+KINDS = ("conv", "conv that leaves cells out", "norm", "pool", "neuron", "linear")  # each with a colour of its own
+
 
 @dataclass(frozen=True, kw_only=True)
 class AblationRow:
@@ -29,6 +31,11 @@ class AblationRow:
     of_all: tuple[float, ...]
     left: float
     participation: float | None
+
+    @property
+    def name(self) -> str:
+        """What is replaced, with the part it belongs to."""
+        return f"{self.part}: {self.replaced}" if self.part else "nothing replaced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,7 @@ class Ablation:
         """A row per replacement."""
         lines = [
             (
-                f"{row.part}: {row.replaced}" if row.part else "none",
+                row.name,
                 share(row.zero),
                 DASH if math.isnan(row.left) else f"{100 * row.left:.1f} %",
                 share(row.at_input),

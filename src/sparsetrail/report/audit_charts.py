@@ -92,8 +92,7 @@ def battery_spec(audit: Audit) -> Spec:
     clean = audit.clean_accuracy
     rows = [row("clean", clean, clean, f"{percent(clean)} of {audit.n}")]
     standing = clean
-    for step in words.steps(audit):
-        name = f"{step.number}. {step.name}{f', {step.via}' if step.via else ''}"
+    for name, step in zip(words.titles(audit), words.steps(audit), strict=True):
         images = "image" if step.broken == 1 else "images"
         said = (
             f"{words.MINUS}{100 * step.broken / audit.n:.1f} points, {step.broken} {images}" if step.broken else "none"

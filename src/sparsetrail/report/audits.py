@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sparsetrail.core import Audit, Finding, Rate, Run
-from sparsetrail.report.labels import Setting, attack_words, setting
+from sparsetrail.report.labels import Setting, attack_words, route_of, setting, value
 from sparsetrail.report.tables import DASH, Grid, percent
 
 # tone of the colour and a sign, since a colour alone is not seen by everyone nor on every printer
@@ -83,6 +83,20 @@ def steps(audit: Audit) -> tuple[Step, ...]:
         standing -= broken
         name, knobs, via = attack_words(run)
         out.append(Step(number, name, knobs, via, run, sum(run.clean), len(broken), Rate(len(standing), audit.n)))
+    return tuple(out)
+
+
+def titles(audit: Audit) -> tuple[str, ...]:
+    """Each attack of the battery by number, name and route, its loss and what else tells it from its namesakes."""
+    made, out = steps(audit), []
+    for step in made:
+        alike = [other.run.knobs for other in made if (other.name, other.via) == (step.name, step.via)]
+        apart = [
+            f"{name} {value(knob)}"
+            for name, knob in step.run.knobs.items()
+            if (name == "loss" and knob not in ("ce", "targeted")) or any(knobs.get(name) != knob for knobs in alike)
+        ]
+        out.append(f"{step.number}. {', '.join(filter(None, (step.name, *apart, step.via)))}")
     return tuple(out)
 
 
@@ -177,7 +191,7 @@ def battery_grid(audit: Audit) -> Grid:
         (
             str(s.number),
             f"{s.name} ({s.knobs})" if s.knobs else s.name,
-            s.run.route if s.run.backwards else "none, scores only",
+            route_of(s.run),
             str(s.met),
             f"{s.broken} ({100 * s.broken / audit.n:.1f} %)" if s.broken else "0",
             percent(s.left),
@@ -226,11 +240,10 @@ def battery_grid(audit: Audit) -> Grid:
 
 def short_grid(audit: Audit) -> Grid:
     """The battery without settings and calls, for a narrow place."""
-    whole, via = battery_grid(audit), {str(step.number): step.via for step in steps(audit)}
-    rows = []
-    for at, attack, _, *cells, _, _, seconds in whole.rows:
-        name = f"{at}. {attack.partition(' (')[0]}" if at else attack
-        rows.append((f"{name}, {via[at]}" if via.get(at) else name, *cells, seconds))
+    whole, names = battery_grid(audit), titles(audit)
+    rows = [
+        (names[int(at) - 1] if at else attack, *cells, seconds) for at, attack, _, *cells, _, _, seconds in whole.rows
+    ]
     head = (whole.head[1], *whole.head[3:6], whole.head[-1])
     return Grid(f"{title(audit)}: which attack broke which share", head, tuple(rows))
 

@@ -13,7 +13,7 @@ from typing import Any
 from sparsetrail.core import Audit, Rate, Report, Run
 from sparsetrail.report.audits import battery, others, steps, where
 from sparsetrail.report.io import pack
-from sparsetrail.report.labels import setting, size
+from sparsetrail.report.labels import route_of, setting, size
 
 CARD = "card.json"
 VERSIONS = ("sparsetrail", "torch", "python", "numpy", "cuda", "spikingjelly", "snntorch", "norse")
@@ -87,7 +87,7 @@ def _card(audit: Audit, report: Report) -> dict[str, Any]:
         },
         "attacks": _attacks(audit),
         "other_runs": [_outside(run) for run in others(audit)],
-        "gradient_estimators": list(dict.fromkeys(run.route for run in runs if run.backwards)),
+        "gradient_estimators": list(dict.fromkeys(route_of(run) for run in runs if run.backwards)),
         "zero_gradient": _zeros(audit),
         "flags": [
             {
@@ -209,7 +209,7 @@ def _attacks(audit: Audit) -> list[dict[str, Any]]:
         {
             "attack": step.name,
             "label": step.run.attack,
-            "route": step.run.route,
+            "route": route_of(step.run),
             "steps": step.run.knobs.get("steps"),
             "restarts": step.run.knobs.get("restarts"),
             "queries": step.run.knobs.get("queries"),
@@ -234,7 +234,8 @@ def _attacks(audit: Audit) -> list[dict[str, Any]]:
 
 
 def _outside(run: Run) -> dict[str, Any]:
-    return {"label": run.attack, "conditions": setting(run).short, "route": run.route, "accuracy": _rate(run.accuracy)}
+    found = {"label": run.attack, "conditions": setting(run).short, "route": route_of(run)}
+    return found | {"accuracy": _rate(run.accuracy)}
 
 
 def _zeros(audit: Audit) -> dict[str, Any] | None:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from sparsetrail._files import write_atomic
 from sparsetrail.core import Audit, Rate, Report, Run, Trail, TrailRow
-from sparsetrail.report.ablation_tables import Ablation, ablations
+from sparsetrail.report.ablation_tables import KINDS, Ablation, ablations
 from sparsetrail.report.design_tables import Point, tradeoff, undominated
 from sparsetrail.report.io import ReportError
-from sparsetrail.report.labels import Setting, columns, settings
+from sparsetrail.report.labels import NO_GRADIENT, Setting, by_setting, columns, settings
 from sparsetrail.report.seeds import seeded
 from sparsetrail.report.tables import percent
 from sparsetrail.report.trail_tables import TrailGroup, trail_groups
@@ -33,10 +33,11 @@ DARK = {
     "good": "#7cc9a0", "warn": "#e9b44c", "bad": "#f2857c", "left": "#3d4a59",
 }  # fmt: skip
 SERIES = {
-    "light": ["#1d4e89", "#e58a1f", "#5aa89a", "#9b3f6c", "#7f7f7f", "#b5a642"],
-    "dark": ["#82b4f0", "#f0a24a", "#7fd0c0", "#e191b5", "#b0b0b0", "#d8ca6a"],
+    "light": ["#1d4e89", "#e58a1f", "#5aa89a", "#9b3f6c", "#7f7f7f", "#b5a642", "#3f6b35", "#b59bd6"],
+    "dark": ["#82b4f0", "#f0a24a", "#7fd0c0", "#e191b5", "#b0b0b0", "#d8ca6a", "#93c47d", "#b9a4e0"],
 }
 PANEL = (430, 340)  # of the trade-off, in pixels
+WIDE, AXIS, ROW = 1120, 70, 520  # panels of accuracy in one line, what is beside one, one with a row per victim
 Spec = dict[str, Any]
 Which = Literal["trail", "accuracy", "steps", "examples", "ablation", "tradeoff"]
 
@@ -76,7 +77,8 @@ def config(theme: Literal["light", "dark"] = "light") -> Spec:
         "range": {"category": SERIES[theme], "symbol": SHAPES},
         "style": {
             "stage": {"color": c["line"]},
-            "stage-name": {"color": c["soft"], "fill": c["soft"], "fontSize": 10.5},
+            "stage-name": {"color": c["soft"], "fill": c["soft"], "fontSize": 11.5},
+            "halo": {"color": c["ground"], "stroke": c["ground"], "strokeWidth": 4, "fontSize": 11},
             **{f"audit-{name}": {"color": c[name]} for name in ("ink", "good", "warn", "bad", "left")},
             "audit-none": {"color": c["soft"]},
             "audit-quiet": {"color": c["soft"]},
@@ -104,7 +106,7 @@ def trail_spec(group: TrailGroup, *, title: str = "") -> Spec:
     def x(axis: Any = bare, **kwargs: Any) -> Any:
         return alt.X("op:N", sort=ops, axis=axis, scale=alt.Scale(paddingInner=0.14, paddingOuter=0.1), **kwargs)
 
-    below = alt.Axis(labelAngle=-90, labelFontSize=9.5, title=None, labelLimit=180, labelOverlap=False)
+    below = alt.Axis(labelAngle=-90, labelFontSize=11, title=None, labelLimit=180, labelOverlap=False)
     legend = alt.Legend(title=None, orient="top", symbolType="square", symbolOpacity=1) if many > 1 else None
     series = alt.XOffset("victim:N", sort=labels, scale=alt.Scale(paddingInner=0.0))
     colour = alt.Color("victim:N", sort=labels, legend=legend)
@@ -223,24 +225,95 @@ def _stages(group: TrailGroup) -> list[Spec]:
 def accuracy_spec(runs: Sequence[Run], named: Mapping[str, str] | None = None) -> Spec:
     """Accuracy with Wilson intervals, a panel per setting: panels of different threats never share an axis.
 
-    `named` says what victims of several training seeds are told by, one colour for all of them.
+    `named` says what victims of several training seeds are told by, one colour for all of them. Where more victims are
+    told apart than there are shapes, each is a row and the attacks are colours.
     """
     import altair as alt
 
     cells, datas = columns(runs), list(dict.fromkeys(run.data for run in runs))
     victims = list(dict.fromkeys(run.victim for run in runs))
-    routes = len({s.route for s in settings(runs)}) > 1
+    routes = len({s.route for s in settings(runs)} - {NO_GRADIENT}) > 1
+    told = named or {}
+    listed = len({told.get(victim, victim) for victim in victims}) > len(SHAPES)
+    attacks = list(dict.fromkeys(["clean", *(column.label for column, _ in cells)]))
     rows = []
     for data in datas:
-        panels = []
-        for where in settings(runs):
-            here = [(c.label, run) for (c, _), run in cells.items() if c.setting == where and run.data == data]
-            if here:
-                panels.append(_panel(where, here, victims, named or {}, route=routes, first=not panels))
-        row = alt.hconcat(*panels, spacing=34)
-        row = row.resolve_scale(x="independent", y="shared", color="shared", shape="shared")
+        lines: list[list[Any]] = [[]]
+        room = WIDE
+        for where, members in by_setting(runs).items():
+            inside = set(map(id, members))
+            here = [(c.label, run) for (c, _), run in cells.items() if id(run) in inside and run.data == data]
+            if not here:
+                continue
+            wide = _width(here, victims, told) + AXIS
+            if lines[-1] and (listed or wide > room):
+                lines.append([])
+            room = (room if lines[-1] else WIDE) - wide
+            if listed:
+                lines[-1].append(_listing(where, here, attacks, route=routes))
+            else:
+                lines[-1].append(_panel(where, here, victims, told, route=routes, first=not lines[-1]))
+        drawn = [
+            alt.hconcat(*panels, spacing=34).resolve_scale(
+                x="independent", y="independent" if listed else "shared", color="shared", shape="shared"
+            )
+            for panels in lines
+        ]
+        row = drawn[0] if len(drawn) == 1 else alt.vconcat(*drawn, spacing=24)
         rows.append(row.properties(title=data) if len(datas) > 1 else row)
     return _spec(rows[0] if len(rows) == 1 else alt.vconcat(*rows, spacing=30))
+
+
+def _title(where: Setting, wide: float, *, route: bool) -> Any:
+    """Threat, mode and, where routes differ, the route of a panel."""
+    import altair as alt
+
+    lines = [f"{where.mode}-mode BatchNorm", *(textwrap.wrap(where.route, int(wide) // 6) if route else [])]
+    return alt.Title(where.short.removesuffix(f", {where.mode} mode"), subtitle=lines, offset=10)
+
+
+def _accuracies(runs: Sequence[tuple[str, Run]]) -> list[Spec]:
+    """Clean accuracies once a victim, then those of the runs."""
+    clean = dict.fromkeys((run.victim, run.clean_accuracy) for _, run in runs)
+    values = [_bar("clean", victim, rate) for victim, rate in clean]
+    return values + [_bar(label, run.victim, run.accuracy) for label, run in runs]
+
+
+def _hints() -> list[Any]:
+    import altair as alt
+
+    names = {"victim:N": "victim", "attack:N": "attack", "text:N": "accuracy", "n:Q": "images"}
+    return [alt.Tooltip(field, title=title) for field, title in names.items()]
+
+
+def _width(runs: Sequence[tuple[str, Run]], victims: Sequence[str], named: Mapping[str, str]) -> int:
+    """Of a panel, in pixels: room for every victim at every attack; of seeds only the spread is read."""
+    count = len({"clean", *(label for label, _ in runs)})
+    return max(130, count * max(64, (10 if named else 24) * len(victims)))
+
+
+def _listing(where: Setting, runs: Sequence[tuple[str, Run]], attacks: Sequence[str], *, route: bool) -> Any:
+    """A row per victim, an attack a colour and a shape."""
+    import altair as alt
+
+    values = _accuracies(runs)
+    rows = list(dict.fromkeys(value["victim"] for value in values))
+    here = [attack for attack in attacks if any(value["attack"] == attack for value in values)]
+    legend = alt.Legend(title=None, orient="top", columns=6)
+    across = alt.Scale(domain=[0, 100])
+    base = alt.Chart(alt.Data(values=values)).encode(
+        y=alt.Y("victim:N", sort=rows, axis=alt.Axis(title=None, labelLimit=300, ticks=False)),
+        yOffset=alt.YOffset("attack:N", sort=here, scale=alt.Scale(paddingInner=0.3, paddingOuter=0.6)),
+        color=alt.Color("attack:N", sort=attacks, scale=alt.Scale(domain=attacks), legend=legend),
+        tooltip=_hints(),
+    )
+    interval = base.mark_rule(strokeWidth=1.8).encode(x=alt.X("low:Q", scale=across), x2="high:Q")
+    point = base.mark_point(size=40, filled=True, opacity=1).encode(
+        x=alt.X("accuracy:Q", scale=across, axis=alt.Axis(title="correct, %", tickCount=5)),
+        shape=alt.Shape("attack:N", sort=attacks, scale=alt.Scale(domain=attacks), legend=legend),
+    )
+    step = alt.Step(8, **{"for": "offset"})
+    return (interval + point).properties(width=ROW, height=step, title=_title(where, ROW, route=route))
 
 
 def _panel(
@@ -252,31 +325,23 @@ def _panel(
     route: bool,
     first: bool,
 ) -> Any:
+    """An attack a place, a victim a colour and a shape."""
     import altair as alt
 
     drawn_as = list(dict.fromkeys(named.get(victim, victim) for victim in victims))
-    clean = dict.fromkeys((run.victim, run.clean_accuracy) for _, run in runs)
-    values = [_bar("clean", victim, rate) for victim, rate in clean]
-    values += [_bar(label, run.victim, run.accuracy) for label, run in runs]
-    values = [value | {"row": named.get(value["victim"], value["victim"])} for value in values]
+    values = [value | {"row": named.get(value["victim"], value["victim"])} for value in _accuracies(runs)]
     order = list(dict.fromkeys(["clean", *(label for label, _ in runs)]))
-    wide = max(130, len(order) * max(64, (10 if named else 24) * len(victims)))  # of seeds only the spread is read
+    wide = _width(runs, victims, named)
 
     words = alt.Axis(title=None, labelAngle=0, labelLimit=220, labelExpr="split(datum.label, ' ')")
     offset = alt.XOffset("victim:N", sort=victims, scale=alt.Scale(paddingInner=0.6, paddingOuter=0.6))
     scale, axis = alt.Scale(domain=[0, 100]), alt.Axis(tickCount=5, title="correct, %" if first else None)
     legend = alt.Legend(title=None, orient="top") if len(drawn_as) > 1 else None
-    hints = [
-        alt.Tooltip("victim:N"),
-        alt.Tooltip("attack:N"),
-        alt.Tooltip("text:N", title="accuracy"),
-        alt.Tooltip("n:Q", title="images"),
-    ]
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X("attack:N", sort=order, axis=words),
         xOffset=offset,
         color=alt.Color("row:N", sort=drawn_as, scale=alt.Scale(domain=drawn_as), legend=legend),
-        tooltip=hints,
+        tooltip=_hints(),
     )
     low = alt.Y("low:Q", scale=scale, axis=axis)
     shape = alt.Shape("row:N", sort=drawn_as, scale=alt.Scale(domain=drawn_as), legend=legend)
@@ -284,9 +349,7 @@ def _panel(
     point = base.mark_point(size=46, filled=True, opacity=1).encode(
         y=alt.Y("accuracy:Q", scale=scale, axis=axis), shape=shape
     )
-    lines = [f"{where.mode}-mode BatchNorm", *(textwrap.wrap(where.route, wide // 6) if route else [])]
-    name = alt.Title(where.short.removesuffix(f", {where.mode} mode"), subtitle=lines, offset=10)
-    return (interval + point).properties(width=wide, height=220, title=name)
+    return (interval + point).properties(width=wide, height=220, title=_title(where, wide, route=route))
 
 
 def _bar(attack: str, victim: str, rate: Rate) -> Spec:
@@ -328,7 +391,7 @@ def _squares(
         if not values:
             continue
         ops = alt.Axis(
-            title=None, labelFontSize=9.5, labelOverlap=False, labelLimit=180, labels=not panels, ticks=not panels
+            title=None, labelFontSize=11, labelOverlap=False, labelLimit=180, labels=not panels, ticks=not panels
         )
         count = len({v["along"] for v in values})
         panels.append(
@@ -349,7 +412,7 @@ def _squares(
                     alt.Tooltip("zero:Q", title="zero, %", format=".3f"),
                 ],
             )
-            .properties(width=size * count, height=12 * len(group.ops), title=label)
+            .properties(width=size * count, height=14 * len(group.ops), title=label)
         )
     return _spec(alt.hconcat(*panels, spacing=24).resolve_scale(color="shared", y="shared")) if panels else None
 
@@ -379,6 +442,8 @@ def tradeoff_spec(points: Sequence[Point]) -> Spec:
                 "strongest": p.strongest,
                 "name_x": place[0],
                 "name_y": place[1],
+                "line_x": place[2],
+                "line_y": place[3],
             }
             for p, place in zip(here, places, strict=True)
         ]
@@ -412,10 +477,14 @@ def tradeoff_spec(points: Sequence[Point]) -> Spec:
             ),
             tooltip=hints,
         )
-        names = base.mark_text(style="stage-name", align="left", baseline="middle").encode(
-            x="name_x:Q", y="name_y:Q", text="network:N"
+        leader = base.mark_rule(style="audit-quiet", strokeWidth=0.7).encode(x=x, y=y, x2="line_x:Q", y2="line_y:Q")
+        halo, names = (
+            base.mark_text(style=style, align="left", baseline="middle").encode(
+                x="name_x:Q", y="name_y:Q", text="network:N"
+            )
+            for style in ("halo", "audit-soft")
         )
-        layers = alt.layer(line, across, along, dots, names)
+        layers = alt.layer(line, across, along, leader, halo, dots, names)
         panels.append(layers.properties(width=PANEL[0], height=PANEL[1], title=str(threat)))
     return _spec(alt.hconcat(*panels, spacing=34) if len(panels) > 1 else panels[0])
 
@@ -429,30 +498,44 @@ def _span(intervals: Sequence[tuple[float, float]]) -> list[float]:
 
 def _places(
     dots: Sequence[tuple[float, float]], names: Sequence[str], spans: Sequence[Sequence[float]]
-) -> list[tuple[float, float]]:
-    """Where the name of each dot begins, in units of the axes, so that names cover neither dots nor each other.
+) -> list[tuple[float, float, float, float]]:
+    """Where the name of each dot begins and where a line to it ends, in units of the axes.
 
-    The nearest free place is taken, in pixels of the panel; where there is none, the first.
+    Names cover neither dots nor each other. Of the free places the nearest is taken, rather one that is nearer to its
+    own dot than to any other.
     """
     (x0, x1), (y0, y1) = spans
-    wide, high, letter, tall = *PANEL, 5.4, 12.0
+    wide, high, letter, tall = *PANEL, 5.6, 13.0
+    pixels = [((x - x0) / (x1 - x0) * wide, (y - y0) / (y1 - y0) * high) for x, y in dots]
 
-    def boxes_meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    def meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
         return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
-    pixels = [((x - x0) / (x1 - x0) * wide, (y - y0) / (y1 - y0) * high) for x, y in dots]
+    def near(box: tuple[float, ...], dot: tuple[float, float]) -> tuple[float, float]:
+        return min(max(dot[0], box[0]), box[2]), min(max(dot[1], box[1]), box[3])
+
+    def cost(box: tuple[float, ...], own: tuple[float, float]) -> float:
+        others = [math.dist(near(box, dot), dot) for dot in pixels if dot != own]
+        gap = math.dist(near(box, own), own)
+        outside = max(0.0, -box[0], box[2] - wide, -box[1], box[3] - high)
+        covered = sum(meet(box, other) for other in taken)
+        return gap + (40 if min(others, default=math.inf) < gap + 4 else 0) + 1e3 * outside + 1e4 * covered
+
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
-    out = []
-    for (x, y), name in sorted(zip(pixels, names, strict=True), key=lambda one: one[0]):
-        size = letter * len(name)
-        sides = [(dx, s * up * tall) for up in range(7) for s in (1, -1) for dx in (9.0, -9.0 - size)]
-        boxes = [(x + dx, y + dy - tall / 2, x + dx + size, y + dy + tall / 2) for dx, dy in sides]
-        inside = [b for b in boxes if b[0] >= 0 and b[2] <= wide and b[1] >= 0 and b[3] <= high] or boxes
-        box = next((b for b in inside if not any(boxes_meet(b, other) for other in taken)), inside[0])
+    out: dict[int, tuple[float, float, float, float]] = {}
+    for i, (x, y) in sorted(enumerate(pixels), key=lambda one: one[1]):
+        size = letter * len(names[i])
+        spots = [
+            (dx, dy) for dy in range(-108, 109, 6) for dx in (9, -9 - size, -size / 2, 24, -24 - size, 60, -60 - size)
+        ]
+        boxes = [(x + dx, y + dy - tall / 2, x + dx + size, y + dy + tall / 2) for dx, dy in spots]
+        box = min(boxes, key=lambda one: cost(one, pixels[i]))
         taken.append(box)
-        out.append((name, (x0 + box[0] / wide * (x1 - x0), y0 + (box[1] + tall / 2) / high * (y1 - y0))))
-    by_name = dict(out)
-    return [by_name[name] for name in names]
+        to = near(box, pixels[i])
+        end = to if math.dist(to, pixels[i]) > 12 else pixels[i]
+        across, up = (x1 - x0) / wide, (y1 - y0) / high
+        out[i] = (x0 + box[0] * across, y0 + (box[1] + box[3]) / 2 * up, x0 + end[0] * across, y0 + end[1] * up)
+    return [out[i] for i in range(len(names))]
 
 
 def ablation_spec(found: Ablation) -> Spec:
@@ -460,7 +543,7 @@ def ablation_spec(found: Ablation) -> Spec:
     import altair as alt
 
     base = found.rows[0]
-    names = [f"{row.part}: {row.replaced}" if row.part else "as it is" for row in found.rows]
+    names = [row.name for row in found.rows]
     values = [
         {"replaced": name, "kind": kind, "order": i, "zero": _finite(100 * zero), "left": _finite(100 * row.left)}
         for name, row in zip(names, found.rows, strict=True)
@@ -468,13 +551,18 @@ def ablation_spec(found: Ablation) -> Spec:
         if zero
     ]
     kinds = [k for k in found.kinds if any(v["kind"] == k for v in values)]
+    known = [*KINDS, *(k for k in kinds if k not in KINDS)]  # the colour of a kind is that of its place here
     chart = (
         alt.Chart(alt.Data(values=values))
         .mark_bar(size=13)
         .encode(
             x=alt.X("zero:Q", title="zero entries, % of all", stack="zero"),
             y=alt.Y("replaced:N", scale=alt.Scale(domain=names), axis=alt.Axis(title=None, labelLimit=420)),
-            color=alt.Color("kind:N", sort=kinds, legend=alt.Legend(title=None, orient="top", columns=3)),
+            color=alt.Color(
+                "kind:N",
+                scale=alt.Scale(domain=known),
+                legend=alt.Legend(title=None, orient="top", columns=3, values=kinds),
+            ),
             order=alt.Order("order:Q"),
             tooltip=[
                 alt.Tooltip("replaced:N"),
@@ -556,7 +644,7 @@ def _which(report: Report, which: str) -> Spec:
 
 def stamped(spec: Spec, report: Report, of: Sequence[Run | Trail | Audit]) -> Spec:
     """A chart with what it rests on below it: images and their number, seed, threat and mode, versions."""
-    return {"vconcat": [spec], "title": {"text": stamp(report, of), "orient": "bottom", "fontSize": 10.5, "offset": 14}}
+    return {"vconcat": [spec], "title": {"text": stamp(report, of), "orient": "bottom", "fontSize": 11.5, "offset": 14}}
 
 
 def stamp(report: Report, of: Sequence[Run | Trail | Audit]) -> list[str]:

@@ -15,7 +15,7 @@ class Point:
     """One design under one threat: clean accuracy, the worst case over its attacks, and how dense its gradients are.
 
     `density` is the share of gradient entries that are not zero over all operations, None where there is no trail;
-    `strongest` is the attack that leaves least on its own.
+    `strongest` is the attack that leaves least on its own, "none" where none fooled an image.
     """
 
     victim: str
@@ -39,6 +39,7 @@ def tradeoff(report: Report) -> tuple[Point, ...]:
             here = [run for run in mine if (run.threat, run.data) == (threat, data)]
             standing = [all(flags) for flags in zip(*(run.robust for run in here), strict=True)]
             least = min(here, key=lambda run: sum(run.robust))
+            strongest = " ".join(filter(None, (attack_words(least)[0], attack_words(least)[2])))
             trail = trails.get(card["name"])
             entries = 0 if trail is None else sum(row.entries for row in trail.rows)
             zeros = 0.0 if trail is None else sum(row.zero * row.entries for row in trail.rows)
@@ -51,7 +52,7 @@ def tradeoff(report: Report) -> tuple[Point, ...]:
                     clean=Rate(card["clean"]["k"], card["clean"]["n"]),
                     robust=Rate(sum(standing), len(standing)),
                     attacks=len(here),
-                    strongest=" ".join(filter(None, (attack_words(least)[0], attack_words(least)[2]))),
+                    strongest=strongest if sum(least.robust) < sum(least.clean) else "none",
                     density=1 - zeros / entries if entries else None,
                 )
             )
@@ -87,7 +88,7 @@ def tradeoff_sentences(points: Sequence[Point]) -> tuple[str, ...]:
             chance = min(1.0, 1.96 / math.sqrt(len(here) - 1))
             text += "rank correlation of " + ", of ".join(f"{name} {r:+.2f}" for name, r in found)
             text += f" (within {chance:.2f} of 0 is chance); "
-        lines.append(f"{text}not dominated: {', '.join(p.victim for p in undominated(here))}.")
+        lines.append(f"{text}not dominated: {'; '.join(p.victim for p in undominated(here))}.")
     return tuple(lines)
 
 

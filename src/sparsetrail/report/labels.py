@@ -39,6 +39,8 @@ ATTACKS = {  # names as the literature prints them; any other attack keeps its o
     "transfer": "transfer",
     "noise": "noise",
 }
+BY_SCORES = ("noise", "square", "rays", "sparse_rs", "spsa")  # attacks that ask for no gradient
+NO_GRADIENT = "none, scores only"
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,15 @@ def setting(run: Run) -> Setting:
     exact = as_fraction(run.threat.eps)
     whole = run.threat.norm == "l0"  # a number of entries, not a radius
     eps = int(exact[:-4]) / 255 if exact.endswith("/255") and not whole else run.threat.eps
-    return Setting(dataclasses.replace(run.threat, eps=eps), run.mode, run.route)
+    return Setting(dataclasses.replace(run.threat, eps=eps), run.mode, route_of(run))
+
+
+def route_of(run: Run) -> str:
+    """How the gradient of a run flows, in words: an attack by scores has none, the codebook step asks no encoder."""
+    name = run.attack.split(" ")[0].lower()
+    if name in BY_SCORES or (not run.backwards and any(run.clean)):
+        return NO_GRADIENT
+    return re.sub(r"encoder: \w+", "encoder: its codebook, exact", run.route) if name == "codebook" else run.route
 
 
 def settings(runs: Iterable[Run]) -> tuple[Setting, ...]:
@@ -113,8 +123,32 @@ def settings(runs: Iterable[Run]) -> tuple[Setting, ...]:
 
 
 def setting_label(one: Setting, among: Sequence[Setting]) -> str:
-    """`one.short`, with the route where another setting differs in nothing else that the short form tells."""
-    return one.short if all(s == one or s.short != one.short for s in among) else f"{one.short}, {one.route}"
+    """`one.short`, with the route where another gradient differs in nothing else that the short form tells."""
+    alone = all(s.route in (one.route, NO_GRADIENT) or s.short != one.short for s in among)
+    return one.short if alone else f"{one.short}, {one.route.removeprefix('none, ')}"
+
+
+def by_setting(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
+    """The runs of every setting; one without a gradient joins one that has, of its victim and under its threat."""
+    out: dict[Setting, list[Run]] = {s: [] for s in settings(runs)}
+    for run in runs:
+        mine = setting(run)
+        near = [r for r in runs if setting(r).short == mine.short and route_of(r) != NO_GRADIENT]
+        near = [r for r in near if (r.victim, r.data) == (run.victim, run.data)] or near
+        out[setting(near[0]) if near and mine.route == NO_GRADIENT else mine].append(run)
+    return {s: members for s, members in out.items() if members}
+
+
+def gradients(runs: Sequence[Run]) -> dict[str, str]:
+    """By threat and mode in short, which route the gradient takes; of several, which attacks take it."""
+    found: dict[str, dict[str, dict[str, None]]] = {}
+    for run in runs:
+        where = setting(run)
+        found.setdefault(where.short, {}).setdefault(where.route, {})[attack_words(run)[0]] = None
+    return {
+        short: "; ".join(f"{route} ({', '.join(names)})" if len(by) > 1 else route for route, names in by.items())
+        for short, by in found.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from sparsetrail.report import (
 )
 from sparsetrail.report.images import examples, keep, kept
 from sparsetrail.report.io import RESULT, steps_csv, to_json, trail_csv
-from sparsetrail.report.labels import explain, setting, setting_label, settings, value
+from sparsetrail.report.labels import by_setting, explain, gradients, setting_label, settings, value
 from sparsetrail.report.seeds import seeded, spread
 from sparsetrail.report.tables import Grid
 
@@ -122,8 +122,7 @@ def page(report: Report, *, images: Sequence[Mapping[str, Any]] | None = None) -
                 "grid": tables.ledger(runs),
                 "notes": tables.run_notes(runs),
             }
-            for s in settings(report.runs)
-            for runs in [[run for run in report.runs if setting(run) == s]]
+            for s, runs in by_setting(report.runs).items()
         ],
         trails=[
             {
@@ -227,12 +226,12 @@ def _flat(entries: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def threats(report: Report) -> tuple[tuple[str, str], ...]:
-    """Every setting of the runs: its label, and what the adversary may do; the gradient route where routes differ."""
+    """Every threat of the runs: its label, and what the adversary may do; the gradient routes where routes differ."""
     among = settings(report.runs)
+    flows = gradients(report.runs)
     several = len({s.route for s in among}) > 1
-    return tuple(
-        (setting_label(s, among), f"{s.sentence} Gradient: {s.route}." if several else s.sentence) for s in among
-    )
+    spoken = {s.short: s.sentence for s in among}
+    return tuple((short, f"{spoken[short]} Gradient: {flows[short]}." if several else spoken[short]) for short in flows)
 
 
 def _charts(report: Report) -> dict[str, charts.Spec]:

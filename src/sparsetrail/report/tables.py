@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsetrail.core import Rate, Report, Run
-from sparsetrail.report.labels import Setting, columns, setting, setting_label, settings
+from sparsetrail.report.labels import Setting, by_setting, columns, gradients, setting_label, settings
 
 DASH = "\u2013"
 MARKDOWN = ("github", "pipe", "plain", "simple")
@@ -113,13 +113,13 @@ def per_setting(runs: Sequence[Run]) -> tuple[tuple[Setting, Grid], ...]:
     """The accuracy table cut into one grid per setting, each with the clean accuracies of its own runs."""
     among = settings(runs)
     return tuple(
-        (where, replace(accuracy([run for run in runs if setting(run) == where]), caption=setting_label(where, among)))
-        for where in among
+        (where, replace(accuracy(here), caption=setting_label(where, among)))
+        for where, here in by_setting(runs).items()
     )
 
 
 def facts(runs: Sequence[Run]) -> tuple[str, ...]:
-    """What the numbers of the table share, to be said once; gradient routes by setting where they differ."""
+    """What the numbers of the table share, to be said once; gradient routes by threat where they differ."""
     lines = []
     if len(found := {run.n for run in runs}) == 1:
         lines.append(f"n = {found.pop()} images")
@@ -127,11 +127,11 @@ def facts(runs: Sequence[Run]) -> tuple[str, ...]:
         lines.append(f"data: {names.pop()}")
     if len(found := {run.seed for run in runs}) == 1:
         lines.append(f"seed {found.pop()}")
-    among = settings(runs)
-    if len({s.route for s in among}) == 1:
-        lines.append(f"gradient: {among[0].route}")
+    flows = gradients(runs)
+    if len({s.route for s in settings(runs)}) == 1:
+        lines.append(f"gradient: {next(iter(flows.values()))}")
     else:
-        lines += [f"gradient under {setting_label(s, among)}: {s.route}" for s in among]
+        lines += [f"gradient under {short}: {route}" for short, route in flows.items()]
     return tuple(lines)
 
 

@@ -204,7 +204,7 @@ def _formula(text: str) -> Any:
     text = re.sub(r"\brho_(\w+)", "\u03c1<sub>\\1</sub>", text)
     text = re.sub(r"\bsigma_(\w+)", "\u03c3<sub>\\1</sub>", text)
     text = re.sub(r"\|([^|]+)\|_([A-Z]|\d)", "\u2016\\1\u2016<sub>\\2</sub>", text)
-    text = re.sub(r"\b([a-zA-Z])_(\w+)", r"\1<sub>\2</sub>", text)
+    text = re.sub(r"\b(d?[a-zA-Z])_(\w+)", r"\1<sub>\2</sub>", text)
     text = re.sub(r"\^(\w)", r"<sup>\1</sup>", text)
     return Markup(text.replace("&lt;=", "\u2264").replace("&gt;=", "\u2265"))
 

@@ -288,7 +288,8 @@ def _plots1(shown: Demo | None, audits: Sequence[TheoryAudit], facts: dict[str, 
                 title="Does the gradient describe the score?",
                 stamp=stamp,
                 caption="Correlation, image by image, of the change of the score with the change the gradient "
-                "predicts, over random directions at the audited radius. 1: it does; 0: the gradient is masked.",
+                "predicts, over random directions at the audited radius. 1: it does; 0: it tells nothing "
+                "of them. Whether that is masking, only an audit tells.",
                 values=tuple(
                     {"net": a.victim, "fidelity": min(f, 0.9999)} for a in audits for f in a.fidelity if f == f
                 ),
