@@ -269,8 +269,9 @@ def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
 
 def test_attacks_that_follow_no_gradient_cannot_follow_that_of_another_model(model, capsys):
     from sparsetrail.attacks import ATTACKS, attack, settings
-    from sparsetrail.cli.attacks import FLIPS, SCORES
+    from sparsetrail.cli.attacks import FLIPS
     from sparsetrail.core import L0, Linf, Victim
+    from sparsetrail.report.labels import BY_SCORES
 
     flat = Victim(encode=lambda x: x[None], logits=lambda u: u[0].flatten(1), steps=1, classes=4, codebook=torch.eye(1))
     x, y = torch.eye(4).view(4, 1, 2, 2), torch.arange(4)
@@ -282,8 +283,8 @@ def test_attacks_that_follow_no_gradient_cannot_follow_that_of_another_model(mod
         known = {k: v for k, v in few.items() if k in settings(fn)}
         ball = L0(1, space="pixel") if name in FLIPS else Linf(0.1, space="pixel")
         asked |= {name} if attack(fn, flat, ball, x, y, **known).backwards == 0 else set()
-    assert asked == set(SCORES)
-    for name in SCORES:
+    assert asked == set(BY_SCORES)
+    for name in BY_SCORES:
         l0 = ("--norm", "l0", "--eps", "2", "--space", "encoded")
         threat = l0 if name in FLIPS else ("--eps", "8/255", "--space", "pixel")
         code, _, err = run("attack", model, *threat, "--name", name, "--transfer", model, capsys=capsys)

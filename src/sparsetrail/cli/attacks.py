@@ -30,10 +30,9 @@ from sparsetrail.core import Audit, Report, Route, Run, Threat, as_fraction
 from sparsetrail.recipes import audits, measure
 from sparsetrail.report import console as print_table
 from sparsetrail.report import write
-from sparsetrail.report.labels import route_of
+from sparsetrail.report.labels import BY_SCORES, route_of
 
 OWN_STEPS = {"pgd": paced, "bim": in_parts, "mifgsm": in_parts}
-SCORES = ("noise", "square", "spsa", "sparse_rs", "rays")  # attacks that ask for scores alone
 FLIPS = ("sda", "sparse_rs")  # attacks of an L0 ball
 
 
@@ -65,7 +64,7 @@ def attack(
         Parameter(negative="", help="another backward of the neurons, e.g. triangle:1, hart, assg; several: the mean"),
     ] = None,
     transfer: Annotated[
-        str | None, Parameter(help=f"follow the gradient of this model instead; not with {', '.join(SCORES)}")
+        str | None, Parameter(help=f"follow the gradient of this model instead; not with {', '.join(BY_SCORES)}")
     ] = None,
     eot: Annotated[int | None, Parameter(help="gradients averaged a step; default 10 for a random encoder")] = None,
     encoder_gradient: Annotated[str | None, Parameter(help="identity, weighted, secant or none")] = None,
@@ -144,7 +143,7 @@ def _threat(
     check_settings(name, knobs)
     if name in FLIPS and norm != "l0":
         raise ValueError(f"--name {name}: expected --norm l0, got {norm}; its radius is a number of entries to flip")
-    if transfer is not None and name in SCORES:
+    if transfer is not None and name in BY_SCORES:
         raise ValueError(f"--transfer: {name} asks for scores alone and follows no gradient; leave it out")
     return Threat(eps, space=space, norm=norm)
 
