@@ -25,6 +25,7 @@ from rich.console import Console
 
 from sparsetrail import report as room
 from sparsetrail.core import Linf, Report, Run, Threat, Trail, TrailRow
+from sparsetrail.recipes import paper, quick
 from sparsetrail.report import (
     ReportError,
     charts,
@@ -454,6 +455,21 @@ def test_every_attack_stands_under_the_route_its_gradient_takes():
     ((_, grid),) = tables.per_setting(plain)
     assert grid.head == ("victim", "clean", "PGD-7", "noise")  # one table and one panel a threat
     assert len(charts.accuracy_spec(plain)["hconcat"]) == 1
+
+
+def test_a_quick_look_gives_every_accuracy_its_interval_and_mode():
+    line, _, traced = quick._summary([run(68), run(90, threat=CODE, attack="pgd")], [trail()])
+    assert "crafted in eval mode: SEW-ResNet18 max pool: clean 80.0 % [" in line
+    assert "PGD leaves 34.0 % [27.8, 40.8], n=200." in line and ", eval mode, n=64: 76.2%" in traced
+
+
+def test_a_system_without_a_published_figure_is_not_set_apart_from_one(monkeypatch):
+    monkeypatch.setattr(paper.audits, "sentence", lambda audit: "Judged.")
+    rows = [paper.Row(arch=arch, pool="", dataset="cifar10", seed=None) for arch in ("vanilla_wrn16", "rat_wrn16")]
+    kept = load(HERE.parents[2] / "records/2026-11-24_audit-small_cpu/max-pixel.result.json").audits[0]
+    unknown, known = paper._told_apart(rows, [dataclasses.replace(kept, victim=row.name) for row in rows])
+    assert unknown.endswith(": Judged. No figure is published in the paper's tables.")
+    assert "Judged. From its published figure it is apart by the scale, and: " in known
 
 
 def test_cells_are_shares_with_wilson_intervals():
