@@ -551,7 +551,9 @@ def test_a_victim_that_raises_is_told_from_a_bug_of_ours(brief):
 def test_no_further_attack_is_begun_after_the_time(snn, brief):
     v, x, y = snn
     found, _ = audit(v, Linf(1 / 255, space="pixel"), x, y, budget="quick", minutes=0)
-    assert not found.complete and found.verdict == "inconclusive" and not found.runs
+    assert not found.complete and found.verdict == "inconclusive"
+    (run,) = found.runs  # a figure of the default attack is that of an attack that ran
+    assert run.attack == found.default_attack and tuple(found.default) == run.robust
 
 
 def test_what_is_not_fit_is_refused_before_anything_runs(snn):
@@ -920,7 +922,6 @@ FORGED = {
     "claim": (lambda a: a.update(claim=0.01), "expected no claim as in its command, found 0.01"),
     "unfinished": (run_short, "called complete"),
     "default attack": (lambda a: a.update(default_attack="autoattack"), "as the default attack, found autoattack"),
-    "number of images": (lambda a: a["worst"].append(True), "other numbers"),
 }
 
 
@@ -943,6 +944,19 @@ def test_a_result_that_was_changed_is_refused(told, what, capsys):
     assert stop.value.code == 4 and words in said and "Audit again" in said
     main(argv)
     assert "adversarials hold" in capsys.readouterr().out
+
+
+def test_a_result_of_more_images_than_it_has_is_refused_where_it_is_read(told, capsys):
+    argv, file, whole = told
+    body = json.loads(json.dumps(whole))
+    body["audits"][0]["worst"].append(True)
+    file.write_text(json.dumps(body))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+    finally:
+        file.write_text(json.dumps(whole))
+    assert stop.value.code == 4 and "worst: expected" in (said := capsys.readouterr().err) and "one an image" in said
 
 
 def test_a_result_of_another_version_may_word_its_reason_otherwise(told, capsys):

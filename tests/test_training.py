@@ -21,6 +21,7 @@ from torch import nn
 from sparsetrail import data
 from sparsetrail._files import alone
 from sparsetrail.core import Rate
+from sparsetrail.data.sets import make_dataset
 from sparsetrail.models import load_model
 from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec, build
@@ -565,8 +566,8 @@ def test_the_learning_rate_is_constant_or_falls_by_half_a_cosine(schedule, share
 def test_ties_and_no_numbers_are_not_correct():
     """As every attack counts: a network that scores NaN, or all classes alike, knows nothing."""
     net = build(NET, seed=0).eval()
-    some = data.make_dataset("toy", "test", torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8), torch.full((20,), 3),
-                             tuple("0123456789"))  # fmt: skip
+    images, labels = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8).numpy(), torch.full((20,), 3).numpy()
+    some = make_dataset("toy", "test", images, labels, tuple("0123456789"))
     for bias in (float("nan"), 0.0):
         with torch.no_grad():
             net.fc.weight.zero_(), net.fc.bias.zero_()

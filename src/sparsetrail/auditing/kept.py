@@ -22,8 +22,6 @@ def contradiction(found: Audit, victim: Victim, *, words: bool = True) -> str:
     The ledger is played again from the kept runs. Runs that fit the battery of no budget, as those of an older version,
     say nothing of the budget. Without `words` the reason may be worded otherwise, as another version words it.
     """
-    if {len(v) for v in (found.indices, found.default, found.worst, found.broken_by)} != {found.n}:
-        return f"expected flags of all {found.n} images, found other numbers of them"
     for j, (clean, default, worst) in enumerate(zip(found.clean, found.default, found.worst, strict=True)):
         if worst > default or default > clean:
             return (
