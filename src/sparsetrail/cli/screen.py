@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sparsetrail.report.tables import Grid
-from sparsetrail.report.terminal import _print
+from sparsetrail.report.terminal import draw
 
 EVERY = 30.0  # seconds between plain lines
 
@@ -35,7 +35,7 @@ def show(grid: Grid) -> None:
         ]
         heads = tuple(textwrap.fill(head, width) for head, width in zip(grid.head, widths, strict=True))
         grid = replace(grid, head=heads, rows=tuple(zip(*columns, strict=True)))
-    _print(grid, console)
+    draw(grid, console)
 
 
 class Screen:

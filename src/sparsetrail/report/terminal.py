@@ -24,9 +24,9 @@ def console(report: Report, console: "Console") -> None:
     from rich.text import Text
 
     for _, grid in per_setting(report.runs):
-        _print(grid, console)
+        draw(grid, console)
     if (grid := spread(report)) is not None:
-        _print(Grid(grid.caption, grid.flat_head, grid.rows), console)
+        draw(Grid(grid.caption, grid.flat_head, grid.rows), console)
     if report.runs:
         console.print(Text(f"95 % Wilson intervals; {'; '.join(facts(report.runs))}", style="dim"))
         _audits_in_short(report.audits, console)
@@ -38,7 +38,7 @@ def console(report: Report, console: "Console") -> None:
         keep = [i for i, name in enumerate(grid.head) if not name.startswith("forced")]  # at length in the other forms
         head = tuple(grid.flat_head[i].removeprefix("zero, ") for i in keep)
         rows = tuple(tuple(row[i] for i in keep) for row in grid.rows)
-        _print(Grid(f"{grid.caption}; {group.title}", head, rows), console)
+        draw(Grid(f"{grid.caption}; {group.title}", head, rows), console)
 
 
 def text_tables(report: Report, tablefmt: str) -> str:
@@ -61,7 +61,7 @@ def _audits_in_short(audits: Sequence[Audit], console: "Console") -> None:
 
     for here, members in words.summaries(audits):
         grid = words.summary_grid(here, [audit for _, audit in members])
-        _print(replace(grid, caption=f"audit, {grid.caption}"), console)
+        draw(replace(grid, caption=f"audit, {grid.caption}"), console)
         for _, audit in members:
             raised = ", ".join(f"{words.level(f)}: {f.id} {f.name}" for f in words.ordered(audit.alarms))
             if raised:
@@ -74,7 +74,7 @@ def show_audits(audits: Sequence[Audit], console: "Console") -> None:
     from rich.text import Text
 
     for audit in audits:
-        _print(words.short_grid(audit), console)
+        draw(words.short_grid(audit), console)
         if audit.alarms:
             console.print(Padding(Text("Checks raised", style="bold"), (1, 0, 0, 0)))
         for finding in words.ordered(audit.alarms):
@@ -93,7 +93,7 @@ def show_audits(audits: Sequence[Audit], console: "Console") -> None:
         console.print(Text.assemble((f"{sign} {audit.verdict}", f"bold {TONES[tone]}"), f": {audit.reason}"))
 
 
-def _print(grid: Grid, console: "Console") -> None:
+def draw(grid: Grid, console: "Console") -> None:
     """The grid as one table, or as several under each other where the terminal is too narrow for all columns."""
     from rich import box
     from rich.padding import Padding
