@@ -336,9 +336,7 @@ def test_an_audit_replaces_no_result_of_another_question(model, tmp_path, capsys
     net = load_model(model)
     shutil.copy(model / "model.safetensors", other)
     out = tmp_path / "out"
-    monkeypatch.setattr(
-        auditing, "CHECKS", {k: auditing.CHECKS[k] for k in ("S0", "G3")}
-    )
+    monkeypatch.setattr(auditing, "CHECKS", {k: auditing.CHECKS[k] for k in ("S0", "G3")})
     monkeypatch.setattr(work.Work, "curves", lambda self, gradient: {})
 
     def audit(target, *more, eps="8/255"):
