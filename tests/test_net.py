@@ -375,9 +375,11 @@ def test_a_network_without_a_last_layer_of_that_name_is_asked_for_its_classes():
 
 
 def test_vmap_over_images_and_over_an_ensemble():
-    nets = [build(NetSpec(**SMALL), seed=s).double().eval() for s in (0, 1)]
-    u = spikes(4, 3, 3, 8, 8).double()
+    u = spikes(4, 3, 3, 8, 8)
+    nets = [lively(build(NetSpec(**SMALL), seed=s), u).double() for s in (0, 1)]
+    u = u.double()
     want = nets[0](u)
+    assert (want[0] - want[1]).abs().max() > 1e-3  # the images arrive
     alone = torch.func.vmap(lambda one: nets[0](one[:, None])[0], in_dims=1)(u)
     assert torch.allclose(alone, want, atol=1e-10)
     values, buffers = torch.func.stack_module_state(nets)

@@ -38,6 +38,7 @@ def refuse(
 
 
 def refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices: tuple[int, ...]) -> None:
+    """ValueError for images, labels, places, codebooks and radii that do not fit a victim and a threat."""
     for what, t in (("images", x), ("labels", y)):
         if not isinstance(t, Tensor):
             raise ValueError(f"{what}: expected a tensor, got {type(t).__name__}; use torch.as_tensor")
