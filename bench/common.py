@@ -34,7 +34,7 @@ from sparsetrail.snn.encode import Encoder, build_encoder, phase  # noqa: E402
 from sparsetrail.snn.engine import halve, has_bf16, share_memory  # noqa: E402
 from sparsetrail.snn.net import NetSpec, build, victim  # noqa: E402
 from sparsetrail.snn.neuron import NeuronSpec  # noqa: E402
-from sparsetrail.training import Optimizer, Seams, TrainSpec, recorder, update  # noqa: E402
+from sparsetrail.training import Optimizer, Step, TrainSpec  # noqa: E402
 
 RIVAL = "SpikingJelly 2.0.0"
 SPIKINGJELLY = all(importlib.util.find_spec(m) is not None for m in ("spikingjelly", "loguru", "h5py"))
@@ -270,14 +270,14 @@ def our_training(c: Case, precision: str) -> Job:
     share_memory(net)
     if precision == "bf16" and device.type == "cpu":
         halve(net)
-    g, seams = torch.Generator(), Seams()
+    g, step = torch.Generator(), Step(net, optimizer, spec)
     if device.type == "cpu":
-        return lambda: update(net, c.encode, optimizer, spec, seams, c.x, c.y, g)
-    run = recorder(net, c.encode, optimizer, spec, seams)
+        return lambda: step(c.encode, c.x, c.y, g)
+    run = step.record(c.encode)
 
     def job() -> None:
         with products(precision == "tf32"):
-            update(net, c.encode, optimizer, spec, seams, c.x, c.y, g, run)
+            step(c.encode, c.x, c.y, g)
         if run is not None and run.full:
             run.told()
 

@@ -5,10 +5,12 @@ import sys
 import types
 import warnings
 
-from jaxtyping import install_import_hook
+import jaxtyping
+import shapecheck
 
 assert "sparsetrail" not in sys.modules, "the hook must be in place before sparsetrail is imported"
-install_import_hook("sparsetrail", "shapecheck.check")
+jaxtyping.jaxtyped = shapecheck.jaxtyped  # the hook asks for it by name
+jaxtyping.install_import_hook("sparsetrail", "shapecheck.check")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

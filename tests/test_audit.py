@@ -12,6 +12,7 @@ from frauds import FRAUDS, case, hard_labels, honest, rejecting
 from lively import lively
 
 from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify, wavers, work
+from sparsetrail.auditing.kept import contradiction
 from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
 from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run, Streams, Victim, margin
@@ -141,8 +142,9 @@ def test_it_does_not_depend_on_batch_size(snn, brief):
 
 
 @pytest.mark.parametrize("space", ["pixel", "encoded"])
-def test_a_stopped_audit_goes_on_where_it_was(snn, space, tmp_path, brief):
+def test_a_stopped_audit_goes_on_where_it_was(snn, space, tmp_path, brief, monkeypatch):
     """Stopped after every few parts, again and again, it ends as the one that was never stopped."""
+    monkeypatch.setattr(run, "battery", lambda *a, **k: battery(*a, **k)[::3])
     v, x, y = snn
     threat = Linf(1 / 255 if space == "pixel" else 0.002, space=space)
     whole, points = audit(v, threat, x, y, budget="quick", batch=5)
@@ -160,8 +162,9 @@ def test_a_stopped_audit_goes_on_where_it_was(snn, space, tmp_path, brief):
     assert set(again) == set(points) and all(torch.equal(again[j], points[j]) for j in points)
 
 
-def test_a_stopped_audit_of_a_random_code_goes_on_with_the_draws_of_the_whole(snn, tmp_path, brief):
+def test_a_stopped_audit_of_a_random_code_goes_on_with_the_draws_of_the_whole(snn, tmp_path, brief, monkeypatch):
     """What a part draws depends on the part, not on which parts before it were kept."""
+    monkeypatch.setattr(run, "battery", lambda *a, **k: battery(*a, **k)[::6])
     _, x, y = snn
     net = lively(NetSpec(width=0.125, steps=4), poisson(steps=4)(x))
 
@@ -658,6 +661,8 @@ def test_the_battery_asks_only_what_the_victim_allows(snn):
     assert all(not s.routes for s in battery(plain, Linf(EPS, space="pixel")))
     blind = battery(v, Linf(EPS, space="pixel"), gradient=False)
     assert {s.kind for s in blind} == {"black box", "noise"} and "rays" in {s.attack for s in blind}
+    behind = battery(v, Linf(EPS, space="pixel"), gradient=False, code=True)
+    assert [s.attack for s in behind if s not in blind] == ["codebook", "codebook"] and behind[0] == blind[0]
     assert "rays" not in pixel + encoded
     sizes = [len(battery(v, Linf(EPS, space="pixel"), b)) for b in ("quick", "standard", "thorough")]
     assert sizes == sorted(sizes) and sizes[0] < sizes[2]
@@ -675,6 +680,19 @@ def test_the_battery_asks_only_what_the_victim_allows(snn):
     assert "fab" not in pixel + encoded
     euclidean = [s.attack for s in battery(v, L2(0.5, space="pixel"))]
     assert "square" in euclidean and "spsa" in euclidean and "codebook" not in euclidean
+
+
+def test_an_encoder_that_stops_the_gradient_does_not_stop_its_codebook(brief):
+    """What scores leave standing falls by the code; where the network stops the gradient too, nothing is tried."""
+    code, v, probe = phase(steps=8), honest("phase"), case(honest("phase"), eps=4 / 255, n=48)
+    cut = replace(v, encode=lambda x: code(x).detach(), codebook=code.codebook)
+    found, _ = audit(cut, probe.threat, probe.x, probe.y, budget="quick")
+    assert {f.id: f.level for f in found.findings}["G3"] == "fail" and found.complete
+    assert [r.attack.split()[0] for r in found.runs[:2]] == ["square", "codebook"]
+    assert found.accuracy.k < sum(found.runs[0].robust) and contradiction(found, cut) == ""
+    dead = replace(cut, logits=lambda u: v.logits(u).detach())
+    found, _ = audit(dead, probe.threat, probe.x, probe.y, budget="quick")
+    assert len(found.runs) > 1 and not any("codebook" in r.attack for r in found.runs)
 
 
 ROUTES = ("assg", "hart", "rga", "bptr", "pdsg", "own+reset", "triangle:1", "rectangle:1", "exponential:2",

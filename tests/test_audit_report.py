@@ -19,7 +19,8 @@ from test_report import DASH, Page, cells_of, empty, pictures, trail, visit
 from sparsetrail import report as room
 from sparsetrail.checks import CHECKS, Case
 from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run, Victim
-from sparsetrail.report import audit_charts, audits, cards, from_json, load, pack, page, to_json, unpack, write
+from sparsetrail.report import audits, cards, from_json, load, pack, page, to_json, unpack, write
+from sparsetrail.report.charts import audit as audit_charts
 from sparsetrail.report.labels import Setting, attack_words, setting
 
 PIXEL, CODE = Linf(8 / 255, space="pixel"), Linf(6 / 255, space="encoded")

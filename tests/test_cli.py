@@ -290,8 +290,9 @@ def test_attacks_that_follow_no_gradient_cannot_follow_that_of_another_model(mod
     for name in BY_SCORES:
         l0 = ("--norm", "l0", "--eps", "2", "--space", "encoded")
         threat = l0 if name in FLIPS else ("--eps", "8/255", "--space", "pixel")
-        code, _, err = run("attack", model, *threat, "--name", name, "--transfer", model, capsys=capsys)
-        assert code == 4 and f"--transfer: {name} asks for scores alone" in err, err
+        for flag, given in (("--transfer", model), ("--route", "hart"), ("--encoder-gradient", "secant")):
+            code, _, err = run("attack", model, *threat, "--name", name, flag, given, capsys=capsys)
+            assert code == 4 and f"{flag}: {name} asks for scores alone" in err, err
 
 
 def test_a_step_longer_than_the_radius_is_told(model, capsys):

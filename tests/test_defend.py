@@ -19,7 +19,7 @@ from sparsetrail.recipes.systems import DIET, IF
 from sparsetrail.snn.encode import direct, phase, poisson
 from sparsetrail.snn.net import NetSpec, build, victim
 from sparsetrail.snn.neuron import Neuron, NeuronSpec
-from sparsetrail.training import Optimizer, Seams, TrainingStopped, TrainSpec, scores, train, update
+from sparsetrail.training import Optimizer, Seams, Step, TrainingStopped, TrainSpec, scores, train
 
 NET = NetSpec(arch="wrn16_4", width=0.0625, channels=1, steps=3, neuron=IF, normalise="half")
 CODE = direct(steps=3)
@@ -176,12 +176,12 @@ def test_twenty_steps_follow_the_loop_written_out(images, seams, loss, after):
     if loss in (trades_loss, warm_trades_loss):
         spec = replace(NET, neuron=NeuronSpec(kind="relu"))
     ours, theirs = build(spec).double(), build(replace(spec, exact=True)).double()
-    optimizer = Optimizer(ours, SPEC)
+    step = Step(ours, Optimizer(ours, SPEC), SPEC, seams)
     plain = torch.optim.SGD(theirs.parameters(), SPEC.lr, momentum=0.9)
     steps = {tg_loss: 6, rfgsm_loss: 3, warm_trades_loss: 2, absolute_mppd_loss: 3}.get(loss, 20)
     for i in range(steps):
         x, y = data.pixels(images.images[8 * i : 8 * i + 8]).double(), images.labels[8 * i : 8 * i + 8]
-        found = update(ours, CODE, optimizer, SPEC, seams, x, y, keyed(i))
+        found = step(CODE, x, y, keyed(i))
         theirs.train()
         plain.zero_grad()
         value = loss(theirs, x, y, keyed(i))
@@ -207,7 +207,7 @@ def test_hire_crafts_from_period_to_period(images):
             seams = hire_snn(periods=2, eps=0.05, gradient=gradient, carry=carry)
             assert seams.knobs["step"] == 0.025
             spec = replace(SPEC, optimizer="sgd", lr=0.01)
-            found = update(ours, direct(steps=4), Optimizer(ours, spec), spec, seams, x, y, keyed(0))
+            found = Step(ours, Optimizer(ours, spec), spec, seams)(direct(steps=4), x, y, keyed(0))
             results[gradient, carry] = found
             assert found == pytest.approx(two_periods(theirs, x, y, gradient, carry), rel=1e-6), (gradient, carry)
             for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):

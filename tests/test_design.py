@@ -19,6 +19,7 @@ from sparsetrail.recipes import design as recipe
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import ATTACKS, SIZES, designs, sweep
 from sparsetrail.report import charts, figure, load, write
+from sparsetrail.report.charts.tradeoff import PANEL, _span
 from sparsetrail.report.design_tables import (
     rank_correlation,
     tradeoff,
@@ -203,8 +204,8 @@ def test_the_plot_holds_intervals_both_ways_and_names_that_do_not_meet(tmp_path)
     lo, hi = Rate(1, 4).interval()
     assert (rows["x"]["robust_low"], rows["x"]["robust_high"]) == (pytest.approx(100 * lo), pytest.approx(100 * hi))
     assert rows["x"]["clean_accuracy"] == 90 and rows["x"]["density"] == pytest.approx(40)
-    span = [charts._span([r.interval() for r in rs]) for rs in ([p.clean for p in points], [p.robust for p in points])]
-    scale = [size / (b - a) for size, (a, b) in zip(charts.PANEL, span, strict=True)]
+    span = [_span([r.interval() for r in rs]) for rs in ([p.clean for p in points], [p.robust for p in points])]
+    scale = [size / (b - a) for size, (a, b) in zip(PANEL, span, strict=True)]
     places = [[v[k] for k in ("name_x", "name_y", "line_x", "line_y", "clean_accuracy", "robust_accuracy")] for v in
               rows.values()]  # fmt: skip
     pixels = [[(v - span[i % 2][0]) * scale[i % 2] for i, v in enumerate(place)] for place in places]
@@ -212,7 +213,7 @@ def test_the_plot_holds_intervals_both_ways_and_names_that_do_not_meet(tmp_path)
     for i, (x, y, wide) in enumerate(at):
         for u, w, size in at[:i]:
             assert abs(y - w) > 11.9 or x + wide <= u + 0.1 or u + size <= x + 0.1
-        assert x >= 0 and x + wide <= charts.PANEL[0] and 6 <= y <= charts.PANEL[1] - 6
+        assert x >= 0 and x + wide <= PANEL[0] and 6 <= y <= PANEL[1] - 6
         for *_, dot, height in pixels:  # no name lies on a dot
             assert dot < x - 5 or dot > x + wide + 5 or abs(height - y) > 11.9
         end, rise, dot, height = pixels[i][2:]

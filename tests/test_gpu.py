@@ -16,7 +16,7 @@ from sparsetrail.recipes.theory import audit as theory_audit
 from sparsetrail.snn.encode import direct, phase
 from sparsetrail.snn.net import NetSpec, victim
 from sparsetrail.trails import trail
-from sparsetrail.training import Optimizer, TrainSpec, recorder, update
+from sparsetrail.training import Optimizer, Step, TrainSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,13 +97,13 @@ def test_defences_take_the_same_steps(name):
     for device in ("cpu", GPU):
         own = copy.deepcopy(net).to(device)
         optimizer = Optimizer(own, spec)
-        recorded = recorder(own, encode, optimizer, spec, seams) if device == GPU else None
+        step = Step(own, optimizer, spec, seams)
+        recorded = step.record(encode) if device == GPU else None
         found = []
         for i in range(3):
             part = slice(8 * i, 8 * i + 8)
             generator = torch.Generator().manual_seed(i)
-            batch = x[part].to(device), y[part].to(device), generator
-            value = update(own, encode, optimizer, spec, seams, *batch, recorded)
+            value = step(encode, x[part].to(device), y[part].to(device), generator)
             found += [loss for loss, _ in recorded.told()] if value is None else [value]
         losses.append(found)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -16,7 +16,7 @@ from sparsetrail.snn import graphs
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.net import NetSpec, victim
-from sparsetrail.training import Optimizer, Seams, TrainingFailed, TrainSpec, recorder, train, update
+from sparsetrail.training import Optimizer, Step, TrainingFailed, TrainSpec, train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -316,14 +316,14 @@ def steps_of(net, encode, spec, x, y, batch, record=None):
     twin, out = copy.deepcopy(net), []
     for one, recorded in ((net, True), (twin, False)):
         optimizer = Optimizer(one, spec)
-        run = recorder(one, encode, optimizer, spec, Seams()) if recorded else None
+        step = Step(one, optimizer, spec)
+        run = step.record(encode) if recorded else None
         if run is not None and record is not None:
             run.record, run.warm = record, lambda fn: fn()
         losses = []
         for i in range(0, len(x), batch):
             optimizer.set_rate(i, len(x))
-            args = x[i : i + batch], y[i : i + batch], torch.Generator()
-            value = update(one, encode, optimizer, spec, Seams(), *args, run)
+            value = step(encode, x[i : i + batch], y[i : i + batch], torch.Generator())
             assert (value is None) == recorded
             losses += [] if value is None else [value]
         out.append((losses if run is None else [loss for loss, _ in run.told()], optimizer))
@@ -357,7 +357,7 @@ def test_a_recorded_step_that_is_not_finite_moves_no_weight_and_none_after_it_do
     y, encode, spec = torch.arange(4), phase(steps=3), TrainSpec(lr=1e-2)
     net = lively(NetSpec(width=0.125, steps=3), encode(x.float())).train().double()
     optimizer = Optimizer(net, spec)
-    run = recorder(net, encode, optimizer, spec, Seams())
+    run = Step(net, optimizer, spec).record(encode)
     run.record, run.warm = stand_in, lambda fn: fn()
     before = copy.deepcopy(net.state_dict())
     run._prepare(x[:2], y[:2])

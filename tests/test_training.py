@@ -92,12 +92,23 @@ def test_the_loss_falls(images, tmp_path):
 @pytest.mark.parametrize("stop_at", [1, 6, 9])
 def test_stop_and_resume_is_bit_identical(images, tmp_path, optimizer, stop_at):
     spec = replace(SPEC, optimizer=optimizer, schedule="cosine", crop=2, clip=1.0, weight_decay=1e-4, lr=1e-2)
-    whole = train(NET, ENCODE, images, spec, tmp_path / "whole")
+    losses, means = [], []
+
+    def say(event):
+        if event["event"] == "step":
+            losses.append(event["loss"])
+        elif event["event"] == "epoch":
+            means.append(event["loss"])
+
+    whole = train(NET, ENCODE, images, spec, tmp_path / "whole", say=say)
+    assert means == pytest.approx([sum(losses[:6]) / 6, sum(losses[6:]) / 6]) and len(losses) == 12
     steps = iter(range(1, 1000))
     with pytest.raises(TrainingStopped, match="the same command continues"):
         train(NET, ENCODE, images, spec, tmp_path / "cut", stop=lambda: next(steps) == stop_at)
     resumed = train(NET, ENCODE, images, spec, tmp_path / "cut")
-    assert "resumed" in [e["event"] for e in read_events(tmp_path / "cut")]
+    events = list(read_events(tmp_path / "cut"))
+    assert "resumed" in [e["event"] for e in events]
+    assert [e["loss"] for e in events if e["event"] == "epoch"] == means
     for name in ("model.safetensors", "last.safetensors"):
         assert same_weights(whole.path.parent / name, resumed.path.parent / name)
 

@@ -5,6 +5,7 @@ import math
 import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -58,88 +59,39 @@ def attack(
     before anything runs, and the images given are never written to.
     """
     _refuse(victim, x, y)
-    knobs = settings(fn) | {k: _number(v) for k, v in knobs.items()}
-    try:
-        inspect.signature(fn).bind(None, None, **knobs)
-    except TypeError as error:
-        raise ValueError(f"{_name(fn)}: {error}; expected settings {', '.join(settings(fn)) or 'none'}") from None
-    if getattr(fn, "__module__", "").startswith("sparsetrail."):  # somebody's own attack knows its settings itself
-        check_settings(_name(fn), knobs, still=threat.eps == 0)
+    knobs = _settled(fn, knobs, threat)
     eot = samples(victim) if eot is None else eot
-    for name, count in (("batch", batch), ("eot", eot), ("votes", votes)):
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {count!r}")
-    if indices is not None and len(indices) != len(y):
-        raise ValueError(f"indices: expected one an image ({len(y)}), got {len(indices)}")
-    for name, keys in (("indices", indices or ()), ("seed", (seed,))):
-        if wrong := [k for k in keys if isinstance(k, bool) or not isinstance(k, numbers.Integral)]:
-            raise ValueError(f"{name}: expected whole numbers, by which random streams are keyed, got {wrong[0]!r}")
-    if guide is not None and route is not None:
-        raise ValueError("expected a route or a guide, got both; rewire the guide itself: guide.by(route)")
-    if guide is not None and guide.classes != victim.classes:
-        raise ValueError(f"guide {guide.name}: expected {victim.classes} classes as the victim's, got {guide.classes}")
-    if guide is not None and threat.space == "encoded" and guide.steps != victim.steps:
-        raise ValueError(f"guide {guide.name}: expected {victim.steps} steps in encoded space, got {guide.steps}")
-    votes = votes if victim.random else 1
-    drop = drop and not victim.random and victim.mode == "eval"  # exact only if one call decides, each image alone
-    codebook = victim.codebook if guide is None else guide.codebook  # of the code whose gradient is followed
-    axis, places = threat.axis, list(range(len(y)) if indices is None else indices)
-    f, judge = victim.of(threat.space), victim.judge(threat.space)
+    _refuse_counts(len(y), batch=batch, eot=eot, votes=votes, seed=seed, indices=indices)
+    _refuse_guide(victim, threat, route, guide)
     guides, path = _guides(victim, threat, route, guide)
-    grid = threat.space == "pixel" and threat.box == (0.0, 1.0) and bool(grey(x).all())
-    started = time.perf_counter()
-    clean, robust, points = [], [], []
-    tied: list[int] = []
-    y = y.long()
-    forwards = backwards = dead = nonfinite = silent = 0
-    zero: list[tuple[float, int]] = []
-    traces: list[list[tuple[float, int]]] = []
-    if say is not None:
-        say(0, len(y))
+    votes = votes if victim.random else 1
+    match = _Match(
+        fn=fn,
+        knobs=knobs,
+        victim=victim,
+        threat=threat,
+        guides=guides,
+        codebook=(guide or victim).codebook,  # of the code whose gradient is followed
+        grid=threat.space == "pixel" and threat.box == (0.0, 1.0) and bool(grey(x).all()),
+        drop=drop and not victim.random and victim.mode == "eval",  # exact only if one call decides, each image alone
+        eot=eot,
+        votes=votes,
+        seed=seed,
+        f=victim.of(threat.space),
+        judge=victim.judge(threat.space),
+    )
+    places, started, played = list(range(len(y)) if indices is None else indices), time.perf_counter(), []
     for i in range(0, len(y), batch):
+        if say is not None:
+            say(i, len(y))
         if stop is not None and stop():
             raise KeyboardInterrupt
-        xs, ys = x[i : i + batch].clone(), y[i : i + batch]
-        with torch.no_grad():
-            as_given = xs._version
-            u0 = clean_point(victim, threat, xs)
-            fresh = u0._version
-            right = judged(judge, u0, ys, votes)[0]
-        if xs._version != as_given or u0._version != fresh:
-            raise ValueError(
-                f"{victim.name}: expected a victim that leaves its input as it is, found one that writes into it; let "
-                "it work on a copy, e.g. x.clone(), or Normalize(inplace=False)"
-            )
-        forwards += len(ys) * votes
-        rows = right.nonzero().squeeze(1)
-        best, held = u0, right.clone()
-        if len(rows):
-            p = Problem(
-                f, u0.index_select(axis, rows), ys[rows], threat,
-                drop=drop, eot=eot, grid=grid, guides=guides, codebook=codebook,
-            )  # fmt: skip
-            fn(p, Streams(seed, [places[i + r] for r in rows.tolist()]), **knobs)
-            if bool(p.left):
-                raise ValueError(f"{_name(fn)} left the perturbation set ({threat}); project before asking for a loss")
-            point = threat.snap(p.best, p.u0) if grid else p.best
-            with torch.no_grad():
-                _, m = judged(judge, point, ys[rows], votes)
-            held[rows] = ~(m > 0)
-            best = u0.index_copy(axis, rows, point)
-            tied += [i + r for r in rows[m == 0].tolist()]
-            silent += int(((m > 0) & ~(p.last_margin > 0)).sum())
-            forwards += p.forwards + len(rows) * votes
-            backwards += p.backwards
-            dead += int(p.dead.sum())
-            nonfinite += int(p.nonfinite.sum())
-            zero += _read(p.zero_share)
-            traces.append(_read(p.trace))
-        clean.append(right.cpu())
-        robust.append(held.cpu())
-        if keep:
-            points.append(best.cpu())
-        if say is not None:
-            say(min(i + batch, len(y)), len(y))
+        some = slice(i, i + batch)
+        played.append(match.play(x[some].clone(), y[some].long(), places[some], keep=keep))
+    if say is not None:
+        say(len(y), len(y))
+    starts = range(0, len(y), batch)
+    zero = [part for p in played for part in p.zero]
     return Run(
         attack=_name(fn),
         knobs=knobs,
@@ -149,26 +101,113 @@ def attack(
         mode=victim.mode,
         data=data,
         seed=seed,
-        clean=tuple(torch.cat(clean).tolist()),
-        robust=tuple(torch.cat(robust).tolist()),
-        ties=len(tied),
-        forwards=forwards,
-        backwards=backwards,
+        clean=tuple(flag for p in played for flag in p.right),
+        robust=tuple(flag for p in played for flag in p.held),
+        ties=sum(len(p.tied) for p in played),
+        forwards=sum(p.forwards for p in played),
+        backwards=sum(p.backwards for p in played),
         zero_gradient=_mean(zero) if zero else None,
-        dead_examples=dead,
-        nonfinite=nonfinite,
-        trace=mean_trace(traces),
+        dead_examples=sum(p.dead for p in played),
+        nonfinite=sum(p.nonfinite for p in played),
+        trace=mean_trace([p.trace for p in played]),
         seconds=time.perf_counter() - started,
         note=f"random victim: mean of {eot} gradients a step, points judged by the majority of {votes} fresh draws"
         if victim.random
         else "",
         indices=None if indices is None else tuple(places),
-        silent=silent,
+        silent=sum(p.silent for p in played),
         eot=eot,
         votes=votes,
-        tied=tuple(tied),
-        adversarial=torch.cat(points, axis) if keep else None,
+        tied=tuple(i + row for i, p in zip(starts, played, strict=True) for row in p.tied),
+        adversarial=torch.cat([p.points for p in played if p.points is not None], threat.axis) if keep else None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Played:
+    """What one batch came to: flags and numbers of its images, `tied` by their rows in it."""
+
+    right: list[bool]
+    held: list[bool]
+    points: Tensor | None
+    tied: list[int] = field(default_factory=list)
+    silent: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    dead: int = 0
+    nonfinite: int = 0
+    zero: list[tuple[float, int]] = field(default_factory=list)
+    trace: list[tuple[float, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Match:
+    """An attack against a victim: all that stays the same from batch to batch."""
+
+    fn: Attack
+    knobs: Mapping[str, Any]
+    victim: Victim
+    threat: Threat
+    guides: Sequence[Guide]
+    codebook: Tensor | None
+    grid: bool
+    drop: bool
+    eot: int
+    votes: int
+    seed: int
+    f: Callable[[Tensor], Tensor]
+    judge: Callable[[Tensor], Tensor]
+
+    def play(self, x: Tensor, y: Tensor, places: Sequence[int], *, keep: bool) -> _Played:
+        """Attack the images of one batch that are right, judge the best point of each."""
+        u0, right = self._clean(x, y)
+        rows, axis = right.nonzero().squeeze(1), self.threat.axis
+        looked = len(y) * self.votes
+        if len(rows) == 0:
+            return _Played(
+                right=right.tolist(), held=right.tolist(), points=u0.cpu() if keep else None, forwards=looked
+            )
+        p = Problem(
+            self.f, u0.index_select(axis, rows), y[rows], self.threat,
+            drop=self.drop, eot=self.eot, grid=self.grid, guides=self.guides, codebook=self.codebook,
+        )  # fmt: skip
+        self.fn(p, Streams(self.seed, [places[r] for r in rows.tolist()]), **self.knobs)
+        if bool(p.left):
+            raise ValueError(
+                f"{_name(self.fn)} left the perturbation set ({self.threat}); project before asking for a loss"
+            )
+        point = self.threat.snap(p.best, p.u0) if self.grid else p.best
+        with torch.no_grad():
+            _, m = judged(self.judge, point, y[rows], self.votes)
+        held = right.clone()
+        held[rows] = ~(m > 0)
+        return _Played(
+            right=right.tolist(),
+            held=held.tolist(),
+            points=u0.index_copy(axis, rows, point).cpu() if keep else None,
+            tied=rows[m == 0].tolist(),
+            silent=int(((m > 0) & ~(p.last_margin > 0)).sum()),
+            forwards=looked + p.forwards + len(rows) * self.votes,
+            backwards=p.backwards,
+            dead=int(p.dead.sum()),
+            nonfinite=int(p.nonfinite.sum()),
+            zero=_read(p.zero_share),
+            trace=_read(p.trace),
+        )
+
+    def _clean(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor that is attacked, and which of it is right; ValueError for a victim that writes into its input."""
+        with torch.no_grad():
+            as_given = x._version
+            u0 = clean_point(self.victim, self.threat, x)
+            fresh = u0._version
+            right = judged(self.judge, u0, y, self.votes)[0]
+        if x._version != as_given or u0._version != fresh:
+            raise ValueError(
+                f"{self.victim.name}: expected a victim that leaves its input as it is, found one that writes into it; "
+                "let it work on a copy, e.g. x.clone(), or Normalize(inplace=False)"
+            )
+        return u0, right
 
 
 def clean_point(victim: Victim, threat: Threat, x: Tensor) -> Tensor:
@@ -188,6 +227,40 @@ def clean_point(victim: Victim, threat: Threat, x: Tensor) -> Tensor:
             f"{threat.norm.capitalize()}(..., box=(lo, hi))"
         )
     return u0
+
+
+def _settled(fn: Attack, given: Mapping[str, Any], threat: Threat) -> dict[str, Any]:
+    """The settings of an attack, the defaults of those not given among them; ValueError for what it cannot take."""
+    knobs = settings(fn) | {k: _number(v) for k, v in given.items()}
+    try:
+        inspect.signature(fn).bind(None, None, **knobs)
+    except TypeError as error:
+        raise ValueError(f"{_name(fn)}: {error}; expected settings {', '.join(settings(fn)) or 'none'}") from None
+    if getattr(fn, "__module__", "").startswith("sparsetrail."):  # somebody's own attack knows its settings itself
+        check_settings(_name(fn), knobs, still=threat.eps == 0)
+    return knobs
+
+
+def _refuse_counts(n: int, *, seed: int, indices: Sequence[int] | None, **counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {count!r}")
+    if indices is not None and len(indices) != n:
+        raise ValueError(f"indices: expected one an image ({n}), got {len(indices)}")
+    for name, keys in (("indices", indices or ()), ("seed", (seed,))):
+        if wrong := [k for k in keys if isinstance(k, bool) or not isinstance(k, numbers.Integral)]:
+            raise ValueError(f"{name}: expected whole numbers, by which random streams are keyed, got {wrong[0]!r}")
+
+
+def _refuse_guide(victim: Victim, threat: Threat, route: Any, guide: Victim | None) -> None:
+    if guide is None:
+        return
+    if route is not None:
+        raise ValueError("expected a route or a guide, got both; rewire the guide itself: guide.by(route)")
+    if guide.classes != victim.classes:
+        raise ValueError(f"guide {guide.name}: expected {victim.classes} classes as the victim's, got {guide.classes}")
+    if threat.space == "encoded" and guide.steps != victim.steps:
+        raise ValueError(f"guide {guide.name}: expected {victim.steps} steps in encoded space, got {guide.steps}")
 
 
 def _guides(

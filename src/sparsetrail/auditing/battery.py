@@ -38,11 +38,18 @@ class Stage:
 
 
 def battery(
-    victim: Victim, threat: Threat, budget: Budget = "standard", *, guides: Sequence[Victim] = (), gradient: bool = True
+    victim: Victim,
+    threat: Threat,
+    budget: Budget = "standard",
+    *,
+    guides: Sequence[Victim] = (),
+    gradient: bool = True,
+    code: bool = False,
 ) -> list[Stage]:
     """The attacks of an audit, the default one first, then cheap to expensive; only what the victim allows.
 
-    `gradient` says whether a gradient reaches the attacked tensor; without one, only attacks that need none are left.
+    `gradient` says whether a gradient reaches the attacked tensor. Without one, only attacks that need none are left,
+    and those by the codebook where `code` says that one reaches the code.
     """
     eps, much = threat.eps, {"quick": 0.2, "standard": 1.0, "thorough": 2.0}[budget]
     if threat.norm == "l0":
@@ -58,6 +65,10 @@ def battery(
         return max(2, int(count * much))
 
     linf, coded = threat.norm == "linf", victim.codebook is not None and threat.space == "pixel"
+    by_code = [
+        _stage("codebook", "code", steps=n(20)),
+        _stage("codebook", "code", steps=n(40), loss="margin", restarts=3),
+    ]
     stages: list[Stage] = []
     if gradient:
         # the paper's PGD-7 of step 0.01 at 8/255, scaled to the radius
@@ -68,8 +79,7 @@ def battery(
         if code == "pgd":
             best |= {"step": eps / 4, "loss": "margin"}
         if coded and linf:
-            stages.append(_stage("codebook", "code", steps=n(20)))
-            stages.append(_stage("codebook", "code", steps=n(40), loss="margin", restarts=3))
+            stages += by_code
         stages.append(_stage("pgd", "gradient", steps=n(40), step=eps / 8, loss="margin"))
         rewired = victim.rewire is not None
         if coded and rewired:
@@ -101,6 +111,8 @@ def battery(
             stages.append(_stage("codebook", "transfer", guide=guide, steps=n(20)))
         stages.append(_stage("pgd", "transfer", guide=guide, **knobs))
     stages.append(_stage("square", "black box", queries={"quick": 200, "standard": 1000, "thorough": 5000}[budget]))
+    if code and not gradient and coded and linf:
+        stages += by_code
     if not gradient or not linf:
         stages.append(_stage("spsa", "black box", steps=n(20)))
     if not gradient or budget == "thorough":  # scores that stop the gradient may tell a class and nothing else

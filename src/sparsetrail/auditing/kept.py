@@ -79,7 +79,11 @@ def _budget(found: Audit, victim: Victim, standing: bool) -> str:
             return f"expected {claim[1] if claim else 'no'} claim as in its command, found {here or 'none'}"
     ran = [r.attack for r in found.runs if ", from " not in r.attack]  # transfer: whose, a kept audit need not know
     reaches = not any(f.id == "G3" and f.level == "fail" for f in found.findings)
-    labels = {b: [s.label for s in battery(victim, found.threat, cast(Budget, b), gradient=reaches)] for b in SAMPLE}
+    code = any(r.attack.startswith("codebook") for r in found.runs)
+    labels = {
+        b: [s.label for s in battery(victim, found.threat, cast(Budget, b), gradient=reaches, code=code)]
+        for b in SAMPLE
+    }
     fits = [b for b, names in labels.items() if ran == names[: len(ran)]]
     if fits and found.budget not in fits:
         return f"expected runs of the {found.budget} battery, found those of the {fits[0]} one"

@@ -88,7 +88,8 @@ def attack(
     knobs = {k: v for k, v in given.items() if v is not None} | chosen(
         name, settings(ATTACKS[name]) if name in ATTACKS else {}, sets or []
     )
-    threat = _threat(name, eps, space, norm, knobs, transfer) if compat is None else None
+    gradients = {"--transfer": transfer, "--route": route, "--encoder-gradient": encoder_gradient}
+    threat = _threat(name, eps, space, norm, knobs, gradients) if compat is None else None
     asked = (eps, space, encoder_gradient, batch, seed, route, transfer, sets)
     if compat is not None and (knobs or precision != "fp32" or eot is not None or any(a is not None for a in asked)):
         raise ValueError(
@@ -128,7 +129,7 @@ def attack(
 
 
 def _threat(
-    name: str, eps: float | None, space: Space | None, norm: Norm, knobs: dict[str, Any], transfer: str | None
+    name: str, eps: float | None, space: Space | None, norm: Norm, knobs: dict[str, Any], gradients: dict[str, Any]
 ) -> Threat:
     if eps is None or space is None:
         raise ValueError("attack: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default")
@@ -143,8 +144,8 @@ def _threat(
     check_settings(name, knobs)
     if name in FLIPS and norm != "l0":
         raise ValueError(f"--name {name}: expected --norm l0, got {norm}; its radius is a number of entries to flip")
-    if transfer is not None and name in BY_SCORES:
-        raise ValueError(f"--transfer: {name} asks for scores alone and follows no gradient; leave it out")
+    if name in BY_SCORES and (given := [flag for flag, value in gradients.items() if value is not None]):
+        raise ValueError(f"{given[0]}: {name} asks for scores alone and follows no gradient; leave it out")
     return Threat(eps, space=space, norm=norm)
 
 

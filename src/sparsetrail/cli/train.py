@@ -132,7 +132,7 @@ def train(
                 )
             elif event["event"] == "epoch":
                 score = "" if event["validation"] is None else f", validation {event['validation']:.1%}"
-                screen.say(f"epoch {event['epoch'] + 1}/{epochs}: last loss {event['loss']:.3f}{score}")
+                screen.say(f"epoch {event['epoch'] + 1}/{epochs}: mean loss {event['loss']:.3f}{score}")
             elif event["event"] == "resumed":
                 other = f" ({event['differs']}: not to the bit)" if "differs" in event else ""
                 screen.say(f"continuing at epoch {event['epoch'] + 1}, step {event['step']}{other}")

@@ -15,7 +15,6 @@ from sparsetrail._files import write_atomic
 from sparsetrail.core import Audit, Report
 from sparsetrail.report import (
     ablation_tables,
-    audit_charts,
     audits,
     card,
     charts,
@@ -238,7 +237,7 @@ def _charts(report: Report) -> dict[str, charts.Spec]:
     """All charts of the page by the id of their place."""
     out = {
         name: charts.stamped(spec, report, [report.audits[int(name.split("-")[1])]])  # audit-0-fall
-        for name, spec in audit_charts.drawn(report.audits).items()
+        for name, spec in charts.audit_specs(report.audits).items()
     }
     if points := design_tables.tradeoff(report):  # of a sweep, a panel or a bar each would be too many to read
         return out | {"tradeoff": charts.stamped(charts.tradeoff_spec(points), report, report.runs)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsetrail._files import write_atomic
-from sparsetrail.report.charts import Spec, _spec, config
+from sparsetrail.report.charts.look import Spec, config, plain
 from sparsetrail.report.io import _csv, pack
 from sparsetrail.report.labels import value
 from sparsetrail.report.page import _cell, _flat, _prose
@@ -214,7 +214,7 @@ def draw(plot: Plot) -> Spec:
     import altair as alt
 
     chart = DRAWN[plot.kind](alt, plot.values, plot.marks)
-    return _spec(chart.properties(title=alt.TitleParams(plot.title, subtitle=plot.stamp)))
+    return plain(chart.properties(title=alt.TitleParams(plot.title, subtitle=plot.stamp)))
 
 
 Values = Sequence[Mapping[str, Any]]

@@ -13,7 +13,6 @@ from sparsetrail.training.spec import TrainingFailed as TrainingFailed
 from sparsetrail.training.spec import TrainingStopped as TrainingStopped
 from sparsetrail.training.spec import TrainSpec as TrainSpec
 from sparsetrail.training.step import Optimizer as Optimizer
+from sparsetrail.training.step import Step as Step
 from sparsetrail.training.step import accuracy as accuracy
-from sparsetrail.training.step import recorder as recorder
 from sparsetrail.training.step import scores as scores
-from sparsetrail.training.step import update as update

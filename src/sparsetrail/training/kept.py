@@ -36,7 +36,9 @@ class Progress:
     best: float = -math.inf
     best_epoch: int = -1
     seconds: float = 0.0
-    loss: float = 0.0
+    loss: float = 0.0  # of the last step
+    losses: float = 0.0  # of the epoch so far, their sum
+    summed: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     machines: list[dict[str, Any]] = field(default_factory=list)  # what it ran on, each once
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsetrail._files import alone, write_atomic
 from sparsetrail._shapes import Float
+from sparsetrail.core import Rate
 from sparsetrail.data import Dataset, cutout, flip, pixels, split_validation
 from sparsetrail.data import crop as random_crop
 from sparsetrail.models import Trained, load_model, net_spec_from
@@ -35,7 +36,7 @@ from sparsetrail.training.kept import (
     restore,
 )
 from sparsetrail.training.spec import Seams, TrainingFailed, TrainingStopped, TrainSpec
-from sparsetrail.training.step import Optimizer, accuracy, not_finite, recorder, update
+from sparsetrail.training.step import Optimizer, Step, accuracy, not_finite
 
 
 def train(
@@ -58,26 +59,17 @@ def train(
 
     `out` gets `model.safetensors` (best validation accuracy), `last.safetensors`, `state.safetensors` and its
     predecessor, `events.jsonl`. Every `checkpoint_seconds` and at every epoch's end the state is written. `say`
-    receives the events as they happen, `stop` is asked after every step, on a GPU at
-    least after every 20. A folder that holds another experiment is refused. Raises TrainingStopped and TrainingFailed.
+    receives the events as they happen, `stop` is asked after every step, on a GPU at least after every 20. A folder
+    that holds another experiment is refused. Raises TrainingStopped and TrainingFailed.
     """
     seams, device = seams or Seams(), torch.device(device)
-    if spec.precision == "tf32" and device.type != "cuda":
-        raise ValueError(f"precision: tf32 is for products on a GPU, found {device}; take fp32 or bf16")
-    if not seams.name and (seams.inputs or seams.penalty or seams.after_step or seams.periods > 1):
-        raise ValueError("seams: expected a name, by which a resumed run and the card know the defence; give name")
+    _refuse(spec, seams, device)
     identity = identity_of(net_spec, encode, data, spec, seams, start)
     _check_fit(net_spec, encode, data, spec)
     if seams.check is not None:
         seams.check(net_spec, encode, spec)
-    if start is not None and asdict(net_spec_from(start.card["net"])) != asdict(net_spec):
-        raise ValueError(f"start: expected a model of the network asked for, found another in {start.path}")
-    if start is not None:  # the card names the file
-        held, now = load_weights(start.path)[0], start.net.state_dict()
-        if any(not torch.equal(now[k].cpu(), v.to(now[k].dtype)) for k, v in held.items()):
-            raise ValueError(
-                f"start: expected the weights of {start.path}, found others; save them as a model of their own"
-            )
+    if start is not None:
+        _check_start(start, net_spec)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     gpu = device.type == "cuda"
@@ -85,102 +77,176 @@ def train(
         check_folder(out, identity)
         for left in out.glob(".*.part"):  # by a writer that was killed
             left.unlink()
-        held_in, held_out = split_validation(data, spec.validation, spec.seed) if spec.validation else (data, None)
+        loop = _Loop(net_spec, encode, data, spec, out, seams, start, device, identity, checkpoint_seconds, stop)
+        if loop.done.epoch < spec.epochs or not (out / "last.safetensors").exists():
+            loop.run(say)
+        return load_model(out)
+
+
+class _Loop:
+    """A training between two of its steps: network, optimiser, how far it got, and what is due next."""
+
+    log: Log
+
+    def __init__(
+        self,
+        net_spec: NetSpec,
+        encode: Encoder,
+        data: Dataset,
+        spec: TrainSpec,
+        out: Path,
+        seams: Seams,
+        start: Trained | None,
+        device: torch.device,
+        identity: dict[str, Any],
+        checkpoint_seconds: float,
+        stop: Callable[[], bool] | None,
+    ) -> None:
+        self.encode, self.spec, self.out, self.device = encode, spec, out, device
+        self.identity, self.checkpoint_seconds, self.stop = identity, checkpoint_seconds, stop
+        held_in, self.held_out = split_validation(data, spec.validation, spec.seed) if spec.validation else (data, None)
         if len(held_in.labels) < spec.batch:
             raise ValueError(f"batch: expected at most the {len(held_in.labels)} training images, got {spec.batch}")
-        images, labels = held_in.images.to(device), held_in.labels.to(device)
-
-        net = build(net_spec, seed=spec.seed).to(device)
+        self.images, self.labels = held_in.images.to(device), held_in.labels.to(device)
+        self.net = build(net_spec, seed=spec.seed).to(device)
         if start is not None:
-            net.load_state_dict(start.net.state_dict())
-        optimizer = Optimizer(net, spec)
-        done = Progress()
-        resumed = restore(out, identity, net, optimizer, done)
-        steps_per_epoch = len(labels) // spec.batch
-        total = steps_per_epoch * spec.epochs
-        share_memory(net)
+            self.net.load_state_dict(start.net.state_dict())
+        self.optimizer = Optimizer(self.net, spec)
+        self.done = Progress()
+        self.resumed = restore(out, identity, self.net, self.optimizer, self.done)
+        self.steps = len(self.labels) // spec.batch  # an epoch
+        self.total = self.steps * spec.epochs
+        share_memory(self.net)
         if spec.precision == "bf16" and device.type == "cpu" and has_bf16():
-            halve(net)
-        recorded = recorder(net, encode, optimizer, spec, seams) if gpu else None
-        if done.epoch >= spec.epochs and (out / "last.safetensors").exists():
-            return load_model(out)
-        log = Log(out / "events.jsonl", say)
-        machine = machine_of(device)
+            halve(self.net)
+        self.update = Step(self.net, self.optimizer, spec, seams)
+        self.recorded = self.update.record(encode) if device.type == "cuda" else None
+        self.started = self.saved = time.monotonic()
+        self.before = self.done.seconds
+
+    def run(self, say: Say | None) -> None:
+        """Train on from where it stands, to the end; what lies on disk is then whole."""
+        self.log, done = Log(self.out / "events.jsonl", say), self.done
+        try:
+            self._begin()
+            for epoch in range(done.epoch, self.spec.epochs):
+                self._epoch(epoch)
+                self._end(epoch)
+            self._keep("last.safetensors", self._validation())
+            self.log("done", epoch=self.spec.epochs, step=self.total, of=self.total, seconds=round(done.seconds, 2))
+        finally:
+            self.log.close()
+
+    def _begin(self) -> None:
+        done, machine = self.done, machine_of(self.device)
         differs = differs_from(done.machines[-1], machine) if done.machines else ""
         done.machines = [m for m in done.machines if m != machine] + [machine]
         more: dict[str, Any] = machine | ({"differs": differs} if differs else {})
-        log("resumed" if resumed else "started", epoch=done.epoch, step=done.step, of=total, **more)
-        started, saved, before = time.monotonic(), time.monotonic(), done.seconds
+        event = "resumed" if self.resumed else "started"
+        self.log(event, epoch=done.epoch, step=done.step, of=self.total, **more)
 
-        def save_state() -> None:
-            done.seconds = before + time.monotonic() - started
-            keep_state(out, identity, net, optimizer, done)
+    def _epoch(self, epoch: int) -> None:
+        """The steps that an epoch has left."""
+        done, steps, size = self.done, self.steps, self.spec.batch
+        order = torch.randperm(len(self.labels), generator=_keyed(self.spec.seed, epoch)).to(self.device)
+        batches = order[: steps * size].view(steps, size)
+        self.net.train()
+        for i in range(done.step, steps):
+            now = epoch * steps + i
+            losses = self._step(epoch, i, batches[i])
+            for j, loss in enumerate(losses, i + 1 - len(losses)):
+                if not math.isfinite(loss):
+                    raise self._failure(epoch, j, batches[j], loss)
+                done.step, done.loss, step = j + 1, loss, epoch * steps + j + 1
+                done.losses, done.summed = done.losses + loss, done.summed + 1
+                self.log("step", epoch=epoch, step=step, of=self.total, loss=loss, keep=step % 20 == 0)
+            if not losses:
+                continue
+            stopping = self.stop is not None and self.stop()
+            due = time.monotonic() - self.saved > self.checkpoint_seconds
+            # statistics may overflow where no loss and no gradient does
+            if (stopping or due or i + 1 == steps) and not _finite(self.net):
+                raise self._failure(epoch, i, batches[i], done.loss)
+            if stopping or due:
+                self._save()
+            if stopping:
+                self.log("stopped", epoch=epoch, step=now + 1, of=self.total)
+                raise TrainingStopped(f"stopped at step {now + 1}/{self.total}; the same command continues")
 
-        def pixels_of(epoch: int, i: int, rows: Tensor) -> tuple[Tensor, torch.Generator]:
-            generator = _keyed(spec.seed, epoch, i)
-            return _augment(images[rows], spec, generator), generator
+    def _step(self, epoch: int, i: int, rows: Tensor) -> list[float]:
+        """One update; the losses it told: its own, on a GPU none or those of the steps before it too."""
+        generator = _keyed(self.spec.seed, epoch, i)
+        x = _augment(self.images[rows], self.spec, generator)
+        self.optimizer.set_rate(epoch * self.steps + i, self.total)
+        encode = _drawn(self.encode, self.spec.seed, epoch, i)
+        value = self.update(encode, x, self.labels[rows], generator)
+        if value is not None or self.recorded is None:
+            return [math.nan if value is None else value]
+        if not self.recorded.full and i + 1 < self.steps:  # under way: a GPU is not waited for at every step
+            return []
+        return [not_finite(*told) for told in self.recorded.told()]
 
-        try:
-            for epoch in range(done.epoch, spec.epochs):
-                order = torch.randperm(len(labels), generator=_keyed(spec.seed, epoch)).to(device)
-                net.train()
-                for i in range(done.step, steps_per_epoch):
-                    now = epoch * steps_per_epoch + i
-                    rows = order[i * spec.batch : (i + 1) * spec.batch]
-                    x, generator = pixels_of(epoch, i, rows)
-                    optimizer.set_rate(now, total)
-                    now_encode = _drawn(encode, spec.seed, epoch, i)
-                    value = update(net, now_encode, optimizer, spec, seams, x, labels[rows], generator, recorded)
-                    if value is None and recorded is not None:  # under way: a GPU is not waited for at every step
-                        if not recorded.full and i + 1 < steps_per_epoch:
-                            continue
-                        losses = [not_finite(*told) for told in recorded.told()]
-                    else:
-                        losses = [math.nan if value is None else value]
-                    for j, loss in enumerate(losses, i + 1 - len(losses)):
-                        if not math.isfinite(loss):
-                            x, _ = pixels_of(epoch, j, order[j * spec.batch : (j + 1) * spec.batch])
-                            raise _failure(out, log, net, encode, x, epoch, j, optimizer.rate, loss)
-                        done.step, done.loss, step = j + 1, loss, epoch * steps_per_epoch + j + 1
-                        log("step", epoch=epoch, step=step, of=total, loss=loss, keep=step % 20 == 0)
-                    stopping, due = stop is not None and stop(), time.monotonic() - saved > checkpoint_seconds
-                    # statistics may overflow where no loss and no gradient does
-                    if (stopping or due or i + 1 == steps_per_epoch) and not _finite(net):
-                        raise _failure(out, log, net, encode, x, epoch, i, optimizer.rate, done.loss)
-                    if stopping:
-                        save_state()
-                        log("stopped", epoch=epoch, step=now + 1, of=total)
-                        raise TrainingStopped(f"stopped at step {now + 1}/{total}; the same command continues")
-                    if due:
-                        save_state()
-                        saved = time.monotonic()
-                judge = _drawn(encode, spec.seed, -1)  # the same draws every epoch
-                score = accuracy(net, judge, held_out, device=device) if held_out is not None else None
-                value = score.value if score is not None else float(epoch)
-                done.epoch, done.step = epoch + 1, 0
-                done.history.append(
-                    {"epoch": epoch, "loss": done.loss, "validation": None if score is None else score.value}
-                )
-                if value > done.best:
-                    done.best, done.best_epoch = value, epoch
-                    keep_model(out / "model.safetensors", identity, net, done, score, device)
-                save_state()
-                saved = time.monotonic()
-                log(
-                    "epoch",
-                    epoch=epoch,
-                    loss=done.loss,
-                    validation=None if score is None else score.value,
-                    best_epoch=done.best_epoch,
-                    seconds=round(done.seconds, 2),
-                )
-            judge = _drawn(encode, spec.seed, -1)
-            score = accuracy(net, judge, held_out, device=device) if held_out is not None else None
-            keep_model(out / "last.safetensors", identity, net, done, score, device)
-            log("done", epoch=spec.epochs, step=total, of=total, seconds=round(done.seconds, 2))
-        finally:
-            log.close()
-        return load_model(out)
+    def _end(self, epoch: int) -> None:
+        """Validate, keep the best model and the state."""
+        done, score = self.done, self._validation()
+        validation, loss = None if score is None else score.value, done.losses / max(1, done.summed)
+        done.epoch, done.step, done.losses, done.summed = epoch + 1, 0, 0.0, 0
+        done.history.append({"epoch": epoch, "loss": loss, "validation": validation})
+        value = float(epoch) if validation is None else validation
+        if value > done.best:
+            done.best, done.best_epoch = value, epoch
+            self._keep("model.safetensors", score)
+        self._save()
+        seconds = round(done.seconds, 2)
+        self.log("epoch", epoch=epoch, loss=loss, validation=validation, best_epoch=done.best_epoch, seconds=seconds)
+
+    def _validation(self) -> Rate | None:
+        if self.held_out is None:
+            return None
+        judge = _drawn(self.encode, self.spec.seed, -1)  # the same draws every epoch
+        return accuracy(self.net, judge, self.held_out, device=self.device)
+
+    def _keep(self, name: str, score: Rate | None) -> None:
+        keep_model(self.out / name, self.identity, self.net, self.done, score, self.device)
+
+    def _save(self) -> None:
+        self.done.seconds = self.before + time.monotonic() - self.started
+        keep_state(self.out, self.identity, self.net, self.optimizer, self.done)
+        self.saved = time.monotonic()
+
+    def _failure(self, epoch: int, step: int, rows: Tensor, loss: float) -> TrainingFailed:
+        """Write `failure.json`: where, and the first module whose output is not finite."""
+        x = _augment(self.images[rows], self.spec, _keyed(self.spec.seed, epoch, step))
+        first, out = first_nonfinite(self.net, self.encode(x)), self.out
+        kept = any((out / name).exists() for name in ("state.safetensors", "state.previous.safetensors"))
+        found = {
+            "epoch": epoch, "step": step, "lr": self.optimizer.rate, "loss": str(loss), "first_nonfinite": first
+        }  # fmt: skip
+        write_atomic(out / "failure.json", json.dumps(found, indent=1).encode())
+        self.log("failed", **found)
+        what = "weights or statistics not finite" if math.isfinite(loss) else f"loss or gradient {loss}"
+        return TrainingFailed(
+            f"{what} at epoch {epoch}, step {step} (first not finite: {first or 'a gradient'}); lower lr or set clip; "
+            f"see {out / 'failure.json'}" + ("; the last good checkpoint is kept" if kept else "")
+        )
+
+
+def _refuse(spec: TrainSpec, seams: Seams, device: torch.device) -> None:
+    if spec.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision: tf32 is for products on a GPU, found {device}; take fp32 or bf16")
+    if not seams.name and (seams.inputs or seams.penalty or seams.after_step or seams.periods > 1):
+        raise ValueError("seams: expected a name, by which a resumed run and the card know the defence; give name")
+
+
+def _check_start(start: Trained, net_spec: NetSpec) -> None:
+    """The card names the file of `start`, so the weights must be the file's."""
+    if asdict(net_spec_from(start.card["net"])) != asdict(net_spec):
+        raise ValueError(f"start: expected a model of the network asked for, found another in {start.path}")
+    held, now = load_weights(start.path)[0], start.net.state_dict()
+    if any(not torch.equal(now[k].cpu(), v.to(now[k].dtype)) for k, v in held.items()):
+        raise ValueError(
+            f"start: expected the weights of {start.path}, found others; save them as a model of their own"
+        )
 
 
 def _check_fit(net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec) -> None:
@@ -221,20 +287,6 @@ def _augment(images: Tensor, spec: TrainSpec, generator: torch.Generator) -> Flo
     if spec.cutout:
         images = cutout(images, spec.cutout, generator)
     return pixels(images)
-
-
-def _failure(out, log, net, encode, x, epoch: int, step: int, rate: float, loss: float) -> TrainingFailed:
-    """Write `failure.json`: where, and the first module whose output is not finite."""
-    first = first_nonfinite(net, encode(x))
-    kept = any((out / name).exists() for name in ("state.safetensors", "state.previous.safetensors"))
-    found = {"epoch": epoch, "step": step, "lr": rate, "loss": str(loss), "first_nonfinite": first}
-    write_atomic(out / "failure.json", json.dumps(found, indent=1).encode())
-    log("failed", **found)
-    what = "weights or statistics not finite" if math.isfinite(loss) else f"loss or gradient {loss}"
-    return TrainingFailed(
-        f"{what} at epoch {epoch}, step {step} (first not finite: {first or 'a gradient'}); lower lr or set clip; see "
-        f"{out / 'failure.json'}" + ("; the last good checkpoint is kept" if kept else "")
-    )
 
 
 def _finite(net: nn.Module) -> bool:

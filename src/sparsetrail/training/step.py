@@ -103,123 +103,106 @@ def _turns(parameter: Tensor, t: Tensor) -> bool:
     return last and t.ndim == 4 and not parameter.is_contiguous()
 
 
-def update(
-    net: nn.Module,
-    encode: Encoder,
-    optimizer: Optimizer,
-    spec: TrainSpec,
-    seams: Seams,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
-    generator: torch.Generator,
-    recorded: Update | None = None,
-) -> float | None:
-    """One update on one batch, or one a period; returns the (last) loss, or what else was not finite.
+class Step:
+    """Updates of the weights, one a call: by the reference loop, or as a CUDA graph after `record`.
 
-    `recorded` does it by a CUDA graph; None then says that the step is under way and `recorded` will tell.
+    `seams` are a defence. `recorded` is the graph, None where there is none.
     """
-    for m in net.modules():
-        if isinstance(m, Draws):
-            m.generator = generator
-    if seams.periods == 1:
-        return _one_update(net, encode, optimizer, spec, seams, x, y, generator, recorded)
-    part, value = encode.over(encode.steps // seams.periods), 0.0
-    with running_for(net, part.steps), carrying({} if seams.carry else None):
-        for _ in range(seams.periods):
-            value = _one_update(net, part, optimizer, spec, seams, x, y, generator, None)
-            if value is None or not math.isfinite(value):
-                break
-    return value
 
+    def __init__(self, net: nn.Module, optimizer: Optimizer, spec: TrainSpec, seams: Seams | None = None) -> None:
+        self.net, self.optimizer, self.spec, self.seams = net, optimizer, spec, seams or Seams()
+        self.recorded: Update | None = None
 
-def _one_update(
-    net: nn.Module,
-    encode: Encoder,
-    optimizer: Optimizer,
-    spec: TrainSpec,
-    seams: Seams,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
-    generator: torch.Generator,
-    recorded: Update | None,
-) -> float | None:
-    if seams.inputs is not None:
-        x = seams.inputs(net, encode, x, y, generator)
-    net.train()
-    if recorded is not None and recorded(x, y):
-        _settle(net, seams, generator)
-        return None
-    net.zero_grad(set_to_none=True)
-    if seams.penalty is not None:
-        x = x.detach().requires_grad_()
-    half = spec.precision == "bf16" and not (x.device.type == "cpu" and has_bf16())  # else the engine sees to it
-    with torch.autocast(x.device.type, torch.bfloat16) if half else contextlib.nullcontext():
-        z = scores(net, encode, x)
-        z = z.float() if half else z
-        loss = F.cross_entropy(z, y)
-        if seams.penalty is not None:
-            loss = loss + seams.penalty(net, encode, x, y, z, generator)
-    value = float(loss.detach())
-    if not math.isfinite(value):
+    def __call__(
+        self, encode: Encoder, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], generator: torch.Generator
+    ) -> float | None:
+        """One update on one batch, or one a period; returns the (last) loss, or what else was not finite.
+
+        None says that the graph is under way and `recorded` will tell.
+        """
+        for m in self.net.modules():
+            if isinstance(m, Draws):
+                m.generator = generator
+        periods = self.seams.periods
+        if periods == 1:
+            return self._update(encode, x, y, generator)
+        part, value = encode.over(encode.steps // periods), 0.0
+        with running_for(self.net, part.steps), carrying({} if self.seams.carry else None):
+            for _ in range(periods):
+                value = self._update(part, x, y, generator)
+                if value is None or not math.isfinite(value):
+                    break
         return value
-    loss.backward()
-    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-    return _finish(net, optimizer, spec, seams, generator, value, float(norm))
 
+    def record(self, encode: Encoder) -> Update | None:
+        """Make a CUDA graph of it, where nothing changes from step to step but batch and rate; else None."""
+        net, spec = self.net, self.spec
+        drawn = encode.random or any(isinstance(m, Draws) for m in net.modules())
+        if drawn or self.seams.penalty is not None or self.seams.periods > 1:
+            return None
 
-def _finish(
-    net: nn.Module,
-    optimizer: Optimizer,
-    spec: TrainSpec,
-    seams: Seams,
-    generator: torch.Generator,
-    value: float,
-    norm: float,
-) -> float:
-    """Move the weights along their gradients unless loss or norm are not finite; the loss, or what was not finite."""
-    if not math.isfinite(value) or not math.isfinite(norm):
-        return not_finite(value, norm)
-    if spec.clip:
-        nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, torch.tensor(norm, dtype=optimizer.views[0].dtype))
-    optimizer.step()
-    _settle(net, seams, generator)
-    return value
+        def way(x: Tensor) -> Tensor:
+            half = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if spec.precision == "bf16" else None
+            with half or contextlib.nullcontext():
+                z = scores(net, encode, x)
+            return z if half is None else z.float()
+
+        def move(gradients: tuple[Tensor, ...], norm: Tensor, bad: Tensor) -> None:
+            for p, g in zip((p for p in net.parameters() if p.requires_grad), gradients, strict=True):
+                p.grad = g
+            if spec.clip:
+                nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, norm)
+            self.optimizer.step(unless=bad)
+
+        self.recorded = Update(net, way, move, tf32=spec.precision == "tf32")
+        return self.recorded
+
+    def _update(
+        self, encode: Encoder, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], generator: torch.Generator
+    ) -> float | None:
+        net, seams, spec = self.net, self.seams, self.spec
+        if seams.inputs is not None:
+            x = seams.inputs(net, encode, x, y, generator)
+        net.train()
+        if self.recorded is not None and self.recorded(x, y):
+            self._settle(generator)
+            return None
+        net.zero_grad(set_to_none=True)
+        if seams.penalty is not None:
+            x = x.detach().requires_grad_()
+        half = spec.precision == "bf16" and not (x.device.type == "cpu" and has_bf16())  # else the engine sees to it
+        with torch.autocast(x.device.type, torch.bfloat16) if half else contextlib.nullcontext():
+            z = scores(net, encode, x)
+            z = z.float() if half else z
+            loss = F.cross_entropy(z, y)
+            if seams.penalty is not None:
+                loss = loss + seams.penalty(net, encode, x, y, z, generator)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            return value
+        loss.backward()
+        norm = float(nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None]))
+        if not math.isfinite(norm):
+            return not_finite(value, norm)
+        if spec.clip:
+            told = torch.tensor(norm, dtype=self.optimizer.views[0].dtype)
+            nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, told)
+        self.optimizer.step()
+        self._settle(generator)
+        return value
+
+    def _settle(self, generator: torch.Generator) -> None:
+        """What is due to the weights after an update."""
+        for m in self.net.modules():
+            if isinstance(m, Neuron):
+                m.confine()
+        if self.seams.after_step is not None:
+            self.seams.after_step(self.net, generator)
 
 
 def not_finite(loss: float, norm: float) -> float:
     """The loss, or the gradient norm if only that is not finite: a NaN weight silences its neurons, the norm tells."""
     return norm if math.isfinite(loss) and not math.isfinite(norm) else loss
-
-
-def _settle(net: nn.Module, seams: Seams, generator: torch.Generator) -> None:
-    """What is due to the weights after a step."""
-    for m in net.modules():
-        if isinstance(m, Neuron):
-            m.confine()
-    if seams.after_step is not None:
-        seams.after_step(net, generator)
-
-
-def recorder(net: nn.Module, encode: Encoder, optimizer: Optimizer, spec: TrainSpec, seams: Seams) -> Update | None:
-    """The training step as a CUDA graph, where nothing in it changes from step to step but batch and rate."""
-    drawn = encode.random or any(isinstance(m, Draws) for m in net.modules())
-    if drawn or seams.penalty is not None or seams.periods > 1:
-        return None
-
-    def way(x: Tensor) -> Tensor:
-        half = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if spec.precision == "bf16" else None
-        with half or contextlib.nullcontext():
-            z = scores(net, encode, x)
-        return z if half is None else z.float()
-
-    def move(gradients: tuple[Tensor, ...], norm: Tensor, bad: Tensor) -> None:
-        for p, g in zip((p for p in net.parameters() if p.requires_grad), gradients, strict=True):
-            p.grad = g
-        if spec.clip:
-            nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, norm)
-        optimizer.step(unless=bad)
-
-    return Update(net, way, move, tf32=spec.precision == "tf32")
 
 
 def scores(net: nn.Module, encode: Encoder, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:

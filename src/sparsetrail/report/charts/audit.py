@@ -1,6 +1,6 @@
 """The charts of an audit: the fall, which attack broke which share, losses by step, accuracy by radius.
 
-Every chart is of one audit, so of one threat; colours come from the named styles of `charts.config`.
+Every chart is of one audit, so of one threat; colours come from the named styles of `look.config`.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsetrail.core import Audit, Rate, as_fraction
 from sparsetrail.report import audits as words
-from sparsetrail.report.charts import Spec, _finite, _spec
+from sparsetrail.report.charts.look import Spec, finite, plain
 from sparsetrail.report.tables import percent
 
 STYLES = {"good": "audit-good", "warn": "audit-warn", "bad": "audit-bad", "none": "audit-none"}
@@ -77,7 +77,7 @@ def fall_spec(audit: Audit) -> Spec:
         points.mark_text(style="audit-word", align="left", baseline="bottom", dx=7, dy=-4)
         .encode(x=x, y=y, text="text:N"),
     ]  # fmt: skip
-    return _spec(alt.layer(*layers).properties(width=92 * len(stages), height=190))
+    return plain(alt.layer(*layers).properties(width=92 * len(stages), height=190))
 
 
 def battery_spec(audit: Audit) -> Spec:
@@ -117,7 +117,7 @@ def battery_spec(audit: Audit) -> Spec:
         y=y, x=alt.X("low:Q", scale=scale), x2="high:Q", tooltip=hints
     )
     said = base.mark_text(style="audit-word", align="left").encode(y=y, x=alt.value(width + 12), text="said:N")
-    return _spec(alt.layer(left, broken, interval, said).properties(width=width, height=20 * len(rows)))
+    return plain(alt.layer(left, broken, interval, said).properties(width=width, height=20 * len(rows)))
 
 
 def loss_spec(audit: Audit) -> Spec | None:
@@ -158,7 +158,7 @@ def loss_spec(audit: Audit) -> Spec | None:
     if min(reach) < 0 < max(reach):
         zero = alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(style="audit-quiet", strokeDash=[2, 2])
         layers.insert(0, zero.encode(y=alt.Y("y:Q", scale=scale)))
-    return _spec(alt.layer(*layers).properties(width=390, height=210))
+    return plain(alt.layer(*layers).properties(width=390, height=210))
 
 
 def eps_spec(audit: Audit) -> Spec | None:
@@ -203,10 +203,10 @@ def eps_spec(audit: Audit) -> Spec | None:
             x=x, y=alt.Y("value:Q", scale=height, axis=alt.Axis(title="correct, %", tickCount=5)), tooltip=hints
         ),
     ]  # fmt: skip
-    return _spec(alt.layer(*layers).properties(width=390, height=210))
+    return plain(alt.layer(*layers).properties(width=390, height=210))
 
 
-def drawn(audits: Sequence[Audit]) -> dict[str, Spec]:
+def audit_specs(audits: Sequence[Audit]) -> dict[str, Spec]:
     """All charts of the audits by the id of their place."""
     out: dict[str, Spec] = {}
     for i, audit in enumerate(audits):
@@ -222,4 +222,4 @@ def drawn(audits: Sequence[Audit]) -> dict[str, Spec]:
 def _number(value: Any) -> float | None:
     """A number of free-form data; None for anything else, and for what is not finite."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return _finite(float(value)) if plain else None
+    return finite(float(value)) if plain else None
