@@ -74,9 +74,9 @@ def battery(
         # the paper's PGD-7 of step 0.01 at 8/255, scaled to the radius
         stages.append(_stage("pgd", "default", steps=7, step=PACE * eps))
         stages.append(_stage("fgsm", "gradient"))
-        code = "codebook" if coded and linf else "pgd"
+        attack = "codebook" if coded and linf else "pgd"
         best: dict[str, Any] = {"steps": n(20)}
-        if code == "pgd":
+        if attack == "pgd":
             best |= {"step": eps / 4, "loss": "margin"}
         if coded and linf:
             stages += by_code
@@ -89,9 +89,9 @@ def battery(
             stages.append(_stage("sapgd", "route", Route(neuron="assg", encoder=secant), steps=n(100)))
             surrogates = ENSEMBLE if budget == "thorough" else SHAPES
             for name in dict.fromkeys(("assg", "hart", "rga", "bptr", "pdsg", "own+reset", "own+detach", *surrogates)):
-                stages.append(_stage(code, "route", Route(neuron=name), **best))
+                stages.append(_stage(attack, "route", Route(neuron=name), **best))
             both = (Route(), Route(neuron="hart"))
-            stages.append(_stage(code, "route", *both, **best))
+            stages.append(_stage(attack, "route", *both, **best))
             if budget != "quick":  # other starts, and the margin: what one run of it on cross-entropy leaves
                 again = {"steps": n(100), "loss": "margin", "restarts": 3}
                 stages.append(_stage("sapgd", "route", Route(neuron="assg", encoder=secant), **again))
