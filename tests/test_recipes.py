@@ -14,13 +14,15 @@ from sparsetrail.cli import attacks, main
 from sparsetrail.core import L2, Audit, Linf, Rate, Report, Run
 from sparsetrail.models import compact, load_model
 from sparsetrail.recipes import audits, measure, paper, systems
+from sparsetrail.recipes.notes import caveats
 from sparsetrail.recipes.quick import QuickSpec, quick
+from sparsetrail.recipes.rows import net_spec
 from sparsetrail.report import claims, load, table, text_tables, write
 from sparsetrail.report.comparison import comparisons
 from sparsetrail.report.seeds import spread
 from sparsetrail.report.tables import accuracy
 from sparsetrail.snn.encode import phase
-from sparsetrail.snn.net import NetSpec
+from sparsetrail.snn.net import RESNETS, NetSpec
 from sparsetrail.training import TrainSpec
 
 TINY = QuickSpec(images=96, epochs=1, width=0.125, steps=3, batch=16, attacked=12, traced=6)
@@ -398,7 +400,7 @@ def refuse_training(real):
 
 def test_rows_of_the_paper():
     every = claims("table1")
-    rows = paper.rows_of("table1", every, paper.RESNETS, ("cifar100",))
+    rows = paper.rows_of("table1", every, RESNETS, ("cifar100",))
     assert [r.arch for r in rows] == [f"{f}_resnet{d}" for f in ("sew", "spiking") for d in (18, 34, 50)]
     assert {r.pool for r in rows} == {"max"}
     everything = [r.arch for r in paper.rows_of("table2", claims("table2"), paper.ROWS, ("cifar10",))]
@@ -410,8 +412,8 @@ def test_rows_of_the_paper():
     for figure in ("table3", "threats"):
         rows = paper.rows_of(figure, claims("table3"), asked, ("cifar10",), asked)
         assert [(r.arch, r.pool) for r in rows] == [("spiking_resnet18", "max"), ("spiking_resnet18", "avg")]
-    sew = paper.net_spec(paper.Row("sew_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
-    spiking = paper.net_spec(paper.Row("spiking_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
+    sew = net_spec(paper.Row("sew_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
+    spiking = net_spec(paper.Row("spiking_resnet18", "max", "cifar10"), paper.SCALES["paper"], 10)
     assert sew.neuron.detach_reset and not spiking.neuron.detach_reset and sew.steps == 10 and sew.width == 1
     assert paper.SCALES["paper"].epochs == 100 and TrainSpec(epochs=100).batch == 16
 
@@ -469,7 +471,7 @@ def test_a_scale_may_train_another_twin_and_says_so():
     with pytest.raises(ValueError, match="has no twin"):
         systems.plan("rat_vgg11", few, twin=twin)
     for name, told in (("discretised_vgg11", True), ("hire_vgg11", False)):
-        notes = " ".join(paper._notes("table2", claims("table2"), [paper.Row(name, "", "cifar10")], small))
+        notes = " ".join(caveats("table2", claims("table2"), [paper.Row(name, "", "cifar10")], small))
         assert ("twin by adam lr 0.001" in notes and "where the source has twin by sgd lr 0.01" in notes) is told
 
 

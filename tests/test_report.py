@@ -26,6 +26,7 @@ from rich.console import Console
 from sparsetrail import report as room
 from sparsetrail.core import Linf, Report, Run, Threat, Trail, TrailRow
 from sparsetrail.recipes import paper, quick
+from sparsetrail.recipes.notes import told_apart
 from sparsetrail.report import (
     ReportError,
     charts,
@@ -467,7 +468,7 @@ def test_a_system_without_a_published_figure_is_not_set_apart_from_one(monkeypat
     monkeypatch.setattr(paper.audits, "sentence", lambda audit: "Judged.")
     rows = [paper.Row(arch=arch, pool="", dataset="cifar10", seed=None) for arch in ("vanilla_wrn16", "rat_wrn16")]
     kept = load(HERE.parents[2] / "records/2026-11-24_audit-small_cpu/max-pixel.result.json").audits[0]
-    unknown, known = paper._told_apart(rows, [dataclasses.replace(kept, victim=row.name) for row in rows])
+    unknown, known = told_apart(rows, [dataclasses.replace(kept, victim=row.name) for row in rows])
     assert unknown.endswith(": Judged. No figure is published in the paper's tables.")
     assert "Judged. From its published figure it is apart by the scale, and: " in known
 
