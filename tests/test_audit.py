@@ -11,7 +11,20 @@ import torch
 from frauds import FRAUDS, case, hard_labels, honest, rejecting
 from lively import lively
 
-from sparsetrail.auditing import Forgetful, Stage, audit, battery, fingerprint, join, judge, run, verify, wavers, work
+from sparsetrail.auditing import (
+    Forgetful,
+    Stage,
+    audit,
+    battery,
+    fingerprint,
+    join,
+    judge,
+    reaches_code,
+    run,
+    verify,
+    wavers,
+    work,
+)  # fmt: skip
 from sparsetrail.auditing.kept import contradiction
 from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
@@ -689,10 +702,40 @@ def test_an_encoder_that_stops_the_gradient_does_not_stop_its_codebook(brief):
     found, _ = audit(cut, probe.threat, probe.x, probe.y, budget="quick")
     assert {f.id: f.level for f in found.findings}["G3"] == "fail" and found.complete
     assert [r.attack.split()[0] for r in found.runs[:2]] == ["square", "codebook"]
-    assert found.accuracy.k < sum(found.runs[0].robust) and contradiction(found, cut) == ""
+    assert found.accuracy.k < sum(found.runs[0].robust)
+    assert reaches_code(cut, probe.threat, probe.x) and contradiction(found, cut, code=True) == ""
+    assert "of the thorough battery" in contradiction(replace(found, budget="thorough"), cut, code=True)
     dead = replace(cut, logits=lambda u: v.logits(u).detach())
     found, _ = audit(dead, probe.threat, probe.x, probe.y, budget="quick")
     assert len(found.runs) > 1 and not any("codebook" in r.attack for r in found.runs)
+    assert not reaches_code(dead, probe.threat, probe.x)
+
+
+def outside(code):
+    def encode(x):
+        with torch.inference_mode():
+            return code(x)
+
+    return encode
+
+
+@pytest.mark.parametrize(
+    ("encode", "reached"),
+    [
+        (lambda code: lambda x: code(x).detach().double(), True),
+        (lambda code: lambda x: code(x).detach().bfloat16(), True),
+        (outside, True),
+        (lambda code: lambda x: code(x).detach().mul(256).int().div(256, rounding_mode="floor"), False),
+    ],
+    ids=["float64", "bf16", "inference", "whole"],
+)
+def test_a_code_of_any_type_is_attacked_by_its_book_or_left(encode, reached, brief):
+    """An audit ends with its battery, whatever the encoder gives; a code of whole numbers has no gradient."""
+    code, v, probe = phase(steps=8), honest("phase"), case(honest("phase"), eps=4 / 255, n=12)
+    cut = replace(v, encode=encode(code), logits=lambda u: v.logits(u.float()), codebook=code.codebook)
+    assert reaches_code(cut, probe.threat, probe.x) == reached
+    found, _ = audit(cut, probe.threat, probe.x, probe.y, budget="quick")
+    assert found.complete and any("codebook" in r.attack for r in found.runs) == reached
 
 
 ROUTES = ("assg", "hart", "rga", "bptr", "pdsg", "own+reset", "triangle:1", "rectangle:1", "exponential:2",

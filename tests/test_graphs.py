@@ -1,9 +1,11 @@
 """What replaying recorded steps must not change: tried with a stand-in recorder here, with CUDA graphs on a GPU."""
 
 import copy
+import gc
 import math
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from sparsetrail.data.sets import make_dataset
 from sparsetrail.snn import graphs
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.graphs import Scores
-from sparsetrail.snn.net import NetSpec, victim
+from sparsetrail.snn.net import NetSpec, build, victim
 from sparsetrail.training import Optimizer, Step, TrainingFailed, TrainSpec, train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -350,6 +352,19 @@ def test_recorded_steps_are_the_plain_ones(spec):
     y, encode = torch.arange(12) % 10, phase(steps=3)
     net = lively(NetSpec(width=0.125, steps=3), encode(x.float())).train().double()
     steps_of(net, encode, spec, x, y, 3, record=stand_in)
+
+
+def test_a_recorded_step_goes_with_its_owner_and_waits_for_no_collector():
+    net = build(NetSpec(width=0.125, steps=3))
+    step = Step(net, Optimizer(net, TrainSpec()), TrainSpec())
+    held = weakref.ref(step.record(phase(steps=3)))
+    gc.disable()
+    try:
+        assert held() is not None
+        del step
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_recorded_step_that_is_not_finite_moves_no_weight_and_none_after_it_does():

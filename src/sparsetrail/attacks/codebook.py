@@ -49,7 +49,7 @@ def codebook(
             for _ in range(steps):
                 if r.over:
                     break
-                d = r.code_grad(_pixels(r, level, level0), of)
+                d = r.code_grad(_pixels(r, level, level0), of).to(code)
                 d = by_mean(d.new_zeros(code.shape[1], *d.shape[1:]).index_add_(0, column, d), 1)
                 held = momentum * held + d
                 level = _moved(held, code, level, low, high, q)

@@ -1,6 +1,6 @@
 """Audit a robustness claim: battery, ledger, verdict."""
 
-from sparsetrail.auditing.battery import Budget, Stage, battery
+from sparsetrail.auditing.battery import Budget, Stage, battery, reaches_code
 from sparsetrail.auditing.kept import contradiction, misjudged
 from sparsetrail.auditing.refusals import refuse, refuse_flips
 from sparsetrail.auditing.run import audit
@@ -19,6 +19,7 @@ __all__ = [
     "join",
     "judge",
     "misjudged",
+    "reaches_code",
     "refuse",
     "refuse_flips",
     "verify",

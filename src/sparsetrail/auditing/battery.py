@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from sparsetrail.attacks import ATTACKS, settings
 from sparsetrail.attacks.pgd import PACE
-from sparsetrail.core import Route, Threat, Victim
+from sparsetrail.core import Guide, Problem, Route, Threat, Victim
 from sparsetrail.snn.routes import ENSEMBLE
 
 Budget = Literal["quick", "standard", "thorough"]
@@ -121,6 +124,19 @@ def battery(
     stages.append(_stage("noise", "noise", draws=n(100), corners=True))
     stages.append(_stage("noise", "noise", draws=n(100)))
     return [s for s in stages if all(_adds(victim, r, threat) for r in s.routes)]
+
+
+def reaches_code(victim: Victim, threat: Threat, x: Tensor) -> bool:
+    """Does a gradient reach the code of the image x[0], of which a codebook is known, whatever the encoder stops?"""
+    if threat.space != "pixel" or victim.codebook is None:
+        return False
+    x, guide = x[:1], Guide.of(victim, threat, own=True)
+    y = torch.zeros(1, dtype=torch.long, device=x.device)
+    try:
+        Problem(guide.f, x, y, threat, guides=(guide,), codebook=victim.codebook).code_grad(x)
+    except (RuntimeError, ValueError, TypeError):  # scores that carry no gradient, a code of whole numbers
+        return False
+    return True
 
 
 def _adds(victim: Victim, route: Route, threat: Threat) -> bool:

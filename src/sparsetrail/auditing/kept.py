@@ -16,11 +16,12 @@ from sparsetrail.core import Audit, Victim, correct
 AGAIN = 32  # scorings of an image whose kept flag is in doubt
 
 
-def contradiction(found: Audit, victim: Victim, *, words: bool = True) -> str:
+def contradiction(found: Audit, victim: Victim, *, code: bool = False, words: bool = True) -> str:
     """What in an audit of `victim` does not follow from the rest of it: 'expected ..., found ...', or '' if all does.
 
     The ledger is played again from the kept runs. Runs that fit the battery of no budget, as those of an older version,
-    say nothing of the budget. Without `words` the reason may be worded otherwise, as another version words it.
+    say nothing of the budget. `code` says that a gradient reaches the code (`reaches_code`). Without `words` the reason
+    may be worded otherwise, as another version words it.
     """
     for j, (clean, default, worst) in enumerate(zip(found.clean, found.default, found.worst, strict=True)):
         if worst > default or default > clean:
@@ -51,7 +52,7 @@ def contradiction(found: Audit, victim: Victim, *, words: bool = True) -> str:
             return f"expected the default flags of the first run, found another for image {j}"
     if first is not None and found.default_attack != first:
         return f"expected the first run, {first}, as the default attack, found {found.default_attack}"
-    if said := _budget(found, victim, any(standing)):
+    if said := _budget(found, victim, any(standing), code):
         return said
     told = judge(
         found.findings, found.default, found.worst, found.clean, found.claim, found.complete,
@@ -65,7 +66,7 @@ def contradiction(found: Audit, victim: Victim, *, words: bool = True) -> str:
     return ""
 
 
-def _budget(found: Audit, victim: Victim, standing: bool) -> str:
+def _budget(found: Audit, victim: Victim, standing: bool, code: bool) -> str:
     """The same of budget, completeness and claim: from the attacks that were run and from the command, where kept."""
     if found.budget not in SAMPLE:
         return f"expected a budget of {', '.join(SAMPLE)}, found {found.budget}"
@@ -79,7 +80,6 @@ def _budget(found: Audit, victim: Victim, standing: bool) -> str:
             return f"expected {claim[1] if claim else 'no'} claim as in its command, found {here or 'none'}"
     ran = [r.attack for r in found.runs if ", from " not in r.attack]  # transfer: whose, a kept audit need not know
     reaches = not any(f.id == "G3" and f.level == "fail" for f in found.findings)
-    code = any(r.attack.startswith("codebook") for r in found.runs)
     labels = {
         b: [s.label for s in battery(victim, found.threat, cast(Budget, b), gradient=reaches, code=code)]
         for b in SAMPLE

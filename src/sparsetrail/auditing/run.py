@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsetrail.attacks.run import samples
-from sparsetrail.auditing.battery import Budget, battery
+from sparsetrail.auditing.battery import Budget, battery, reaches_code
 from sparsetrail.auditing.refusals import refuse, refuse_guides, refuse_images
 from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
 from sparsetrail.auditing.work import SAMPLE, Forgetful, Store, Work, fingerprint
@@ -75,9 +74,8 @@ def audit(
     findings = [work.check(name) for name in CHECKS if not name.startswith("C") and name not in WHOLE]
     broken = [f for f in findings if f.id.startswith("S") and f.level == "fail"]
     reaches = not any(f.id == "G3" and f.level == "fail" for f in findings)
-    stages = battery(
-        victim, threat, budget, guides=guides, gradient=reaches, code=not reaches and _reaches_code(victim, threat, x)
-    )
+    code = not reaches and reaches_code(victim, threat, x)
+    stages = battery(victim, threat, budget, guides=guides, gradient=reaches, code=code)
     if broken:  # what is measured on a broken evaluation is worth nothing: the default attack shows what was claimed
         stages = stages[:1]
     if [(f.id, f.value) for f in broken] == [("S9", victim.classes)]:  # but decisions alone can be attacked as such
@@ -133,18 +131,6 @@ def _quiet(task: str, done: int, of: int, note: str) -> None:
 
 def _never() -> bool:
     return False
-
-
-def _reaches_code(victim: Victim, threat: Threat, x: Tensor) -> bool:
-    """Where an encoder stops the gradient: does one reach the code behind it, of which a codebook is known?"""
-    if threat.space != "pixel" or victim.codebook is None:
-        return False
-    u = victim.encode(x[:1]).detach().requires_grad_()
-    try:
-        with torch.enable_grad():
-            return torch.autograd.grad(victim.of("encoded")(u).sum(), u, allow_unused=True)[0] is not None
-    except RuntimeError:  # the scores carry no gradient
-        return False
 
 
 def _control(work: Work, control: Victim | None, budget: Budget) -> Finding:

@@ -61,11 +61,13 @@ def attack(
     ] = None,
     route: Annotated[
         list[str] | None,
-        Parameter(negative="", help="another backward of the neurons, e.g. triangle:1, hart, assg; several: the mean"),
+        Parameter(
+            negative="",
+            help="another backward of the neurons, e.g. triangle:1, hart, assg; several: the mean; this, --transfer and"
+            f" --encoder-gradient not with {', '.join(BY_SCORES)}",
+        ),
     ] = None,
-    transfer: Annotated[
-        str | None, Parameter(help=f"follow the gradient of this model instead; not with {', '.join(BY_SCORES)}")
-    ] = None,
+    transfer: Annotated[str | None, Parameter(help="follow the gradient of this model instead")] = None,
     eot: Annotated[int | None, Parameter(help="gradients averaged a step; default 10 for a random encoder")] = None,
     encoder_gradient: Annotated[str | None, Parameter(help="identity, weighted, secant or none")] = None,
     precision: Annotated[

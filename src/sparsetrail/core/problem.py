@@ -347,8 +347,8 @@ class Problem:
         """Scores, loss per example, and gradient at one batch."""
         if code:
             assert guide.encode is not None and guide.logits is not None
-            part = guide.encode(part).detach()
-        part = part.detach().requires_grad_()
+            part = guide.encode(part)
+        part = (part.clone() if part.is_inference() else part).detach().requires_grad_()
         exact = products(tf32=False) if part.is_cuda else contextlib.nullcontext()
         with exact, torch.enable_grad():  # the backward too: it asks when it runs
             z = (guide.logits if code else guide.f)(part)  # type: ignore[misc]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsetrail._files import write_atomic
-from sparsetrail.auditing import Budget, audit, contradiction, fingerprint, misjudged, refuse, verify
+from sparsetrail.auditing import Budget, audit, contradiction, fingerprint, misjudged, reaches_code, refuse, verify
 from sparsetrail.core import Audit, Report, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels, take
 from sparsetrail.models import Trained, load_model
@@ -353,7 +353,8 @@ def _follows(result: Path, report: Report, found: Audit, what: Target, x: Tensor
     On victims of their own: what these draw must not change what the adversarials are shown to.
     """
     said = "" if found.n == len(y) else f"expected flags of {len(y)} images, found {found.n}"
-    said = said or contradiction(found, what.make(), words=found.provenance.get("sparsetrail") == version())
+    code, same = reaches_code(what.make(), found.threat, x), found.provenance.get("sparsetrail") == version()
+    said = said or contradiction(found, what.make(), code=code, words=same)
     if not said and report.title.startswith("Audit of ") and sentence(found) not in report.summary:
         said = "expected a summary of what its flags, verdict and reason say, found another"
     steady = not any(f.id in UNSTEADY and f.level == "fail" for f in found.findings)

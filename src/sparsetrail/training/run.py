@@ -189,7 +189,8 @@ class _Loop:
     def _end(self, epoch: int) -> None:
         """Validate, keep the best model and the state."""
         done, score = self.done, self._validation()
-        validation, loss = None if score is None else score.value, done.losses / max(1, done.summed)
+        validation = None if score is None else score.value
+        loss = done.losses / done.summed if done.summed else done.loss  # a state of before knows its last loss only
         done.epoch, done.step, done.losses, done.summed = epoch + 1, 0, 0.0, 0
         done.history.append({"epoch": epoch, "loss": loss, "validation": validation})
         value = float(epoch) if validation is None else validation

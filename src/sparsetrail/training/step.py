@@ -136,7 +136,7 @@ class Step:
 
     def record(self, encode: Encoder) -> Update | None:
         """Make a CUDA graph of it, where nothing changes from step to step but batch and rate; else None."""
-        net, spec = self.net, self.spec
+        net, spec, optimizer = self.net, self.spec, self.optimizer  # not this object: the graph would hold itself
         drawn = encode.random or any(isinstance(m, Draws) for m in net.modules())
         if drawn or self.seams.penalty is not None or self.seams.periods > 1:
             return None
@@ -152,7 +152,7 @@ class Step:
                 p.grad = g
             if spec.clip:
                 nn.utils.clip_grads_with_norm_(net.parameters(), spec.clip, norm)
-            self.optimizer.step(unless=bad)
+            optimizer.step(unless=bad)
 
         self.recorded = Update(net, way, move, tf32=spec.precision == "tf32")
         return self.recorded
