@@ -141,6 +141,11 @@ def test_neurons_in_single_step_mode_are_told(spikingjelly):
     net = nn.Sequential(layer.Flatten(2), layer.Linear(36, 8), neuron.IFNode(), layer.Linear(8, 3)).eval()
     with pytest.raises(ValueError, match=r"called once for 4 steps; call functional\.set_step_mode"):
         adapted(net, direct(steps=4), classes=3).scores(X)
+    with pytest.raises(ValueError, match="called once for 4 steps"):
+        stateful(net, direct(steps=4), classes=3).scores(X)
+    net = nn.Sequential(layer.Conv2d(1, 2, 3), neuron.IFNode(), layer.Flatten(), layer.Linear(32, 3)).eval()
+    with pytest.raises(ValueError, match=r"in single-step mode behind 4 steps: Expected .*set_step_mode\(net, 'm'\)"):
+        adapted(net, direct(steps=4), classes=3).scores(X)
 
     class Loop(nn.Module):
         def __init__(self):

@@ -33,7 +33,7 @@ from sparsetrail.data import load as load_images
 from sparsetrail.data import take
 from sparsetrail.recipes.audits import Cells, sentence, target, verify_again
 from sparsetrail.recipes.measure import Bench
-from sparsetrail.report import unpack
+from sparsetrail.report import audits, unpack
 from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec, victim
 
@@ -537,6 +537,31 @@ def test_a_random_victim_whose_adversarials_mostly_do_not_hold_is_not_sound(brie
     assert verify(noisy, Linf(EPS, space="pixel"), x, y, far) == {0: "outside ball or box"}
 
 
+def test_page_and_ledger_of_a_victim_that_draws_noise_agree(brief):
+    """Images near the boundary lose votes by chance, clean ones and adversarials: all figures count the same falls."""
+    v, x, y = line(n=64)
+
+    def fresh():
+        g = torch.Generator()
+
+        def logits(u):
+            return v.logits(u) + 0.04 * torch.randn(u.shape[1], 2, generator=g)
+
+        return replace(v, logits=logits, random=True, reseed=lambda key: g.manual_seed(key))
+
+    found, points = audit(fresh(), Linf(EPS, space="pixel"), x, y, budget="quick", eot=2, fresh=fresh)
+    made = audits.steps(found)
+    assert any(not all(r.clean) for r in found.runs), "some image loses the vote of a run while it is clean"
+    assert [s.broken for s in made] == [sum(b == r.attack for b in found.broken_by) for r in found.runs]
+    assert made[0].left == found.default_accuracy and made[-1].left == found.accuracy
+    assert set(points) == {j for j, b in enumerate(found.broken_by) if b is not None}
+    standing = sum(found.clean)
+    for r in found.runs:  # what a second vote does not hold is met again
+        assert r.n == standing
+        standing -= sum(right and not held for right, held in zip(r.clean, r.robust, strict=True))
+    assert standing + audits.taken_back(found) == found.accuracy.k and contradiction(found, fresh()) == ""
+
+
 def test_a_random_victim_is_known_by_its_weights_or_not_at_all():
     torch.manual_seed(0)
     net, x = torch.nn.Linear(16, 3), torch.rand(4, 1, 4, 4)
@@ -594,8 +619,9 @@ def test_images_labels_and_codebooks_that_do_not_fit_are_refused(snn):
         audit(v, ball, x, torch.nn.functional.one_hot(y, 10))
     book = v.codebook
     for wrong in (book.flip(1), book.flip(0), book[:, :2]):
-        with pytest.raises(ValueError, match=r"expected codebook \[256 4\], the code of every grey level"):
+        with pytest.raises(ValueError, match=r"expected codebook \[256 4\], the code of every grey level") as told:
             audit(replace(v, codebook=wrong), ball, x, y)
+        assert ("one of (256, 2)" if wrong.shape[1] == 2 else "where encode gives") in str(told.value)
 
 
 def flipped(gradient):
@@ -675,7 +701,7 @@ def test_the_battery_asks_only_what_the_victim_allows(snn):
     blind = battery(v, Linf(EPS, space="pixel"), gradient=False)
     assert {s.kind for s in blind} == {"black box", "noise"} and "rays" in {s.attack for s in blind}
     behind = battery(v, Linf(EPS, space="pixel"), gradient=False, code=True)
-    assert [s.attack for s in behind if s not in blind] == ["codebook", "codebook"] and behind[0] == blind[0]
+    assert [s.attack for s in behind if s not in blind] == ["codebook", "codebook"] and behind[2:] == blind
     assert "rays" not in pixel + encoded
     sizes = [len(battery(v, Linf(EPS, space="pixel"), b)) for b in ("quick", "standard", "thorough")]
     assert sizes == sorted(sizes) and sizes[0] < sizes[2]
@@ -696,19 +722,22 @@ def test_the_battery_asks_only_what_the_victim_allows(snn):
 
 
 def test_an_encoder_that_stops_the_gradient_does_not_stop_its_codebook(brief):
-    """What scores leave standing falls by the code; where the network stops the gradient too, nothing is tried."""
+    """It is played first, where the code has a gradient; where the network stops it too, nothing of it is tried."""
     code, v, probe = phase(steps=8), honest("phase"), case(honest("phase"), eps=4 / 255, n=48)
     cut = replace(v, encode=lambda x: code(x).detach(), codebook=code.codebook)
     found, _ = audit(cut, probe.threat, probe.x, probe.y, budget="quick")
     assert {f.id: f.level for f in found.findings}["G3"] == "fail" and found.complete
-    assert [r.attack.split()[0] for r in found.runs[:2]] == ["square", "codebook"]
-    assert found.accuracy.k < sum(found.runs[0].robust)
+    assert [r.attack.split()[0] for r in found.runs[:2]] == ["codebook", "codebook"]
+    levels = {f.id: f.level for f in found.findings}
+    assert 0 == found.accuracy.k < sum(found.runs[0].robust) and levels["C15"] == "not applicable"
     assert reaches_code(cut, probe.threat, probe.x) and contradiction(found, cut, code=True) == ""
     assert "of the thorough battery" in contradiction(replace(found, budget="thorough"), cut, code=True)
     dead = replace(cut, logits=lambda u: v.logits(u).detach())
     found, _ = audit(dead, probe.threat, probe.x, probe.y, budget="quick")
     assert len(found.runs) > 1 and not any("codebook" in r.attack for r in found.runs)
     assert not reaches_code(dead, probe.threat, probe.x)
+    (c11,) = (f for f in found.findings if f.id == "C11")  # Square came first: there is no gradient that it could beat
+    assert c11.level == "not applicable" and found.runs[0].attack.startswith("square")
 
 
 def outside(code):

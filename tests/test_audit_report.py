@@ -58,11 +58,11 @@ FINDINGS = (
             "widen the surrogate: |u - 1| is beyond its support", masking=True),
     finding("G7", "gradients align", "warn", 0.04, "0.1", "median cosine of two nearby gradients 0.04",
             "the loss is shattered: average gradients over noise", masking=True),
-    finding("C10", "transfer beats the own gradient", "fail", 6 / 256, "warn above 0.2 %, fail above 1 %",
+    finding("C10", "no transfer beats the own gradient", "fail", 6 / 256, "warn above 0.2 %, fail above 1 %",
             "6 of 256 images fell to it alone", "the victim's gradient points elsewhere", masking=True),
     finding("C14", "expectation over transformation", "not applicable", None, "1 point", "the victim draws no noise"),
-    finding("C15", "the code can be attacked better", "fail", 54 / 256, "1 %", "54 of 256 images fell to it alone",
-            "attack a discrete encoder by its codebook"),
+    finding("C15", "the code is attacked as well as it can be", "fail", 54 / 256, "1 %",
+            "54 of 256 images fell to it alone", "attack a discrete encoder by its codebook"),
 )  # fmt: skip
 STEPS = list(range(40))
 CURVES = {

@@ -296,10 +296,11 @@ def test_attacks_that_follow_no_gradient_cannot_follow_that_of_another_model(mod
 
 
 def test_a_step_longer_than_the_radius_is_told(model, capsys):
-    for eps, told in (("1/255", True), ("8/255", False)):
-        args = ("attack", model, "--eps", eps, "--space", "pixel", "--n", 4)
+    for eps, step, told in (("1/255", 0.01, True), ("1/255", None, False), ("8/255", None, False)):
+        args = ("attack", model, "--eps", eps, "--space", "pixel", "--n", 4, *(("--step", step) if step else ()))
         code, out, err = run(*args, capsys=capsys)
         assert code == 0 and ("note     a step of 0.01 is longer than the radius" in out) == told, (out, err)
+        assert f"step={step or (0.00125 if eps == '1/255' else 0.01):g}" in out, out
     assert "eps / steps" in " ".join(run("attack", "--help", capsys=capsys)[1].replace("│", " ").split())
 
 

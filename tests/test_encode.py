@@ -18,6 +18,7 @@ from sparsetrail.snn.encode import (
     bit_plane,
     build_encoder,
     direct,
+    from_codebook,
     grey_levels,
     latency,
     phase,
@@ -35,8 +36,9 @@ CODED = {
     "bit_plane-5": {"bits": 5},
     "latency": {"steps": 10},
     "latency-log": {"steps": 6, "curve": "log"},
+    "from_codebook": {"table": [[float(v >= t) - 0.25 for t in (32, 96, 160, 224, 32)] for v in range(256)]},
 }
-WEIGHTED = [n for n in CODED if "latency" not in n]
+WEIGHTED = [n for n in CODED if "latency" not in n and "codebook" not in n]
 
 
 def coded(name, **more) -> Encoder:
@@ -320,7 +322,9 @@ def test_a_given_generator_is_found_in_the_knobs():
         (lambda: poisson(steps=0), "expected steps >= 1, got 0"),
         (lambda: poisson(backward="secant"), "expected identity or none, got 'secant'"),
         (lambda: phase().route("soft"), "got 'soft'"),
-        (lambda: build_encoder("rate"), "expected one of phase, direct, poisson, latency, bit_plane, got 'rate'"),
+        (lambda: build_encoder("rate"), "expected one of phase, direct, .*, from_codebook, got 'rate'"),
+        (lambda: from_codebook(torch.zeros(4, 256)), r"finite table \[256 t\], one row a grey level, got \(4, 256\)"),
+        (lambda: from_codebook(torch.full((256, 2), math.nan)), "finite table"),
         (lambda: build_encoder("phase", step=3), "encoder phase: .*'step'"),
         (lambda: Encoder.__call__.__wrapped__(phase(), GREY.to(torch.uint8)), "float pixels in 0..1, got torch.uint8"),
     ],

@@ -29,6 +29,7 @@ _HOME = {  # public name: module; loaded at first use, so that `import sparsetra
     "victim": "snn.net",
     "bit_plane": "snn.encode",
     "direct": "snn.encode",
+    "from_codebook": "snn.encode",
     "latency": "snn.encode",
     "phase": "snn.encode",
     "poisson": "snn.encode",

@@ -85,7 +85,7 @@ def stateful(
     how = getattr(encode, "backward", "")
     return Victim(
         encode=encode,
-        logits=logits,
+        logits=_all_steps(net, logits, name),
         steps=steps,
         classes=classes,
         name=name,
@@ -104,7 +104,7 @@ def _all_steps(net: nn.Module, logits: Callable[[Tensor], Tensor], name: str) ->
     They would take the steps for examples. A network that loops over the steps calls them once a step.
     """
     neurons = [m for m in net.modules() if hasattr(m, "surrogate_function")]
-    seen = any(getattr(m, "step_mode", "m") != "s" for m in neurons)
+    seen = not neurons or any(getattr(m, "step_mode", "m") != "s" for m in neurons)
 
     def checked(u: Tensor) -> Tensor:
         nonlocal seen
@@ -114,6 +114,13 @@ def _all_steps(net: nn.Module, logits: Callable[[Tensor], Tensor], name: str) ->
         hooks = [m.register_forward_pre_hook(lambda m, _: called.append(m)) for m in neurons]
         try:
             z = logits(u)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"{name}: expected a network in multi-step mode or one that loops over the steps itself, found neurons "
+                f"in single-step mode behind {len(u)} steps: {error}; call functional.set_step_mode(net, 'm')"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -176,4 +183,4 @@ def spikingjelly(
                     m.surrogate_function = _Swapped(surrogate)
         return stateful(again, way, classes=classes, name=name, route=words, **more)
 
-    return replace(own, rewire=rewire, logits=_all_steps(net, own.logits, name))
+    return replace(own, rewire=rewire)

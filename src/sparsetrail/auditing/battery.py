@@ -108,14 +108,14 @@ def battery(
             stages.append(_stage("apgd", "gradient", *own, steps=n(50), loss="targeted", targets=targets))
             if budget == "thorough":  # the last of the four of AutoAttack; Square follows
                 stages.append(_stage("fab", "gradient", *own, steps=n(50), targets=targets))
+    elif code and coded and linf:
+        stages += by_code
     for guide in guides:
         knobs = {"steps": n(20), "step": eps / 4, "loss": "margin"}
         if guide.codebook is not None and coded and linf:
             stages.append(_stage("codebook", "transfer", guide=guide, steps=n(20)))
         stages.append(_stage("pgd", "transfer", guide=guide, **knobs))
     stages.append(_stage("square", "black box", queries={"quick": 200, "standard": 1000, "thorough": 5000}[budget]))
-    if code and not gradient and coded and linf:
-        stages += by_code
     if not gradient or not linf:
         stages.append(_stage("spsa", "black box", steps=n(20)))
     if not gradient or budget == "thorough":  # scores that stop the gradient may tell a class and nothing else

@@ -91,9 +91,15 @@ def _refuse_codebook(victim: Victim, x: Tensor) -> None:
     book = victim.codebook.to(code)
     told = book[(x[:4] * 255).round().long()].movedim(-1, 0) if book.shape == (256, len(code)) else None
     if told is None or told.shape != code.shape or not torch.allclose(told, code, rtol=1e-5, atol=1e-6):
+        found = f"one of {tuple(victim.codebook.shape)}"
+        if told is not None and told.shape == code.shape:
+            t, *where = (~torch.isclose(told, code, rtol=1e-5, atol=1e-6)).nonzero()[0].tolist()
+            at = (t, *where)
+            level = round(255 * float(x[tuple(where)]))
+            found = f"{float(told[at]):g} for grey level {level} at step {t}, where encode gives {float(code[at]):g}"
         raise ValueError(
             f"{victim.name}: expected codebook [256 {len(code)}], the code of every grey level step by step, found "
-            f"another, {tuple(victim.codebook.shape)}; leave it out, or give encode of the 256 levels"
+            f"{found}; leave it out, or give encode of the 256 levels"
         )
 
 

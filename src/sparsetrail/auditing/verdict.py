@@ -8,6 +8,7 @@ from sparsetrail.core import Finding, Rate, Run
 from sparsetrail.core.results import Verdict
 
 NOT_RUN = "not run: nothing stood, nothing of the kind was given, or this victim does not allow it"
+NO_GRADIENT = "no attack by a gradient came before it"
 ALONE = 3  # one or two images are chance, whatever share of a small sample they are
 BLIND = 0.2  # share of the images left by the gradient attacks; honest small SNNs were measured at 0.06 to 0.16
 FEW = 100  # images below which nothing is concluded
@@ -29,7 +30,7 @@ def judge(
     failed = [f for f in findings if f.level == "fail"]
     sanity = [f for f in failed if f.id.startswith("S")]
     if sanity:
-        return "inconclusive", f"the evaluation itself is not sound: {_names(sanity)}; mend that first"
+        return "inconclusive", f"the evaluation itself is not sound, it fails: {_names(sanity)}; mend that first"
     masking = [f for f in failed if f.masking]
     now, before = Rate(sum(worst), n), Rate(sum(default), n)
     fell = f"{100 * (before.value - now.value):.1f} points below the default attack's {100 * before.value:.1f} %"
@@ -39,7 +40,7 @@ def judge(
         )
         return (
             "masked",
-            "evidence that a gradient hides adversarials, so that figures got by following it may be too high: "
+            "evidence that a gradient hides adversarials, so that figures got by following it may be too high; failed: "
             f"{_names(masking)}; {more}",
         )
     if claim is not None and claim > Rate(sum(clean), n).interval()[1]:
@@ -60,7 +61,8 @@ def judge(
     if budget == "quick":
         return (
             "inconclusive",
-            f"a quick look found nothing worse than {now}; that supports nothing, run the whole battery",
+            f"a quick look found nothing worse than {now}{_by_ties(tied, worst)}; that supports nothing, run the whole "
+            "battery",
         )
     if not complete:
         return "inconclusive", f"the battery did not finish; so far {now}"
@@ -84,6 +86,11 @@ def judge(
     return "supported", f"nothing in the battery beats {what} by more than chance: {now}{beside}"
 
 
+def _by_ties(tied: Collection[int], worst: Sequence[bool]) -> str:
+    count = sum(worst[j] for j in tied)
+    return f" ({count} of them by a tie of the best scores)" if count else ""
+
+
 def _tail(k: int, n: int, p: float) -> float:
     """P(X <= k) for X binomial(n, p)."""
     if p <= 0 or p >= 1:
@@ -105,13 +112,16 @@ def battery_findings(broken_by: Sequence[str | None], runs: Sequence[Run], stage
     `runs` are those made, one for every stage from the first, each on the images then standing.
     """
     n, kinds = len(broken_by), {s.label: s.kind for s in stages}
+    made = [s.kind for s in stages[: len(runs)]]
 
     def finding(id: str, name: str, kind: Kind, warn: float, fail: float, advice: str, hides: bool) -> Finding:
         sizes = [r.n for r, s in zip(runs, stages, strict=False) if s.kind == kind]
         left = "" if stages and stages[0].kind == kind else " left by the attacks before it"
         fallen = sum(b is not None and kinds[b] == kind for b in broken_by)
-        if not sizes:
-            return Finding(id=id, name=name, level="not applicable", value=None, limit="", evidence=NOT_RUN)
+        led = {"default", "gradient", "route", "code", "time"} - {kind}
+        if not sizes or (kind != "route" and not led & set(made[: made.index(kind)])):
+            why = NO_GRADIENT if sizes else NOT_RUN
+            return Finding(id=id, name=name, level="not applicable", value=None, limit="", evidence=why)
         stood, share = Rate(fallen, sizes[0]), fallen / n
         blind = hides and fallen >= ALONE and stood.interval()[0] > BLIND
         level = "fail" if blind or (share > fail and fallen >= ALONE) else "warn" if share > warn else "pass"
@@ -124,13 +134,13 @@ def battery_findings(broken_by: Sequence[str | None], runs: Sequence[Run], stage
         )  # fmt: skip
 
     return [
-        finding("C9", "another backward does better", "route", 0.01, 0.05,
+        finding("C9", "no other backward does better", "route", 0.01, 0.05,
                 "report the worst case over surrogates, never one of them", False),
-        finding("C15", "the code can be attacked better", "code", 0.002, 0.01,
+        finding("C15", "the code is attacked as well as it can be", "code", 0.002, 0.01,
                 "attack a discrete encoder by its codebook, not by a straight-through gradient", False),
-        finding("C10", "transfer beats the own gradient", "transfer", 0.002, 0.01,
+        finding("C10", "no transfer beats the own gradient", "transfer", 0.002, 0.01,
                 "another model's gradient leads where the victim's does not; look at G1 to G7", True),
-        finding("C11", "black box beats the gradient", "black box", 0.002, 0.01,
+        finding("C11", "no black box beats the gradient", "black box", 0.002, 0.01,
                 "scores alone lead where the gradient does not; look at G1 to G7", True),
     ]  # fmt: skip
 

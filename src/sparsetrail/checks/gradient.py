@@ -14,7 +14,7 @@ from sparsetrail.checks.chance import at_least, at_most, discordant, sign_test, 
 from sparsetrail.core import margin
 
 
-@check("G1", "images without a gradient", masking=True)
+@check("G1", "every image has a gradient", masking=True)
 def zero_gradients(case: Case) -> Outcome:
     """Images whose gradient is exactly zero, or below 1e-30 throughout: any warns; fails where their share is surely
     1 % or more. (AutoAttack's flag; Pintor et al. 2022, arXiv:2106.09947, indicator 1.)"""
@@ -60,12 +60,12 @@ def reaches(case: Case) -> Outcome:
         "1",
         f"{case.threat.space} space: {reason or 'the gradient arrives'}; declared route: "
         f"{case.victim.path(case.threat.space)}",
-        "give the severing operation a backward rule (encoder: identity, weighted, secant), use its codebook, or "
-        "attack without a gradient",
+        "give what stops it a backward: of an encoder of grey levels st.from_codebook(table) in its place, or "
+        "`code + (x - x.detach())`; an encoder of ours a rule (identity, weighted, secant); else attacks by scores",
     )
 
 
-@check("G4", "cross-entropy saturates", masking=True)
+@check("G4", "cross-entropy does not saturate", masking=True)
 def saturation(case: Case) -> Outcome:
     """The gradient of plain cross-entropy, as most libraries take it, against the same with the saturation taken out.
 

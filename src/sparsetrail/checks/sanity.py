@@ -70,12 +70,15 @@ def validity(case: Case, run: Run) -> Outcome:
         gone = int(lost.sum())
         held = f"rounded to grey levels, {gone} of {count} no longer {'fools' if gone == 1 else 'fool'}"
     bad = int((outside | lost).sum())
+    advice = "project to the ball and round before judging; count what then fools"
+    if bad and not bool(outside.any()):
+        advice = "where S3 or S4 fails, begin there: scores change by themselves; else round before judging"
     return Outcome(
         graded(False, bad > 0),
         bad,
         "0",
         f"{int(outside.sum())} of {case.n} points outside ball or box or not finite; {held}",
-        "project to the ball and round before judging; count what then fools",
+        advice,
     )
 
 
@@ -258,7 +261,7 @@ def radius_zero(case: Case) -> Outcome:
     )
 
 
-@check("S8", "ties between scores")
+@check("S8", "no ties between scores")
 def ties(case: Case) -> Outcome:
     """Share of images whose two best scores are equal, over clean and attacked points; over 0.5 % warns."""
     z = torch.cat([case.z, case.scores(_points(case.usual).to(case.u0))])

@@ -50,8 +50,8 @@ def attack(
     step: Annotated[
         Number | None,
         Parameter(
-            help="length of a step; default for pgd 0.01, with l2 the share of eps that 0.01 is of 8/255, for spsa "
-            "0.01, for bim and mifgsm eps / steps"
+            help="length of a step; default for pgd 0.01, in l2 and in smaller balls the share of eps that 0.01 is of "
+            "8/255, for spsa 0.01, for bim and mifgsm eps / steps"
         ),
     ] = None,
     restarts: int | None = None,

@@ -76,14 +76,26 @@ def steps(audit: Audit) -> tuple[Step, ...]:
         indices = run.indices if run.indices is not None else audit.indices if run.n == audit.n else ()
         fell = {
             place[index]
-            for index, held in zip(indices, run.robust, strict=bool(indices))
-            if not held and index in place and not audit.worst[place[index]]
+            for index, right, held in zip(indices, run.clean, run.robust, strict=bool(indices))
+            if right and not held and index in place and not audit.worst[place[index]]
         }
         broken = standing & fell
         standing -= broken
         name, knobs, via = attack_words(run)
         out.append(Step(number, name, knobs, via, run, sum(run.clean), len(broken), Rate(len(standing), audit.n)))
     return tuple(out)
+
+
+def taken_back(audit: Audit) -> int:
+    """Images that an attack fooled and that stand all the same: their adversarial did not hold when shown alone."""
+    place = {index: i for i, index in enumerate(audit.indices)}
+    fell = {
+        place[index]
+        for run in battery(audit)
+        for index, right, held in zip(run.indices or audit.indices, run.clean, run.robust, strict=False)
+        if right and not held and index in place
+    }
+    return sum(audit.worst[i] for i in fell)
 
 
 def titles(audit: Audit) -> tuple[str, ...]:
@@ -201,6 +213,10 @@ def battery_grid(audit: Audit) -> Grid:
         )
         for s in made
     ]
+    if again := taken_back(audit):
+        rows.append(
+            ("", "taken back at the last judgement (S6), met by no attack after", "", str(again), "", "", "", "", "")
+        )
     last = made[-1].left if made else clean
     if last != worst:
         lost = last.k - worst.k

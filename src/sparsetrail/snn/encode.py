@@ -13,7 +13,7 @@ Finite codes carry their `codebook` [256, t]: the code of every grey level. Off-
 grey level first, as an 8-bit image file would.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,6 +231,20 @@ def latency(*, steps: int = 10, curve: str = "linear", backward: str = "identity
     return _coded("latency", {"steps": steps, "curve": curve, "backward": backward}, code, None, backward)
 
 
+def from_codebook(table: Tensor | Sequence[Sequence[float]], *, backward: str = "secant") -> Encoder:
+    """A code of your own: `table` [256 t] says what every grey level shows, step by step.
+
+    Differentiated by the secant of the table, unless `backward` says identity or none. ValueError for another shape or
+    values that are not finite.
+    """
+    code = torch.as_tensor(table, dtype=torch.float32).detach().cpu().clone()
+    if code.ndim != 2 or len(code) != 256 or not code.shape[1] or not bool(code.isfinite().all()):
+        raise ValueError(
+            f"from_codebook: expected a finite table [256 t], one row a grey level, got {tuple(code.shape)}"
+        )
+    return _coded("from_codebook", {"table": code.tolist(), "backward": backward}, code, None, backward)
+
+
 def direct(*, steps: int = 10) -> Encoder:
     """The image itself at every step; differentiable. Rueckauer et al. 2017, doi:10.3389/fnins.2017.00682."""
     if steps < 1:
@@ -311,6 +325,7 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
     "poisson": poisson,
     "latency": latency,
     "bit_plane": bit_plane,
+    "from_codebook": from_codebook,
 }
 
 
