@@ -25,6 +25,7 @@ from torch import Tensor
 from sparsetrail import __version__
 from sparsetrail._files import write_atomic
 from sparsetrail.attacks import ATTACKS, attack, authors, settings
+from sparsetrail.attacks.pgd import own_step
 from sparsetrail.attacks.run import samples
 from sparsetrail.core import Linf, Mode, Rate, Route, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels
@@ -165,6 +166,9 @@ def strike(
         "knobs": knobs,
         "threat": asdict(threat),
     }
+    small = threat.norm == "linf" and threat.eps < 0.01 * threat.span
+    if attack_name == "pgd" and knobs["step"] is None and small:  # cells of before took a step longer than the radius
+        spec["step"] = own_step(threat, knobs["steps"])
     if route:
         spec["routes"] = [str(r) for r in route]
     if guide is not None:
