@@ -259,6 +259,10 @@ def test_what_is_no_report_is_refused(data):
 def test_load_takes_the_folder_or_the_file_and_names_the_file_in_errors(tmp_path):
     (tmp_path / "result.json").write_bytes(to_json(whole()))
     assert load(tmp_path) == load(tmp_path / "result.json") == whole()
+    (tmp_path / "model" / "audit" / "look").mkdir(parents=True)
+    (tmp_path / "model" / "audit" / "look" / "result.json").write_text("{}")
+    with pytest.raises(ReportError, match=r"likely fix: name one of .*model/audit/look$"):
+        load(tmp_path / "model")
     with pytest.raises(ReportError, match=r"nowhere: expected a report folder.*found none.*likely fix"):
         load(tmp_path / "nowhere")
     (tmp_path / "result.json").write_text("{}")

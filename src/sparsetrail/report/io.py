@@ -72,9 +72,10 @@ def load(path: str | Path) -> Report:
     try:
         data = file.read_bytes()
     except OSError as error:
+        inside = [str(p.parent) for p in sorted(path.glob(f"*/**/{RESULT}"))] if path.is_dir() else []
+        fix = f"name one of {', '.join(inside[:4])}" if inside else "check the path, or run the recipe that writes it"
         raise ReportError(
-            f"{file}: expected a report folder or its {RESULT}, found none ({error.strerror}); "
-            "likely fix: check the path, or run the recipe that writes it"
+            f"{file}: expected a report folder or its {RESULT}, found none ({error.strerror}); likely fix: {fix}"
         ) from None
     try:
         return from_json(data)
