@@ -9,6 +9,7 @@ from sparsetrail.core.results import Verdict
 
 NOT_RUN = "not run: nothing stood, nothing of the kind was given, or this victim does not allow it"
 NO_GRADIENT = "no attack by a gradient came before it"
+FOLLOW = ("S1", "S6", "S7")  # fail where scores change by themselves: what makes them do so is named first
 ALONE = 3  # one or two images are chance, whatever share of a small sample they are
 BLIND = 0.2  # share of the images left by the gradient attacks; honest small SNNs were measured at 0.06 to 0.16
 FEW = 100  # images below which nothing is concluded
@@ -28,7 +29,7 @@ def judge(
     """The verdict and its reason, by the rules of docs/findings.md; `tied` are the images brought to a tie."""
     n = len(worst)
     failed = [f for f in findings if f.level == "fail"]
-    sanity = [f for f in failed if f.id.startswith("S")]
+    sanity = sorted((f for f in failed if f.id.startswith("S")), key=lambda f: f.id in FOLLOW)
     if sanity:
         return "inconclusive", f"the evaluation itself is not sound, it fails: {_names(sanity)}; mend that first"
     masking = [f for f in failed if f.masking]
