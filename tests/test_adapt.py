@@ -160,6 +160,14 @@ def test_neurons_in_single_step_mode_are_told(spikingjelly):
     assert not any(m._forward_pre_hooks for m in v.module.modules())
 
 
+def test_a_network_of_one_step_at_a_time_is_told_as_such():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).eval()
+    with pytest.raises(
+        ValueError, match=r"\(4, 6, 1, 6, 6\) refused: Expected .*loop over the steps in your own logits"
+    ):
+        stateful(net, direct(steps=4), classes=3).scores(X)
+
+
 def test_steps_that_are_not_the_encoders_are_refused():
     net = Leaky().eval()
     for steps in (4, 0, -1):

@@ -101,13 +101,24 @@ def stateful(
 def _all_steps(net: nn.Module, logits: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
     """`logits`; at the first call ValueError where neurons in single-step mode are called once for all steps.
 
-    They would take the steps for examples. A network that loops over the steps calls them once a step.
+    They would take the steps for examples. A network that loops over the steps calls them once a step. A network that
+    cannot take the steps is told as such.
     """
     neurons = [m for m in net.modules() if hasattr(m, "surrogate_function")]
-    seen = not neurons or any(getattr(m, "step_mode", "m") != "s" for m in neurons)
+    seen = any(getattr(m, "step_mode", "m") != "s" for m in neurons)
 
     def checked(u: Tensor) -> Tensor:
         nonlocal seen
+        if not neurons:  # of another library, or the caller's own
+            try:
+                return logits(u)
+            except RuntimeError as error:
+                if "(unbatched)" not in str(error) or u.ndim < 5:
+                    raise
+                raise ValueError(
+                    f"{name}: expected a network that takes all steps [t n ...] at once, got {tuple(u.shape)} refused: "
+                    f"{error}; loop over the steps in your own logits, Victim(encode=..., logits=...)"
+                ) from error
         if seen or len(u) < 2:
             return logits(u)
         called: list[nn.Module] = []
