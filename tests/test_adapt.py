@@ -162,9 +162,7 @@ def test_neurons_in_single_step_mode_are_told(spikingjelly):
 
 def test_a_network_of_one_step_at_a_time_is_told_as_such():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).eval()
-    with pytest.raises(
-        ValueError, match=r"\(4, 6, 1, 6, 6\) refused: Expected .*loop over the steps"
-    ):
+    with pytest.raises(ValueError, match=r"\(4, 6, 1, 6, 6\) refused: Expected .*loop over the steps"):
         stateful(net, direct(steps=4), classes=3).scores(X)
 
 

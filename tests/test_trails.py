@@ -409,11 +409,15 @@ def test_memory_does_not_grow_with_the_number_of_images():
     x, y = x.repeat(2, 1, 1, 1), y.repeat(2)
     held = []
 
-    def say(done, of):
+    def tensors():
         gc.collect()
-        held.append(
-            sum(t.numel() * t.element_size() for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
-        )
+        return [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+
+    before = tensors()  # held here: what other tests left must not die meanwhile
+    known = set(map(id, before))
+
+    def say(done, of):
+        held.append(sum(t.numel() * t.element_size() for t in tensors() if id(t) not in known))
 
     trail(v, x, y, batch=2, detail="full", per_step=True, say=say)
     assert len(held) == 3 and held[2] == held[1] > 0
