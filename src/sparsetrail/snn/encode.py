@@ -231,11 +231,11 @@ def latency(*, steps: int = 10, curve: str = "linear", backward: str = "identity
     return _coded("latency", {"steps": steps, "curve": curve, "backward": backward}, code, None, backward)
 
 
-def from_codebook(table: Tensor | Sequence[Sequence[float]], *, backward: str = "secant") -> Encoder:
+def from_codebook(table: Tensor | Sequence[Sequence[float]], *, backward: str = "identity") -> Encoder:
     """A code of your own: `table` [256 t] says what every grey level shows, step by step.
 
-    Differentiated by the secant of the table, unless `backward` says identity or none. ValueError for another shape or
-    values that are not finite.
+    Differentiated straight through, unless `backward` says secant (of the levels beside it: zero where a coarse code
+    shows the same) or none. ValueError for another shape or values that are not finite.
     """
     code = torch.as_tensor(table, dtype=torch.float32).detach().cpu().clone()
     if code.ndim != 2 or len(code) != 256 or not code.shape[1] or not bool(code.isfinite().all()):
