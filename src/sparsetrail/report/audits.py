@@ -88,14 +88,7 @@ def steps(audit: Audit) -> tuple[Step, ...]:
 
 def taken_back(audit: Audit) -> int:
     """Images that an attack fooled and that stand all the same: their adversarial did not hold when shown alone."""
-    place = {index: i for i, index in enumerate(audit.indices)}
-    fell = {
-        place[index]
-        for run in battery(audit)
-        for index, right, held in zip(run.indices or audit.indices, run.clean, run.robust, strict=False)
-        if right and not held and index in place
-    }
-    return sum(audit.worst[i] for i in fell)
+    return int(next((f.value or 0 for f in audit.findings if f.id == "S6"), 0))
 
 
 def titles(audit: Audit) -> tuple[str, ...]:
@@ -214,9 +207,8 @@ def battery_grid(audit: Audit) -> Grid:
         for s in made
     ]
     if again := taken_back(audit):
-        rows.append(
-            ("", "taken back at the last judgement (S6), met by no attack after", "", str(again), "", "", "", "", "")
-        )
+        words = f"{again} taken back at the last judgement (S6), met by no attack after"
+        rows.append(("", words, "", "", "", "", "", "", ""))
     last = made[-1].left if made else clean
     if last != worst:
         lost = last.k - worst.k

@@ -190,7 +190,8 @@ class _Loop:
         """Validate, keep the best model and the state."""
         done, score = self.done, self._validation()
         validation = None if score is None else score.value
-        loss = done.losses / done.summed if done.summed else done.loss  # a state of before knows its last loss only
+        whole = done.summed == self.steps  # a state of older code knows the last loss alone
+        loss = done.losses / done.summed if whole else done.loss
         done.epoch, done.step, done.losses, done.summed = epoch + 1, 0, 0.0, 0
         done.history.append({"epoch": epoch, "loss": loss, "validation": validation})
         value = float(epoch) if validation is None else validation
