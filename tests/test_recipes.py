@@ -1,7 +1,7 @@
 """Experiments: cells are kept and never mixed, quick runs whole, paper rows stay in their threat's column."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -354,6 +354,23 @@ def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_on_fewer_images
     converted = load_model(fake_cifar.out / "models" / "cifar10-hire_vgg11" / "converted")
     assert started["start"]["sha256"] == converted.sha256
     assert "converted from" in measure.card(converted, "c", Rate(1, 2), test_set)["trained"]
+
+
+@pytest.mark.parametrize("name", systems.SYSTEMS)
+def test_every_system_is_trained_and_taken_again(tmp_path, name):
+    few = data.take(data.load("fashion-mnist-slice", "train"), 40, seed=0)
+    few = replace(few, images=torch.nn.functional.pad(few.images, (2, 2, 2, 2)))  # 32x32, as a VGG wants
+    has_twin = systems.SYSTEMS[name].twin is not None
+    how = {"epochs": 1, "batch": 16, "width": 0.0625, "steps": 4}
+    how |= {"twin_epochs": 1, "calibrate": 40} if has_twin else {}
+    bench = measure.Bench(out=tmp_path)
+    trained = systems.train_system(bench, name, few, **how)
+    net = systems.SYSTEMS[name].net(few, width=0.0625, steps=4)
+    assert trained.card["net"] == json.loads(json.dumps(asdict(net)))
+    assert ("start" in trained.card) == has_twin
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    assert systems.train_system(bench, name, few, **how).sha256 == trained.sha256
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == before
 
 
 def test_thresholds_are_not_read_off_the_images_held_out(monkeypatch):

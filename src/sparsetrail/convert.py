@@ -44,7 +44,8 @@ def convert(
 
     Thresholds are what `calibrate` finds on `images` of `data` over `steps` steps, times `scale` (0.2 to 0.3 for few
     steps at the end, 0.6 to 0.8 for a hundred and more). A finished one of the same settings is taken from `out`.
-    ValueError where twin and spec do not fit, or a layer sees no current.
+    The twin is the same network but for neurons, steps and readout; where the code is signed, whose mean is 2x - 1, its
+    first operation is "half". ValueError where twin and spec do not fit, or a layer sees no current.
     """
     if spec.neuron.kind != "diet":
         raise ValueError(
@@ -65,6 +66,8 @@ def convert(
     if data.images.shape[1] != spec.channels:
         raise ValueError(f"data: expected {spec.channels} channels as the network's, found {data.images.shape[1]}")
     own, asked = asdict(net_spec_from(twin.card["net"])), asdict(spec)
+    if encode.knobs.get("signed") and asked["normalise"] == "none":
+        asked["normalise"] = "half"
     if strange := [k for k in asked if k not in ("neuron", "steps", "readout", "exact") and own[k] != asked[k]]:
         told = ", ".join(f"{k} {own[k]} where {asked[k]} is asked for" for k in strange)
         raise ValueError(f"twin: expected the same network but for neurons and steps, found {told}")
