@@ -12,6 +12,7 @@ from sparsetrail.core import Trail, TrailRow
 from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate, averaged, rebuilt, spread, trace, variants
+from sparsetrail.recipes.targets import as_victim, ours
 from sparsetrail.report import charts, figure, load, pack, write
 from sparsetrail.report.ablation_tables import Ablation, AblationRow, ablations
 from sparsetrail.report.labels import explain
@@ -186,7 +187,9 @@ def test_a_changed_forward_stops_the_recipe(tiny, monkeypatch):
 
 def test_models_stand_side_by_side_in_one_picture(tiny, tmp_path):
     bench, models, images = tiny
-    found = trace(bench, models, images, per_step=True, per_example=True, command="sparsetrail trail")
+    found = trace(
+        bench, [ours(m, n) for n, m in models], images, per_step=True, per_example=True, command="sparsetrail trail"
+    )
     assert [t.victim for t in found.trails] == ["max", "avg"] and len(found.models) == 2
     for t, line in zip(found.trails, found.summary, strict=True):
         assert t.victim in line and "created where they stand" in line
@@ -199,12 +202,12 @@ def test_cells_of_before_are_still_read(tiny):
     bench, models, images = tiny
     name, model = models[0]
     bench = replace(bench, out=bench.out / "old")
-    spec = measure._spec(bench, model, measure.as_victim(model, name).route, "eval", images, 0)
+    spec = measure._spec(bench, model.sha256, False, as_victim(model, name).route, "eval", images, 0)
     row = {"op": "conv1", "kind": "conv", "depth": 0, "zero": 0.5, "forced": 0.0, "norm": 1.0, "entries": 4,
            "per_step": None}  # fmt: skip
     old = {"victim": "x", "mode": "eval", "data": "d", "n": 6, "steps": 3, "clean_accuracy": 0.5, "rows": [row]}
     measure._write(bench, spec | {"trail": True, "per_step": False}, old)
-    found = measure.follow(bench, model, name, images)
+    found = measure.follow(bench, ours(model, name), images)
     assert found.victim == name and found.rows[0].zero == 0.5 and found.rows[0].created is None
     assert "was not measured" in explain(found)
 

@@ -11,6 +11,7 @@ import torch
 from frauds import FRAUDS, case, hard_labels, honest, rejecting
 from lively import lively
 
+from sparsetrail.attacks import attack, pgd
 from sparsetrail.auditing import (
     Forgetful,
     Stage,
@@ -30,12 +31,15 @@ from sparsetrail.auditing.verdict import battery_findings
 from sparsetrail.cli import main
 from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run, Streams, Victim, margin
 from sparsetrail.data import load as load_images
-from sparsetrail.data import take
-from sparsetrail.recipes.audits import Cells, sentence, target, verify_again
+from sparsetrail.data import pixels, take
+from sparsetrail.recipes.audits import Cells, sentence, verify_again
 from sparsetrail.recipes.measure import Bench
+from sparsetrail.recipes.targets import target
 from sparsetrail.report import audits, unpack
+from sparsetrail.report.labels import route_of
 from sparsetrail.snn.encode import phase, poisson
 from sparsetrail.snn.net import NetSpec, victim
+from sparsetrail.trails import trail
 
 EPS = 8 / 255
 
@@ -901,6 +905,66 @@ def ann():
 def wrong():
     return 1
 """
+
+
+SPIKING = """
+import torch
+from pathlib import Path
+from torch import nn
+import sparsetrail as st
+
+
+class Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        return (v >= 0).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / (1 + ctx.saved_tensors[0].square())
+
+
+class Fires(nn.Module):
+    def forward(self, x):
+        return Spike.apply(x - 0.1)
+
+
+def victim():
+    torch.manual_seed(int(Path("seed").read_text()))
+    net = nn.Sequential(nn.Conv2d(1, 4, 5, 4), Fires(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10)).eval()
+    def logits(u):
+        return torch.stack([net(now) for now in u]).mean(0)
+
+    return st.Victim(encode=st.phase(steps=3), logits=logits, steps=3, classes=10, module=net)
+"""
+
+
+def test_attacks_and_trails_of_a_victim_of_your_own_are_those_of_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SPIKING)
+    (tmp_path / "seed").write_text("0")
+    on = ["--data", "fashion-mnist-slice", "--n", "24"]
+    hit = ["attack", "mine.py:victim", "--eps", "8/255", "--space", "pixel", *on, "--steps", "3", "--json"]
+
+    def line():
+        main(hit)
+        return json.loads(capsys.readouterr().out)
+
+    first = line()
+    few = take(load_images("fashion-mnist-slice", "test"), 24, seed=0)
+    v = target("mine.py:victim").make()
+    run = attack(pgd, v, Linf(8 / 255, space="pixel"), pixels(few.images), few.labels, steps=3)
+    assert (first["robust_acc"], first["forwards"], first["route"]) == (run.accuracy.value, run.forwards, route_of(run))
+    assert first["victim"] == v.name == "mine:victim" and line() == first  # kept, whose seconds are the same
+    (tmp_path / "seed").write_text("1")
+    line()  # other weights behind the same file are another cell
+    assert len(list((tmp_path / "runs").rglob("cells/*.json"))) == 2
+    main(["trail", "mine.py:victim", *on, "--detail", "plain", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    alone = trail(target("mine.py:victim").make(), pixels(few.images), few.labels, detail="plain")
+    assert [(r["op"], r["zero"]) for r in told["rows"]] == [(r.op, r.zero) for r in alone.rows]
+    assert (tmp_path / "runs" / "mine-victim" / "trail-plain-n24" / "report.html").is_file()
 
 
 def test_a_victim_of_your_own_from_the_command_line(tmp_path, monkeypatch, capsys):

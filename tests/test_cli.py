@@ -188,6 +188,37 @@ def test_the_published_recipe_is_explicit(model, capsys):
     assert code == 4 and "fixed" in err
 
 
+MINE = """
+import torch
+from sparsetrail import Victim
+
+
+def mine():
+    return Victim(encode=lambda x: x[None], logits=lambda u: u[0].flatten(1)[:, :10], steps=1, classes=10)
+"""
+
+
+def test_what_a_python_file_cannot_have_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    ok, on = ("--eps", "8/255", "--space", "pixel", "--n", "10"), ("--data", "fashion-mnist-slice")
+    mine = "mine.py:mine"
+    for argv, words in (
+        (("attack", mine, *ok), "--data: expected the image set to put a foreign victim to"),
+        (("attack", mine, *ok, *on, "--precision", "bf16"), "--precision: expected a model of ours for it"),
+        (("attack", mine, *ok, *on, "--encoder-gradient", "secant"), "--encoder-gradient: expected a model of ours"),
+        (("attack", mine, "--compat", "authors", *on), "--compat authors: expected a model of ours"),
+        (("attack", mine, *ok, *on, "--route", "hart"), "expected a victim that can be rewired"),
+        (("audit", mine, *ok, *on, "--precision", "bf16"), "--precision: expected a model of ours for it"),
+        (("trail", mine), "--data: expected the image set"),
+        (("trail", mine, *on), "the trail needs the network behind the victim"),
+        (("ablate", mine, *on), "ablate: expected models of ours"),
+    ):
+        code, out, err = run(*argv, capsys=capsys)
+        assert code == 4 and words in err and "Traceback" not in err, (argv, code, err)
+        assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["mine.py"], argv
+
+
 def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
     ok = ("--eps", "8/255", "--space", "pixel", "--n", "10")
     for argv, words in (
@@ -197,6 +228,10 @@ def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
             for flags in ((), ("--eps", "8/255"), ("--space", "pixel"))
         ),
         (("attack", model, "--eps", "8", "--space", "pixel"), "did you mean 8/255"),
+        *(
+            ((*verb, model, "--eps", "-8/255", "--space", "pixel"), "within 0..1, got -0.0313725")
+            for verb in (("attack",), ("audit",), ("theory", "audit"))
+        ),
         (("attack", tmp_path / "nowhere", *ok), "found nothing there"),
         (("attack", model, *ok, "--name", "deepfool"), "expected one of noise, fgsm, rfgsm"),
         (("attack", model, *ok, "--set", "steps"), "expected key=value of pgd's settings"),
@@ -216,7 +251,7 @@ def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
         (("train", "resnet18", "--data", "fashion-mnist-slice", "--out", tmp_path / "t"), "sew_resnet18"),
         (("train", "--data", "nosuchset", "--out", tmp_path / "t"), "data add"),
         (("train", "--data", "fashion-mnist-slice", "--lr", "0", "--out", tmp_path / "t"), "lr: expected a finite"),
-        (("attack", "mine.py:mine", *ok), "a Python file: `audit` and `theory audit` take one"),
+        (("attack", "mine.py:mine", *ok), "expected a Python file with the function mine, found no file"),
         (("report", tmp_path / "nowhere"), "nowhere"),
         (("reproduce", "table3", "--scale", "smoke", "--rows", "vgg11", "--out", tmp_path / "t"), "sew_resnet18"),
         (

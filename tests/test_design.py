@@ -18,6 +18,7 @@ from sparsetrail.models import Trained
 from sparsetrail.recipes import design as recipe
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import ATTACKS, SIZES, designs, sweep
+from sparsetrail.recipes.targets import as_victim, ours
 from sparsetrail.report import charts, figure, load, write
 from sparsetrail.report.charts.tradeoff import PANEL, _span
 from sparsetrail.report.design_tables import (
@@ -104,14 +105,15 @@ def test_routes_and_guides_arrive_and_are_cells_of_their_own(tmp_path):
     few = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=0)
     x, bench, ball = data.pixels(few.images), measure.Bench(out=tmp_path), Linf(2 / 255, space="pixel")
     model, other = awake("m", 1, x), awake("other", 2, x)
-    v, guide, route = measure.as_victim(model, "m"), measure.as_victim(other, "other"), (Route(neuron="triangle:1"),)
+    v, guide, route = as_victim(model, "m"), as_victim(other, "other"), (Route(neuron="triangle:1"),)
     y = v.scores(x).argmax(1)
     few, found = replace(few, labels=y), []
-    for ours, theirs in (({}, {}), ({"route": route}, {"route": route}), ({"guide": other}, {"guide": guide})):
-        run = measure.strike(bench, model, "m", "pgd", ball, few, steps=2, **ours)
+    by_other = {"guide": ours(other, "other")}
+    for mine, theirs in (({}, {}), ({"route": route}, {"route": route}), (by_other, {"guide": guide})):
+        run = measure.strike(bench, ours(model, "m"), "pgd", ball, few, steps=2, **mine)
         alone = measure.attack(pgd, v, ball, x, y, steps=2, keep=True, **theirs)
         assert run.route == alone.route and torch.equal(run.adversarial, alone.adversarial)
-        assert measure.strike(bench, model, "m", "pgd", ball, few, steps=2, **ours) == run
+        assert measure.strike(bench, ours(model, "m"), "pgd", ball, few, steps=2, **mine) == run
         found.append(run)
     assert len(list((tmp_path / "cells").glob("*.json"))) == len({run.route for run in found}) == 3
     assert not any(torch.equal(found[0].adversarial, run.adversarial) for run in found[1:])

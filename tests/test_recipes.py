@@ -17,6 +17,7 @@ from sparsetrail.recipes import audits, measure, paper, systems
 from sparsetrail.recipes.notes import caveats
 from sparsetrail.recipes.quick import QuickSpec, quick
 from sparsetrail.recipes.rows import net_spec
+from sparsetrail.recipes.targets import ours, target
 from sparsetrail.report import claims, load, table, text_tables, write
 from sparsetrail.report.comparison import comparisons
 from sparsetrail.report.seeds import spread
@@ -75,24 +76,24 @@ def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done, mon
     count = lambda: len(list((out / "cells").glob("*.json")))  # noqa: E731
     before = count()
     runs = [
-        measure.strike(bench, model, "m", "pgd", pixel, subset, steps=2),
-        measure.strike(bench, model, "m", "pgd", pixel, subset, steps=3),
-        measure.strike(bench, model, "m", "pgd", pixel, subset, steps=2, backward="secant"),
-        measure.strike(replace(bench, seed=1), model, "m", "pgd", pixel, subset, steps=2),
-        measure.strike(bench, model, "m", "pgd", Linf(8 / 255, space="encoded"), subset, steps=2),
+        measure.strike(bench, ours(model, "m"), "pgd", pixel, subset, steps=2),
+        measure.strike(bench, ours(model, "m"), "pgd", pixel, subset, steps=3),
+        measure.strike(bench, target(str(model.path), backward="secant"), "pgd", pixel, subset, steps=2),
+        measure.strike(replace(bench, seed=1), ours(model, "m"), "pgd", pixel, subset, steps=2),
+        measure.strike(bench, ours(model, "m"), "pgd", Linf(8 / 255, space="encoded"), subset, steps=2),
     ]
     assert count() == before + 5
     assert len({r.route for r in runs}) == 3  # identity, secant, and no encoder in encoded space
-    assert measure.strike(bench, model, "m", "pgd", pixel, subset, steps=2) == runs[0] and count() == before + 5
+    assert measure.strike(bench, ours(model, "m"), "pgd", pixel, subset, steps=2) == runs[0] and count() == before + 5
     other = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=1)
-    measure.strike(bench, model, "m", "pgd", pixel, other, steps=2)
+    measure.strike(bench, ours(model, "m"), "pgd", pixel, other, steps=2)
     assert count() == before + 6  # other data
-    assert measure.strike(bench, model, "renamed", "pgd", pixel, subset, steps=2).victim == "renamed"
-    flat, deep = (measure.follow(bench, model, "m", subset, per_step=p) for p in (False, True))
+    assert measure.strike(bench, ours(model, "renamed"), "pgd", pixel, subset, steps=2).victim == "renamed"
+    flat, deep = (measure.follow(bench, ours(model, "m"), subset, per_step=p) for p in (False, True))
     assert flat.rows[0].per_step is None and len(deep.rows[0].per_step) == 3
     monkeypatch.setattr(measure, "__version__", "0.0.0")
     at = count()
-    measure.strike(bench, model, "m", "pgd", pixel, subset, steps=2)
+    measure.strike(bench, ours(model, "m"), "pgd", pixel, subset, steps=2)
     assert count() == at + 1  # other code
     monkeypatch.undo()
     points = measure.adversarial(bench, runs[0], model, subset)
@@ -105,7 +106,7 @@ def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done, mon
     ):
         cell.write_text(content)
         with pytest.raises(ValueError, match=match):
-            measure.strike(bench, model, "m", "pgd", encoded, subset, steps=2)
+            measure.strike(bench, ours(model, "m"), "pgd", encoded, subset, steps=2)
 
 
 def test_a_report_names_the_other_versions_that_made_what_it_kept(tmp_path, monkeypatch):
@@ -116,7 +117,7 @@ def test_a_report_names_the_other_versions_that_made_what_it_kept(tmp_path, monk
                         TrainSpec(epochs=1, batch=16))  # fmt: skip
     told = lambda: measure.provenance(bench, 0.0, "c").get("kept from before, made by")  # noqa: E731
     strike = lambda steps: measure.strike(  # noqa: E731
-        bench, model, "m", "pgd", Linf(8 / 255, space="pixel"), subset, steps=steps
+        bench, ours(model, "m"), "pgd", Linf(8 / 255, space="pixel"), subset, steps=steps
     )
     monkeypatch.setattr(measure, "version", lambda: "1 at abc")
     first = strike(4)
@@ -322,8 +323,8 @@ def test_a_network_under_every_threat_trained_here_or_before(fake_cifar, tmp_pat
 def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_on_fewer_images_over_draws(fake_cifar, monkeypatch):
     seen = []
 
-    def strike(bench, model, name, attack, threat, images):
-        seen.append((name, attack, threat.eps, len(images.labels)))
+    def strike(bench, what, attack, threat, images):
+        seen.append((what.name, attack, threat.eps, len(images.labels)))
         return NOTHING
 
     monkeypatch.setattr(paper, "strike", strike)
@@ -344,10 +345,10 @@ def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_on_fewer_images
         ("fgsm", 0.031), ("pgd", 0.031)
     }  # fmt: skip
     assert {n for *_, n in hire} == {7} and {n for *_, n in coded} == {5}
-    assert measure.strike(fake_cifar, rated, "rated", "fgsm", paper.TEXT, few).eot == EOT
-    assert measure.strike(fake_cifar, rated, "rated", "fgsm", paper.TEXT, few, eot=2).eot == 2
+    assert measure.strike(fake_cifar, ours(rated, "rated"), "fgsm", paper.TEXT, few).eot == EOT
+    assert measure.strike(fake_cifar, ours(rated, "rated"), "fgsm", paper.TEXT, few, eot=2).eot == 2
     with pytest.raises(ValueError, match=r"box -1\.\.1"):  # its code is signed
-        measure.strike(fake_cifar, rated, "rated", "pgd", Linf(8 / 255, space="encoded"), few)
+        measure.strike(fake_cifar, ours(rated, "rated"), "pgd", Linf(8 / 255, space="encoded"), few)
     with pytest.raises(ValueError, match=r"box -1\.\.1"):
         measure.strike_as_published(fake_cifar, rated, "rated", few)
     started = load_model(fake_cifar.out / "models" / "cifar10-hire_vgg11").card
@@ -543,7 +544,7 @@ def test_the_audit_of_a_trained_model_is_made_as_it_was_asked_for(done, tmp_path
         return [replace(s, knobs=s.knobs | {"steps": 1}) for s in stages]
 
     monkeypatch.setattr(auditing, "battery", few)
-    what, guide = (audits.target(str(done[0] / "models" / pool)) for pool in ("max", "avg"))
+    what, guide = (target(str(done[0] / "models" / pool)) for pool in ("max", "avg"))
     images = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=0)
     with torch.no_grad():
         images = replace(images, labels=what.make().scores(data.pixels(images.images)).argmax(1))

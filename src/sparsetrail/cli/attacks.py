@@ -22,12 +22,13 @@ from sparsetrail.cli.flags import (
     chosen,
     emit,
     images_for,
-    model_at,
     output_folder,
 )
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import Audit, Report, Route, Run, Threat, as_fraction
 from sparsetrail.recipes import audits, measure
+from sparsetrail.recipes.targets import Target, fits, home
+from sparsetrail.recipes.targets import target as target_at
 from sparsetrail.report import console as print_table
 from sparsetrail.report import write
 from sparsetrail.report.labels import BY_SCORES, route_of
@@ -79,7 +80,10 @@ def attack(
     seed: int | None = None,
     common: Common = COMMON,
 ) -> None:
-    """Attack TARGET (a run folder or model.safetensors) on test images; eval mode, best point kept, judged afresh.
+    """Attack TARGET on test images; eval mode, best point kept, judged afresh.
+
+    TARGET is a run folder, a model.safetensors, or file.py:function that returns a sparsetrail Victim (any PyTorch SNN;
+    the file is run, so let it be yours).
 
     --eps and --space have no default: say what the adversary may do, e.g. --eps 8/255 --space pixel, or with --name sda
     --norm l0 the number of entries of a binary code that may be flipped. Results are kept beside the model and not
@@ -99,12 +103,15 @@ def attack(
             "16, seed 3407, fp32); leave --eps, --space, --route, --transfer, --eot, --batch, --seed, --precision and "
             "the attack's settings out"
         )
-    model, folder = model_at(target)
-    test_set = images_for(model, data_name, n, common.root)
-    label = folder.resolve().name
+    what = target_at(target, device=where, precision=precision, backward=encoder_gradient)
+    if threat is None and what.model is None:
+        raise ValueError("--compat authors: expected a model of ours, whose train mode it needs, got a Python file")
+    test_set = images_for(what.model, data_name, n, common.root)
     if threat is not None:
-        refuse_flips(measure.as_victim(model, label), threat, data.pixels(test_set.images[:8]))
-    with Screen(quiet=common.as_json) as screen, output_folder(folder / "attacks") as place:
+        victim, x = what.make(), data.pixels(test_set.images[:8].to(where))
+        fits(victim, x, test_set)
+        refuse_flips(victim, threat, x)
+    with Screen(quiet=common.as_json) as screen, output_folder(home(target, what) / "attacks") as place:
         bench = measure.Bench(
             out=place,
             device=where,
@@ -114,13 +121,13 @@ def attack(
             stop=screen.stop,
         )
         if threat is None:
-            runs = list(measure.strike_as_published(bench, model, label, test_set))
+            assert what.model is not None
+            runs = list(measure.strike_as_published(bench, what.model, what.name, test_set))
         else:
             run = measure.strike(
-                bench, model, label, name, threat, test_set,
-                backward=encoder_gradient, precision=precision, eot=eot,
+                bench, what, name, threat, test_set, eot=eot,
                 route=tuple(Route(neuron=None if r == "own" else r) for r in route or ()),
-                guide=None if transfer is None else model_at(transfer)[0], **knobs,
+                guide=None if transfer is None else target_at(transfer, device=where), **knobs,
             )  # fmt: skip
             runs = [run]
     for run in runs:
@@ -155,7 +162,10 @@ def audit(
     target: str,
     *,
     eps: Annotated[
-        list[Number] | None, Parameter(negative="", help="radius, e.g. 8/255 (l0: entries); one for every --space")
+        list[Number] | None,
+        Parameter(
+            negative="", allow_leading_hyphen=True, help="radius, e.g. 8/255 (l0: entries); one for every --space"
+        ),
     ] = None,
     space: Annotated[
         list[Space] | None, Parameter(negative="", help="pixel or encoded; repeat both flags for more threats")
@@ -201,11 +211,9 @@ def audit(
         raise ValueError(f"expected one --eps for every --space, got {len(eps)} and {len(space)}")
     threats = [Threat(e, space=s, norm=norm) for e, s in zip(eps, space, strict=True)]
     refuse(threats, claim=claim, batch=batch, eot=eot, minutes=minutes, budget=budget)
-    what = audits.target(target, device=where, precision=precision)
-    if what.model is None and data_name is None:
-        raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")
+    what = target_at(target, device=where, precision=precision)
     test_set = images_for(what.model, data_name, n, common.root)
-    place = audits.home(target, what) / "audit"
+    place = home(target, what) / "audit"
     if verify:
         _verify(target, what, threats, test_set, place, out, common.as_json, device=where, batch=batch, seed=seed)
         return
@@ -220,8 +228,8 @@ def audit(
         bench = measure.Bench(out=out, device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
         report, examples = audits.run(
             bench, what, threats, test_set, budget=budget, claim=claim, claim_source=claim_source, eot=eot,
-            minutes=minutes, guides=[audits.target(t, device=where) for t in transfer or ()],
-            control=None if control is None else audits.target(control, device=where),
+            minutes=minutes, guides=[target_at(t, device=where) for t in transfer or ()],
+            control=None if control is None else target_at(control, device=where),
             command=" ".join(
                 [f"sparsetrail audit {target}", *(f"--eps {as_fraction(t.eps)} --space {t.space}" for t in threats),
                  f"--norm {norm} --data {test_set.name} --n {len(test_set.labels)} --budget {budget} --seed {seed}",
@@ -248,7 +256,7 @@ def say_report(report: Report, page: Path) -> None:
 
 
 def _verify(
-    target: str, what: audits.Target, threats: list[Threat], test_set: data.Dataset, place: Path, out: Path | None,
+    target: str, what: Target, threats: list[Threat], test_set: data.Dataset, place: Path, out: Path | None,
     as_json: bool, **more: Any,
 ) -> None:  # fmt: skip
     """Show kept adversarials to the model once more; ValueError where some do not hold but for votes that turned."""

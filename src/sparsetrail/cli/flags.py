@@ -28,7 +28,7 @@ def _fraction(_type: Any, tokens: Sequence[Token]) -> float:
         raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
 
 
-Number = Annotated[float, Parameter(converter=_fraction)]
+Number = Annotated[float, Parameter(converter=_fraction, allow_leading_hyphen=True)]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:i")]
 Threads = Annotated[int | None, Parameter(help="CPU threads; default all cores")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="print one JSON line instead of text")]
@@ -161,18 +161,15 @@ def model_at(target: str) -> tuple[Trained, Path]:
     """The model of a run folder or a file, and the folder it lies in."""
     path = Path(target)
     if not path.exists():
-        own = ".py:" in target or target.endswith(".py")
-        raise ValueError(
-            f"{target}: expected a run folder or a model.safetensors, found "
-            + ("a Python file: `audit` and `theory audit` take one, in Python sparsetrail.attack and trail do" if own
-               else "nothing there")
-        )  # fmt: skip
+        raise ValueError(f"{target}: expected a run folder or a model.safetensors, found nothing there")
     model = load_model(path)
     return model, path if path.is_dir() else path.parent
 
 
 def images_for(model: Trained | None, name: str | None, n: int | None, root: Path | None) -> data.Dataset:
     """The test images of a named set or of the model's own, `n` of them; they must fit the model."""
+    if model is None and name is None:
+        raise ValueError("--data: expected the image set to put a foreign victim to, e.g. --data cifar10")
     found = data.load(name or model.card["data"]["name"], "test", root=root)  # type: ignore[union-attr]
     if model is not None:
         net = model.card["net"]

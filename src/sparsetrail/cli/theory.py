@@ -27,6 +27,8 @@ from sparsetrail.data import pixels
 from sparsetrail.recipes import audits, theorems
 from sparsetrail.recipes.demo import demo as run_demo
 from sparsetrail.recipes.measure import Bench, identity, provenance
+from sparsetrail.recipes.targets import fits, home
+from sparsetrail.recipes.targets import target as target_at
 from sparsetrail.recipes.theory import audit as run_audit
 from sparsetrail.report.theorems import Page, write
 
@@ -80,17 +82,15 @@ def audit(
             "theory audit: expected --eps and --space, e.g. --eps 8/255 --space pixel; they have no default"
         )
     threat = Linf(eps, space=space)
-    what = audits.target(target, device=where)
-    if what.model is None and data_name is None:
-        raise ValueError("--data: expected the image set to audit a foreign victim on, e.g. --data cifar10")
+    what = target_at(target, device=where)
     test_set = images_for(what.model, data_name, n, common.root)
     if out is None:
-        out = audits.home(target, what) / "theory" / f"{audits.short(threat)}_n{len(test_set.labels)}"
+        out = home(target, what) / "theory" / f"{audits.short(threat)}_n{len(test_set.labels)}"
     started = time.monotonic()
     with Screen(quiet=common.as_json) as screen, common.folder(out):
         bench = Bench(out=out, device=where, seed=seed, batch=batch, tick=screen.tick, stop=screen.stop)
         victim, x = what.make(), pixels(test_set.images.to(where))
-        audits.fits(victim, x, test_set)
+        fits(victim, x, test_set)
         found = run_audit(
             victim, x, test_set.labels.to(where), threat,
             data=identity(test_set), identity=what.identity, draws=draws, seed=seed, batch=batch, stop=screen.stop,

@@ -8,17 +8,19 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from sparsetrail import data
-from sparsetrail.cli.flags import COMMON, Common, emit, images_for, model_at, output_folder
+from sparsetrail.cli.flags import COMMON, Common, emit, images_for, output_folder
 from sparsetrail.cli.screen import Screen, show
-from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate as run_ablation
 from sparsetrail.recipes.ablation import trace
+from sparsetrail.recipes.targets import Target, fits, home
+from sparsetrail.recipes.targets import target as target_at
 from sparsetrail.report import figure, write
 from sparsetrail.report.ablation_tables import ablations
 from sparsetrail.report.tables import share
 
-Targets = Annotated[list[str], Parameter(help="run folders or model.safetensors, of one data set")]
+Models = Annotated[list[str], Parameter(help="run folders or model.safetensors, of one data set")]
+Targets = Annotated[list[str], Parameter(help="run folders, model.safetensors or file.py:function, of one data set")]
 IMAGES = 64
 Named = Annotated[str | None, Parameter(name="--data", help="default: the set the model was trained on")]
 
@@ -44,15 +46,16 @@ def trail(
 ) -> None:
     """The sparsity trail of TARGETS: exact zeros in, and L2 norm of, the gradient at the input of every operation.
 
-    Several models of one architecture stand side by side in one picture. Writes a page, CSVs, trail.svg and trail.pdf
-    into --out (default: beside the first model trail/, with mode, detail, other models and n in its name where they are
-    not the default). --mode train uses batch statistics, as the paper's code does; the models are left as they were.
-    docs/trail.md says what every column means.
+    Several models of one architecture stand side by side in one picture; file.py:function returns a sparsetrail Victim
+    with its module, any PyTorch network (the file is run, so let it be yours). Writes a page, CSVs, trail.svg and
+    trail.pdf into --out (default: beside the first model trail/, with mode, detail, other models and n in its name
+    where they are not the default). --mode train uses batch statistics, as the paper's code does; the models are left
+    as they were. docs/trail.md says what every column means.
     """
     where = common.where()
-    models, test_set, first = _models(targets, data_name, None if example is not None else n, common.root, batch)
+    whats, test_set, first = _targets(targets, data_name, None if example is not None else n, common.root, batch, where)
     kind = "-".join(["trail", *(["train-mode"] if mode == "train" else []), *([detail] if detail != "full" else [])])
-    name = _named(kind, models, n, example is None)
+    name = _named(kind, whats, n, example is None)
     command = f"sparsetrail trail {' '.join(targets)} --n {n} --detail {detail} --mode {mode}"
     if example is not None:
         test_set, per_step = data.pick(test_set, example), True
@@ -60,7 +63,7 @@ def trail(
     with Screen(quiet=common.as_json) as screen, output_folder(out or first / name) as place:
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = trace(
-            bench, models, test_set, detail=detail, mode=mode, per_step=per_step, per_example=per_example, batch=batch,
+            bench, whats, test_set, detail=detail, mode=mode, per_step=per_step, per_example=per_example, batch=batch,
             command=command,
         )  # fmt: skip
         files = write(report, place)
@@ -82,7 +85,7 @@ def trail(
 
 
 def ablate(
-    targets: Targets,
+    targets: Models,
     *,
     data_name: Named = None,
     n: int = IMAGES,
@@ -97,8 +100,11 @@ def ablate(
     continues.
     """
     where = common.where()
-    models, test_set, first = _models(targets, data_name, n, common.root, batch)
-    place = out or first / _named("ablation", models, n)
+    whats, test_set, first = _targets(targets, data_name, n, common.root, batch, where)
+    models = [(what.name, what.model) for what in whats if what.model is not None]
+    if len(models) < len(whats):
+        raise ValueError("ablate: expected models of ours, whose parts it replaces, got a Python file; trail takes one")
+    place = out or first / _named("ablation", whats, n)
     with Screen(quiet=common.as_json) as screen, output_folder(place):
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = run_ablation(
@@ -117,27 +123,29 @@ def ablate(
     print(f"report   {files.get('html', place)}")
 
 
-def _named(name: str, models: Sequence[tuple[str, Trained]], n: int, counted: bool = True) -> str:
-    """The folder of a result: other models and n, where they are not the default, are in its name."""
-    others = [label for label, _ in models[1:]]
+def _named(name: str, whats: Sequence[Target], n: int, counted: bool = True) -> str:
+    """The folder of a result: other targets and n, where they are not the default, are in its name."""
+    others = [what.name.replace(":", "-") for what in whats[1:]]
     return "-".join([name, *(["with", *others] if others else []), *([f"n{n}"] if counted and n != IMAGES else [])])
 
 
-def _models(
-    targets: Sequence[str], data_name: str | None, n: int | None, root: Path | None, batch: int
-) -> tuple[list[tuple[str, Trained]], data.Dataset, Path]:
-    """The models by the names of their folders, the images they share, and the folder of the first."""
-    if not targets:
+def _targets(
+    texts: Sequence[str], data_name: str | None, n: int | None, root: Path | None, batch: int, device: str
+) -> tuple[list[Target], data.Dataset, Path]:
+    """The targets, the images they share, and the folder of the first."""
+    if not texts:
         raise ValueError("expected at least one model, got none; name a run folder")
     if batch < 1:
         raise ValueError(f"--batch: expected at least 1 image, got {batch}")
-    found = [model_at(target) for target in targets]
-    sets = [images_for(model, data_name, n, root) for model, _ in found]
+    found = [target_at(text, device=device) for text in texts]
+    sets = [images_for(what.model, data_name, n, root) for what in found]
     if len({s.sha256 for s in sets}) > 1:
         names = ", ".join(dict.fromkeys(s.name for s in sets))
         raise ValueError(f"expected models of one data set, got {names}; name one with --data")
-    labels = [folder.resolve().name for _, folder in found]
+    labels = [what.name for what in found]
     if len(set(labels)) < len(labels):
         raise ValueError(f"expected models in folders of different names, got {', '.join(labels)}; rename one")
-    models = [(label, model) for label, (model, _) in zip(labels, found, strict=True)]
-    return models, sets[0], found[0][1]
+    for what in found:
+        if what.model is None:
+            fits(what.make(), data.pixels(sets[0].images[:2].to(device)), sets[0])
+    return found, sets[0], home(texts[0], found[0])

@@ -19,7 +19,8 @@ from sparsetrail.core import Mode, Report, Route, Victim
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
-from sparsetrail.recipes.measure import Bench, as_victim, follow
+from sparsetrail.recipes.measure import Bench, follow
+from sparsetrail.recipes.targets import Target, as_victim, ours
 from sparsetrail.report.ablation_tables import ablations
 from sparsetrail.report.labels import explain
 from sparsetrail.snn.neuron import Neuron
@@ -29,7 +30,7 @@ from sparsetrail.trails import Detail
 
 def trace(
     bench: Bench,
-    models: Sequence[tuple[str, Trained]],
+    targets: Sequence[Target],
     data: Dataset,
     *,
     detail: Detail = "full",
@@ -39,15 +40,13 @@ def trace(
     batch: int = 16,
     command: str = "",
 ) -> Report:
-    """The trails of named models on `data` in one report, so that they stand side by side; every trail is a cell."""
+    """The trails of `targets` on `data` in one report, so that they stand side by side; every trail is a cell."""
     started, knobs = time.monotonic(), {"per_step": per_step, "per_example": per_example}
-    trails = [
-        follow(bench, model, name, data, detail=detail, mode=mode, batch=batch, **knobs) for name, model in models
-    ]
+    trails = [follow(bench, what, data, detail=detail, mode=mode, batch=batch, **knobs) for what in targets]
     return Report(
-        title=f"Sparsity trail of {' and '.join(name for name, _ in models)}",
+        title=f"Sparsity trail of {' and '.join(what.name for what in targets)}",
         summary=tuple(explain(t) for t in trails),
-        models=_cards(bench, models, data),
+        models=tuple(_card(bench, what.model, what.name, data) for what in targets if what.model is not None),
         runs=(),
         trails=tuple(trails),
         claims=(),
@@ -73,20 +72,19 @@ def ablate(
                 "sparsetrail trail says where its zeros are"
             )
     for name, model in models:
-        own = as_victim(model, name, device=bench.device)
-        trails.append(follow(bench, model, name, data, batch=batch, detail="full"))
-        trails.append(follow(bench, model, name, data, batch=batch, detail="origin", mode="train"))
+        what = ours(model, name, device=bench.device)
+        own = what.make()
+        trails.append(follow(bench, what, data, batch=batch, detail="full"))
+        trails.append(follow(bench, what, data, batch=batch, detail="origin", mode="train"))
         for way in variants(model.net):
             changed = way.victim(model, name, bench.device)
             _check(own, changed, pixels(data.images.to(bench.device)), batch, way.words)
-            trails.append(
-                follow(bench, model, name, data, batch=batch, detail="origin", way=changed, replaced=way.words)
-            )
+            trails.append(follow(bench, what, data, batch=batch, detail="origin", way=changed, replaced=way.words))
     found = ablations(trails)
     return Report(
         title="Where the zeros come from",
         summary=(*(a.sentence for a in found), *(explain(t) for t in trails if not t.replaced)),
-        models=_cards(bench, models, data),
+        models=tuple(_card(bench, model, name, data) for name, model in models),
         runs=(),
         trails=tuple(trails),
         claims=(),
@@ -98,8 +96,8 @@ def ablate(
     )
 
 
-def _cards(bench: Bench, models: Sequence[tuple[str, Trained]], data: Dataset) -> tuple[dict[str, Any], ...]:
-    return tuple(measure.card(model, name, measure.clean(bench, model, name, data), data) for name, model in models)
+def _card(bench: Bench, model: Trained, name: str, data: Dataset) -> dict[str, Any]:
+    return measure.card(model, name, measure.clean(bench, model, name, data), data)
 
 
 def _check(own: Victim, changed: Victim, x: Tensor, batch: int, words: str) -> None:

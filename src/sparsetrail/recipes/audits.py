@@ -1,14 +1,10 @@
 """An audit as kept work: the model or a foreign victim, one threat or several side by side, adversarials as a file."""
 
 import hashlib
-import importlib.util
 import json
-import sys
-import sysconfig
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.machinery import EXTENSION_SUFFIXES
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +15,8 @@ from sparsetrail._files import write_atomic
 from sparsetrail.auditing import Budget, audit, contradiction, fingerprint, misjudged, reaches_code, refuse, verify
 from sparsetrail.core import Audit, Report, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels, take
-from sparsetrail.models import Trained, load_model
 from sparsetrail.recipes.measure import (
     Bench,
-    Precision,
-    as_victim,
     card,
     clean,
     fits_code,
@@ -32,105 +25,13 @@ from sparsetrail.recipes.measure import (
     provenance,
     version,
 )
+from sparsetrail.recipes.targets import Target, fits, ours
 from sparsetrail.report import load, pack, unpack
 from sparsetrail.snn.weights import load_weights, save_weights
 
 T = TypeVar("T")
 SHOWN = 6  # adversarial images on the page
 UNSTEADY = ("S2", "S3", "S3e", "S3f", "S4", "S5")  # where one fails, an image scored anew may be judged otherwise
-LENT = ("__main__", "torch", "numpy", "sparsetrail")  # modules that are never imported anew
-COMPILED = tuple(EXTENSION_SUFFIXES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What is audited: a victim that can be made again, and what identifies it; `model` where it is one of ours."""
-
-    name: str
-    make: Callable[[], Victim]
-    identity: str
-    model: Trained | None = None
-
-
-def target(text: str, *, device: str = "cpu", precision: Precision = "fp32") -> Target:
-    """A run folder, a model.safetensors, or `file.py:function`, a function without arguments that returns a `Victim`.
-
-    ValueError says which of the three was expected. The Python file is run: it is your own code.
-    """
-    if text.endswith(".py"):
-        raise ValueError(f"{text}: expected file.py:function, found no function; name the one that returns the Victim")
-    file, _, function = text.rpartition(":")
-    if file.endswith(".py"):
-        return _foreign(Path(file), function)
-    path = Path(text)
-    if not path.exists():
-        raise ValueError(
-            f"{text}: expected a run folder, a model.safetensors or file.py:function that returns a Victim, found "
-            "nothing there"
-        )
-    folder = path if path.is_dir() else path.parent
-    name, model = folder.resolve().name, load_model(path)
-
-    def make() -> Victim:
-        return as_victim(load_model(path), name, device=device, precision=precision)
-
-    return Target(name=name, make=make, identity=model.sha256, model=model)
-
-
-def _foreign(path: Path, function: str) -> Target:
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a Python file with the function {function}, found no file")
-    code = path.read_bytes()
-    if (beside := str(path.resolve().parent)) not in sys.path:  # modules next to it, as for a script; others go first
-        sys.path.append(beside)
-    known: set[str] = set()  # modules there before the first execution
-
-    def make() -> Victim:
-        anew = bool(known)
-        if anew:
-            _let_go(known, path)
-        else:
-            known.update(sys.modules)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-            build = getattr(module, function, None)
-            victim = None if build is None else build()
-        except Exception as error:
-            again = "; made once more, with its modules imported anew: let that be possible" if anew else ""
-            raise ValueError(f"{path}:{function} raised {type(error).__name__}: {error}{again}") from error
-        if build is None:
-            raise ValueError(f"{path}: expected a function {function}, found none of that name")
-        if not isinstance(victim, Victim):
-            raise ValueError(
-                f"{path}:{function}: expected a sparsetrail Victim, got {type(victim).__name__}; wrap a network: "
-                "sparsetrail.stateful(net, encode, classes=...) or Victim(encode=..., logits=..., steps=..., "
-                "classes=...)"
-            )
-        return victim if victim.name != "victim" else replace(victim, name=f"{path.stem}:{function}")
-
-    return Target(name=f"{path.stem}:{function}", make=make, identity=hashlib.sha256(code).hexdigest())
-
-
-def _let_go(known: Collection[str], path: Path) -> None:
-    """Have Python import anew what a victim's file brought in or has in its folder: it may hold what it was shown.
-
-    Not torch, numpy, this package, the standard library, installed packages and compiled modules.
-    """
-    folder = path.resolve().parent
-    library = [Path(sysconfig.get_path(k)) for k in ("stdlib", "platstdlib")]
-    for name, module in list(sys.modules.items()):
-        held = getattr(module, "__dict__", {})
-        place = held.get("__file__") or next(iter(held.get("__path__") or ()), None)
-        if name.partition(".")[0] in LENT or not isinstance(place, str) or place.endswith(COMPILED):
-            continue
-        at = Path(place).absolute()
-        if any(d in at.parents for d in library) or {"site-packages", "dist-packages"} & set(at.parts):
-            continue
-        if name not in known or folder in at.resolve().parents:
-            del sys.modules[name]
 
 
 class Cells:
@@ -193,7 +94,7 @@ def run(
     refuse(threats, claim=claim, batch=bench.batch, eot=eot, minutes=minutes, budget=budget)
     for threat in threats:
         if what.model is not None:
-            fits_code(what.model, threat)
+            fits_code(what.model.encode, threat)
     started = time.monotonic()
     victim = what.make()
     x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
@@ -205,7 +106,7 @@ def run(
     if what.model is not None:
         about = card(what.model, what.name, clean(bench, what.model, what.name, data), data)
         some = take(data, min(traced, len(data.labels)), seed=0)
-        trails.append(follow(bench, what.model, what.name, some))
+        trails.append(follow(bench, ours(what.model, what.name, device=bench.device), some))
     audits: list[Audit] = []
     images: list[dict[str, Any]] = []
     for threat in threats:
@@ -259,16 +160,6 @@ def short(threat: Threat) -> str:
 def adversarial_file(folder: Path, threat: Threat) -> Path:
     """Where the adversarials of an audit lie."""
     return folder / f"adversarial-{short(threat)}.safetensors"
-
-
-def home(text: str, what: Target) -> Path:
-    """Where the audits of a target lie: beside its model; of a Python file in runs/, by its path and function."""
-    if what.model is not None:
-        path = Path(text)
-        return path if path.is_dir() else path.parent
-    file, _, function = text.rpartition(":")
-    parts = [p for p in Path(file).with_suffix("").parts if p not in ("..", Path(file).anchor)]
-    return Path("runs") / "-".join([*parts, function])
 
 
 def kept_under(place: Path, threat: Threat, n: int) -> Path:
@@ -417,26 +308,3 @@ def _examples(
             }
         )
     return out
-
-
-def fits(victim: Victim, x: Tensor, data: Dataset) -> None:
-    """ValueError where a victim does not take images `x` [n c h w] of `data`, or has other classes."""
-    if victim.classes != len(data.classes):
-        raise ValueError(
-            f"{victim.name}: expected {victim.classes} classes, found {len(data.classes)} in {data.name}; name its own "
-            "set with --data"
-        )
-    try:
-        with torch.no_grad():
-            z = victim.scores(x[:2])
-    except Exception as error:
-        raise ValueError(f"{victim.name} does not take images {tuple(x[:2].shape)} of {data.name}: {error}") from None
-    if not isinstance(z, torch.Tensor):
-        raise ValueError(
-            f"{victim.name}: expected a tensor of scores, got {type(z).__name__}; return the part that holds them, or "
-            "give stateful(read=...)"
-        )
-    if tuple(z.shape) != (len(x[:2]), victim.classes):
-        raise ValueError(
-            f"{victim.name}: expected scores {(len(x[:2]), victim.classes)}, got {tuple(z.shape)} for {data.name}"
-        )

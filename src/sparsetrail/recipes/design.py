@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 from sparsetrail.attacks.pgd import PACE
 from sparsetrail.core import Linf, Report, Route, Run, Threat
 from sparsetrail.data import Dataset, load, take
-from sparsetrail.models import Trained
 from sparsetrail.recipes.measure import Bench, Job, card, clean, fit_all, follow, provenance, strike
+from sparsetrail.recipes.targets import Target, ours
 from sparsetrail.report.design_tables import tradeoff, tradeoff_sentences
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
@@ -159,9 +159,10 @@ def sweep(
             rate = clean(bench, model, name, scored)
             facts = {"design": design.name, "factor": design.factor, "clean": {"k": rate.k, "n": rate.n}}
             cards.append(card(model, name, rate, scored) | facts)
-            trails.append(follow(bench, model, name, traced, detail="origin"))
+            what = ours(model, name, device=bench.device)
+            trails.append(follow(bench, what, traced, detail="origin"))
             for threat in threats:
-                runs += _struck(bench, model, name, threat, attacked)
+                runs += _struck(bench, what, threat, attacked)
     report = Report(
         title=f"Sparsity-aware design on {train_set.name}, {scale} scale",
         summary=(),
@@ -180,12 +181,12 @@ def _job(design: Design, dataset: str, data: Dataset, spec: TrainSpec) -> Job:
     return f"{dataset}-{words}-{spec.seed}", design.net, phase(steps=design.net.steps), data, spec
 
 
-def _struck(bench: Bench, model: Trained, name: str, threat: Threat, data: Dataset) -> list[Run]:
+def _struck(bench: Bench, what: Target, threat: Threat, data: Dataset) -> list[Run]:
     runs = []
     for attack, route, knobs in ATTACKS:
         # the paper's step of 0.01 at 8/255, scaled to the radius
         pace: dict[str, Any] = {"step": PACE * threat.eps} if attack == "pgd" else {}
-        runs.append(strike(bench, model, name, attack, threat, data, route=route, **knobs, **pace))
+        runs.append(strike(bench, what, attack, threat, data, route=route, **knobs, **pace))
     return runs
 
 

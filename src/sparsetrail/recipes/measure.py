@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +30,16 @@ from sparsetrail.attacks.run import samples
 from sparsetrail.core import Linf, Mode, Rate, Route, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
+from sparsetrail.recipes.targets import Target, afresh
 from sparsetrail.report import pack, unpack
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.net import NetSpec, describe, victim
+from sparsetrail.snn.net import NetSpec, describe
 from sparsetrail.snn.weights import load_weights, save_weights
 from sparsetrail.trails import Detail, trail
 from sparsetrail.training import Seams, TrainingStopped, TrainSpec, accuracy, train
 
 AT_ONCE = 4  # models trained side by side on one GPU
 
-Precision = Literal["fp32", "bf16"]
 Job = tuple[str, NetSpec, Encoder, Dataset, TrainSpec]  # name, network, encoder, training set, how
 Tick = Callable[[str, int, int, str], None]  # task, done, total, note
 
@@ -123,45 +123,23 @@ def fit_all(bench: Bench, jobs: Sequence[Job], *, side_by_side: bool | None = No
     return [f.result() for f in futures]
 
 
-def as_victim(
-    model: Trained,
-    name: str,
-    *,
-    backward: str | None = None,
-    device: str = "cpu",
-    precision: Precision = "fp32",
-) -> Victim:
-    """The adversary's view of a trained model; `backward` swaps the encoder's backward rule."""
-    encode = model.encode if backward is None else model.encode.route(backward)
-    encode = _afresh(encode)
-    return victim(model.net.to(device), encode, name=name, precision=precision)
-
-
-def _afresh(encode: Encoder) -> Encoder:
-    """A random encoder from its seed again: what was measured before must not decide the draws."""
-    return encode.route(encode.backward) if encode.random else encode
-
-
 def strike(
     bench: Bench,
-    model: Trained,
-    name: str,
+    what: Target,
     attack_name: str,
     threat: Threat,
     data: Dataset,
     *,
-    backward: str | None = None,
-    precision: Precision = "fp32",
     route: Sequence[Route] = (),
-    guide: Trained | None = None,
+    guide: Target | None = None,
     eot: int | None = None,
     **knobs: Any,
 ) -> Run:
-    """One attack on one model as a cell; pixel-space points are kept beside it."""
-    fits_code(model, threat)
+    """One attack on one target as a cell; pixel-space points are kept beside it."""
     knobs = settings(ATTACKS[attack_name]) | knobs
-    v = as_victim(model, name, backward=backward, device=bench.device, precision=precision)
-    spec = _spec(bench, model, v.path(threat.space), v.mode, data, bench.seed) | {
+    v, x = what.make(), pixels(data.images.to(bench.device))
+    fits_code(v.encode, threat)
+    spec = _spec(bench, what.key(x), v.random, v.path(threat.space), v.mode, data, bench.seed) | {
         "attack": attack_name,
         "knobs": knobs,
         "threat": asdict(threat),
@@ -172,27 +150,27 @@ def strike(
     if route:
         spec["routes"] = [str(r) for r in route]
     if guide is not None:
-        spec["guide"] = guide.sha256
+        spec["guide"] = guide.key(x)
     eot = samples(v) if eot is None else eot
     if eot != 1:
         spec["eot"] = eot
     done = _read(bench, spec)
-    task = f"{attack_name} {threat}: {name}"
+    task = f"{attack_name} {threat}: {what.name}"
     if done is not None:
         bench.tick(task, len(data.labels), len(data.labels), "kept from before")
-        return replace(unpack(Run, done), victim=name)
+        return replace(unpack(Run, done), victim=v.name)
     run = attack(
         ATTACKS[attack_name],
         v,
         threat,
-        pixels(data.images.to(bench.device)),
+        x,
         data.labels.to(bench.device),
         batch=bench.batch,
         seed=bench.seed,
         keep=threat.space == "pixel",
         data=identity(data),
         route=route or None,
-        guide=None if guide is None else as_victim(guide, guide.path.parent.name, device=bench.device),
+        guide=None if guide is None else guide.make(),
         eot=eot,
         say=lambda done, n: bench.tick(task, done, n, ""),
         stop=bench.stop,
@@ -204,9 +182,10 @@ def strike(
     return run
 
 
-def fits_code(model: Trained, threat: Threat) -> None:
-    """Refuse a threat in encoded space whose box is not that of the model's code."""
-    if threat.space == "encoded" and model.card["encoder"]["knobs"].get("signed") and threat.box != (-1.0, 1.0):
+def fits_code(encode: Callable[[Tensor], Tensor], threat: Threat) -> None:
+    """Refuse a threat in encoded space whose box is not that of a signed code of ours."""
+    signed = isinstance(encode, Encoder) and encode.knobs.get("signed")
+    if threat.space == "encoded" and signed and threat.box != (-1.0, 1.0):
         raise ValueError(
             f"space: expected the box -1..1 of the model's signed code, found {threat.box[0]:g}..{threat.box[1]:g}; "
             "attack it in pixel space, where it was published, or in Python give box=(-1, 1)"
@@ -215,10 +194,11 @@ def fits_code(model: Trained, threat: Threat) -> None:
 
 def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, **knobs: Any) -> tuple[Run, Run]:
     """The paper's own evaluation (encoded space, crafted in train mode) as a pair of cells."""
-    fits_code(model, Linf(6 / 255, space="encoded"))
+    fits_code(model.encode, Linf(6 / 255, space="encoded"))
     route = describe(model.net)
     known = {k: v for k, v in settings(authors).items() if k in ("eps", "step", "steps", "batch", "seed")} | knobs
-    spec = _spec(bench, model, route, "train", data, known["seed"]) | {"attack": "authors", "knobs": known}
+    spec = _spec(bench, model.sha256, model.encode.random, route, "train", data, known["seed"])
+    spec |= {"attack": "authors", "knobs": known}
     task, n = f"authors' evaluation: {name}", len(data.labels)
     done = _read(bench, spec)
     if done is not None:
@@ -243,8 +223,7 @@ def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, 
 
 def follow(
     bench: Bench,
-    model: Trained,
-    name: str,
+    what: Target,
     data: Dataset,
     *,
     per_step: bool = False,
@@ -255,9 +234,9 @@ def follow(
     way: Victim | None = None,
     replaced: str = "",
 ) -> Trail:
-    """The sparsity trail of one model as a cell, or of `way`, the same model with a part of its backward `replaced`."""
-    v = as_victim(model, name, device=bench.device) if way is None else way
-    spec = _spec(bench, model, v.route, mode, data, 0) | {"trail": True, "per_step": per_step}
+    """The sparsity trail of a target as a cell, or of `way`, the same with a part of its backward `replaced`."""
+    v, x = what.make() if way is None else way, pixels(data.images.to(bench.device))
+    spec = _spec(bench, what.key(x), v.random, v.route, mode, data, 0) | {"trail": True, "per_step": per_step}
     for key, got, usual in (
         ("per_example", per_example, False),
         ("detail", detail, "plain"),
@@ -266,14 +245,14 @@ def follow(
     ):
         if got != usual:  # older cells know none of these
             spec[key] = got
-    task, n = f"trail ({replaced or f'{mode} mode'}): {name}", len(data.labels)
+    task, n = f"trail ({replaced or f'{mode} mode'}): {what.name}", len(data.labels)
     done = _read(bench, spec)
     if done is not None:
         bench.tick(task, n, n, "kept from before")
-        return replace(unpack(Trail, done), victim=name)
+        return replace(unpack(Trail, done), victim=v.name)
     found = trail(
         v,
-        pixels(data.images.to(bench.device)),
+        x,
         data.labels.to(bench.device),
         batch=batch,
         mode=mode,
@@ -291,10 +270,10 @@ def follow(
 
 def clean(bench: Bench, model: Trained, name: str, data: Dataset) -> Rate:
     """Clean accuracy on a whole set as a cell."""
-    spec = _spec(bench, model, "", "eval", data, 0) | {"clean": True}
+    spec = _spec(bench, model.sha256, model.encode.random, "", "eval", data, 0) | {"clean": True}
     done = _read(bench, spec)
     if done is None:
-        rate = accuracy(model.net.to(bench.device), _afresh(model.encode), data, device=bench.device)
+        rate = accuracy(model.net.to(bench.device), afresh(model.encode), data, device=bench.device)
         done = asdict(rate)
         _write(bench, spec, done)
     bench.tick(f"clean accuracy: {name}", len(data.labels), len(data.labels), "")
@@ -389,8 +368,8 @@ def identity(data: Dataset) -> str:
 
 
 def adversarial(bench: Bench, run: Run, model: Trained, data: Dataset) -> Tensor | None:
-    """The kept adversarial images of a pixel-space run, if they are on disk."""
-    spec = _spec(bench, model, run.route, run.mode, data, run.seed) | {
+    """The kept adversarial images of a pixel-space run on one of our models, if they are on disk."""
+    spec = _spec(bench, model.sha256, model.encode.random, run.route, run.mode, data, run.seed) | {
         "attack": run.attack,
         "knobs": run.knobs,
         "threat": asdict(run.threat),
@@ -399,9 +378,9 @@ def adversarial(bench: Bench, run: Run, model: Trained, data: Dataset) -> Tensor
     return load_weights(path)[0]["adversarial"] if path.exists() else None
 
 
-def _spec(bench: Bench, model: Trained, route: str, mode: str, data: Dataset, seed: int) -> dict[str, Any]:
+def _spec(bench: Bench, weights: str, random: bool, route: str, mode: str, data: Dataset, seed: int) -> dict[str, Any]:
     spec = {
-        "weights": model.sha256,
+        "weights": weights,
         "data": data.sha256,
         "route": route,
         "mode": mode,
@@ -409,7 +388,7 @@ def _spec(bench: Bench, model: Trained, route: str, mode: str, data: Dataset, se
         "format": 2,
         "version": __version__,
     }
-    return spec | {"batch": bench.batch} if model.encode.random else spec  # fresh draws a batch: it decides the result
+    return spec | {"batch": bench.batch} if random else spec  # fresh draws a batch: it decides the result
 
 
 def _path(bench: Bench, spec: dict[str, Any]) -> Path:

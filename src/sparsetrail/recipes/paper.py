@@ -30,6 +30,7 @@ from sparsetrail.recipes.notes import caveats, left_standing, published, summary
 from sparsetrail.recipes.rows import PAIRS, Row, job, row_of, rows_of
 from sparsetrail.recipes.scales import ROWS, SCALES, Scale, SystemScale, part
 from sparsetrail.recipes.systems import SYSTEMS, facts, train_system
+from sparsetrail.recipes.targets import ours, target
 from sparsetrail.report import claims
 from sparsetrail.training import TrainSpec
 
@@ -95,11 +96,8 @@ def reproduce(
         elif figure.startswith("table"):
             runs += _struck(bench, row, model, part(test_set, size.attacked))
         else:
-            traced = part(test_set, size.traced)
-            trails += [
-                follow(bench, model, row.name, traced, per_step=True),
-                follow(bench, model, row.name, traced, mode="train"),
-            ]
+            what, traced = ours(model, row.name, device=bench.device), part(test_set, size.traced)
+            trails += [follow(bench, what, traced, per_step=True), follow(bench, what, traced, mode="train")]
     shown = _shown(figure, found, chosen)
     return Report(
         title=f"{figure.replace('fig', 'Figure ').replace('table', 'Table ').replace('threats', 'Threats')} at {scale} "
@@ -181,12 +179,13 @@ def _chosen(
 
 def _struck(bench: Bench, row: Row, model: Trained, attacked: Dataset) -> list[Run]:
     """A network of tables 1 to 3 by the text's threat, the code's in eval mode, and as the code has it."""
+    what = ours(model, row.name, device=bench.device)
     return [
-        strike(bench, model, row.name, "noise", TEXT, attacked),
-        strike(bench, model, row.name, "fgsm", TEXT, attacked),
-        strike(bench, model, row.name, "pgd", TEXT, attacked),
-        strike(bench, model, row.name, "fgsm", CODE, attacked),
-        strike(bench, model, row.name, "pgd", CODE, attacked),
+        strike(bench, what, "noise", TEXT, attacked),
+        strike(bench, what, "fgsm", TEXT, attacked),
+        strike(bench, what, "pgd", TEXT, attacked),
+        strike(bench, what, "fgsm", CODE, attacked),
+        strike(bench, what, "pgd", CODE, attacked),
         *strike_as_published(bench, model, row.name, attacked),
     ]
 
@@ -206,12 +205,13 @@ def _judge(
 ) -> tuple[list[Run], tuple[Audit, ...]]:
     """A compared system under the pixel threats of its publication: the weak attacks printed there, and an audit."""
     attacked = part(test_set, size.audited_random if model.encode.random else size.audited)
-    runs = [strike(bench, model, row.name, a, TEXT, attacked) for a in ("noise", "fgsm", "pgd")]
+    what = ours(model, row.name, device=bench.device)
+    runs = [strike(bench, what, a, TEXT, attacked) for a in ("noise", "fgsm", "pgd")]
     if SYSTEMS[row.arch].called == "hire_snn":
-        runs += [strike(bench, model, row.name, a, HIRE, attacked) for a in ("fgsm", "pgd")]
+        runs += [strike(bench, what, a, HIRE, attacked) for a in ("fgsm", "pgd")]
     place = replace(bench, out=bench.out / "audits" / row.folder)
-    what = audits.target(str(model.path), device=bench.device)
-    found, _ = audits.run(place, replace(what, name=row.folder), [TEXT], attacked, budget=size.budget)
+    kept = target(str(model.path), device=bench.device)
+    found, _ = audits.run(place, replace(kept, name=row.folder), [TEXT], attacked, budget=size.budget)
     return runs, found.audits
 
 
@@ -223,11 +223,12 @@ def _under_all(
     Audits also transfer from the other networks.
     """
     attacked, audited = part(test_set, size.attacked), part(test_set, size.systems.audited)
-    runs = [strike(bench, model, row.name, a, t, attacked) for t in THREATS for a in ("noise", "fgsm", "pgd")]
+    what = ours(model, row.name, device=bench.device)
+    runs = [strike(bench, what, a, t, attacked) for t in THREATS for a in ("noise", "fgsm", "pgd")]
     runs += strike_as_published(bench, model, row.name, attacked)
     place = replace(bench, out=bench.out / "audits" / row.folder)
-    what, *guides = (audits.target(str(m.path), device=bench.device) for m in (model, *others))
-    named = replace(what, name=row.folder)
+    kept, *guides = (target(str(m.path), device=bench.device) for m in (model, *others))
+    named = replace(kept, name=row.folder)
     found, _ = audits.run(place, named, [TEXT, CODE], audited, budget=size.systems.budget, guides=guides)
     return runs, [replace(a, victim=row.name) for a in found.audits]
 

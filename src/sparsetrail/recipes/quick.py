@@ -8,7 +8,8 @@ import torch
 from sparsetrail.core import Linf, Report, Run, Trail
 from sparsetrail.data import load, take
 from sparsetrail.models import Trained
-from sparsetrail.recipes.measure import Bench, card, clean, fit, follow, provenance, strike
+from sparsetrail.recipes.measure import Bench, adversarial, card, clean, fit, follow, provenance, strike
+from sparsetrail.recipes.targets import as_victim, ours
 from sparsetrail.report import claims
 from sparsetrail.snn.encode import phase
 from sparsetrail.snn.net import NetSpec
@@ -57,11 +58,12 @@ def quick(
     cards = []
     for name, model in models:
         cards.append(card(model, name, clean(bench, model, name, test_set), test_set))
+        what = ours(model, name, device=bench.device)
         for threat in (PIXEL, ENCODED):
-            runs.append(strike(bench, model, name, "noise", threat, attacked, draws=5))
-            runs.append(strike(bench, model, name, "fgsm", threat, attacked))
-            runs.append(strike(bench, model, name, "pgd", threat, attacked))
-        trails.append(follow(bench, model, name, traced, per_step=True))
+            runs.append(strike(bench, what, "noise", threat, attacked, draws=5))
+            runs.append(strike(bench, what, "fgsm", threat, attacked))
+            runs.append(strike(bench, what, "pgd", threat, attacked))
+        trails.append(follow(bench, what, traced, per_step=True))
     report = Report(
         title="Quick look: two small SEW-ResNets on Fashion-MNIST",
         summary=_summary(runs, trails),
@@ -103,8 +105,6 @@ def _summary(runs: list[Run], trails: list[Trail]) -> tuple[str, ...]:
 
 def _examples(bench: Bench, runs: list[Run], models: dict[str, Trained], attacked, count: int = 3) -> list[dict]:
     """A few images that PGD in pixel space fooled, with the class before and after."""
-    from sparsetrail.recipes.measure import adversarial, as_victim
-
     found = []
     for run in runs:
         if run.attack != "pgd" or run.threat != PIXEL:

@@ -13,12 +13,13 @@ from typing import Any
 from sparsetrail.core import Linf
 from sparsetrail.data import load, pixels, take
 from sparsetrail.recipes.demo import Demo, demo
-from sparsetrail.recipes.measure import Bench, as_victim, fit, identity, provenance
+from sparsetrail.recipes.measure import Bench, fit, identity, provenance
 from sparsetrail.recipes.statements.corollary1 import corollary1
 from sparsetrail.recipes.statements.theorem1 import NEAR, fitting, theorem1, unmet
 from sparsetrail.recipes.statements.theorem2 import theorem2
 from sparsetrail.recipes.statements.theorem3 import theorem3
 from sparsetrail.recipes.statements.words import digits, three, two
+from sparsetrail.recipes.targets import as_victim
 from sparsetrail.recipes.theory import TheoryAudit, audit, quantile, smooth
 from sparsetrail.report.tables import Grid
 from sparsetrail.report.theorems import Page

@@ -57,8 +57,7 @@ def trail(
         raise ValueError(f"y: expected a label for each of at least 1 image, got {len(x)} images and {tuple(y.shape)}")
     if victim.module is None:
         raise ValueError(f"{victim.name}: the trail needs the network behind the victim; give Victim(module=...)")
-    net, was = victim.module, {m: m.training for m in victim.module.modules()}
-    buffers = {k: v.clone() for k, v in net.named_buffers()}
+    net = victim.module
     leaves = _leaves(net)
     watch = Watch(leaves, victim.steps, origin=detail != "plain", record=detail == "full", per_example=per_example)
     again = Watch(leaves, victim.steps)
@@ -73,7 +72,7 @@ def trail(
             return z.detach(), (None,) * len(more)
         return z.detach(), torch.autograd.grad(loss, [u, *more], allow_unused=True)[1:]
 
-    try:
+    with _left_as_it_was(net):
         net.train(mode == "train")
         for i, j in _cuts(len(y), batch, victim.steps if mode == "eval" else 0):
             if stop is not None and stop():
@@ -96,12 +95,6 @@ def trail(
             total += len(ys)
             if say is not None:
                 say(total, len(y))
-    finally:
-        for m, training in was.items():
-            m.training = training
-        with torch.no_grad():
-            for k, v in net.named_buffers():
-                v.copy_(buffers[k])
     if not any(t.seen for t in watch.tallies.values()):
         raise ValueError(f"{victim.name}: expected `logits` to run `module`, found no operation of it in the gradient")
     rows = tuple(
@@ -122,6 +115,21 @@ def trail(
         unread=_unread(leaves, watch.tallies),
         unfolded=tuple(row.op for row in rows if row.op in watch.unfolded),
     )
+
+
+@contextlib.contextmanager
+def _left_as_it_was(net: nn.Module) -> Iterator[None]:
+    """After this block the modes and buffers of a network are those of before."""
+    was = {m: m.training for m in net.modules()}
+    buffers = {k: v.clone() for k, v in net.named_buffers()}
+    try:
+        yield
+    finally:
+        for m, training in was.items():
+            m.training = training
+        with torch.no_grad():
+            for k, v in net.named_buffers():
+                v.copy_(buffers[k])
 
 
 def _scores(victim: Victim, u: Tensor, mode: Mode) -> Tensor:
