@@ -693,3 +693,21 @@ def test_a_device_that_only_pretends_is_refused(tmp_path, capsys):
 def test_the_package_is_a_command_too():
     run = subprocess.run([sys.executable, "-m", "sparsetrail", "--version"], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip().endswith(cli.__version__)
+
+
+def test_a_log_says_that_a_long_step_is_still_at_work(monkeypatch, capsys):
+    from sparsetrail.cli import screen
+
+    monkeypatch.setattr(screen, "SILENCE", 0.05)
+    with screen.Screen() as shown:
+        shown.tick("attack", 3, 9, "pgd")
+        for _ in range(200):
+            if "still" in (said := capsys.readouterr().err):
+                break
+            time.sleep(0.02)
+    assert "attack  3/9  still at work" in said
+    capsys.readouterr()
+    with screen.Screen(quiet=True) as quiet:
+        quiet.tick("attack", 3, 9, "pgd")
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""  # nor does the one before speak on

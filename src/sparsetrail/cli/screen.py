@@ -1,9 +1,10 @@
-"""What the terminal shows while work goes on: a live bar on a terminal, one plain line at most every 30 s elsewhere."""
+"""What the terminal shows while work goes on: a live bar on a terminal, elsewhere a plain line every 30 s to 2 min."""
 
 import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from types import FrameType
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from sparsetrail.report.tables import Grid
 from sparsetrail.report.terminal import draw
 
-EVERY = 30.0  # seconds between plain lines
+EVERY = 30.0  # seconds between plain lines, at least
+SILENCE = 120.0  # after which a line says that work goes on
 
 LABEL = 22  # letters of a row's name on one line
 
@@ -49,6 +51,8 @@ class Screen:
         self.last, self.started = 0.0, time.monotonic()
         self.begun: dict[str, tuple[float, int]] = {}  # per task: when it was first heard of, and how far it was
         self.at: dict[str, int] = {}  # how far it is
+        self.now = ""  # where the work is, in words
+        self.over = threading.Event()
         self.progress: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
 
@@ -65,9 +69,12 @@ class Screen:
                 console=self.console,
             )
             self.progress.start()
+        elif not self.quiet:
+            threading.Thread(target=self._breathe, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over.set()
         if self.progress is not None:
             self.progress.stop()
         for s, handler in self.before.items():
@@ -87,7 +94,7 @@ class Screen:
         fresh = done < self.at.get(task, sys.maxsize)
         if fresh:
             self.begun[task] = (time.monotonic(), done)
-        self.at[task] = done
+        self.at[task], self.now = done, f"{task}  {done}/{total}"
         if self.progress is not None:
             if task not in self.tasks:
                 self.tasks[task] = self.progress.add_task(task, total=total, note=note)
@@ -97,8 +104,16 @@ class Screen:
         elif done == total or time.monotonic() - self.last > (1 if fresh else EVERY):
             now = time.monotonic()
             left = "" if fresh or done in (0, total) else f"  {self._left(task, done, total):.0f} s left"
-            self.say(f"{now - self.started:6.0f} s  {task}  {done}/{total}  {note}".rstrip() + left)
+            self.say(f"{now - self.started:6.0f} s  {self.now}  {note}".rstrip() + left)
             self.last = now
+
+    def _breathe(self) -> None:
+        """A line where a single step of the work takes so long that nothing else is said."""
+        while not self.over.wait(SILENCE / 4):
+            now = time.monotonic()
+            if self.now and now - max(self.last, self.started) > SILENCE:
+                self.say(f"{now - self.started:6.0f} s  {self.now}  still at work")
+                self.last = now
 
     def _left(self, task: str, done: int, total: int) -> float:
         """Seconds that the task still needs at the pace it has kept."""
