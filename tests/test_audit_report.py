@@ -19,7 +19,7 @@ from test_report import DASH, Page, cells_of, empty, pictures, trail, visit
 from sparsetrail import report as room
 from sparsetrail.checks import CHECKS, Case
 from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run, Victim
-from sparsetrail.report import audits, cards, from_json, load, pack, page, to_json, unpack, write
+from sparsetrail.report import ReportError, audits, cards, from_json, load, pack, page, to_json, unpack, write
 from sparsetrail.report.charts import audit as audit_charts
 from sparsetrail.report.labels import Setting, attack_words, setting
 
@@ -683,3 +683,26 @@ def test_audits_are_drawn_offline_and_in_silence(browser, written, scheme):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     assert said == [] and asked == [written["html"].as_uri()]
     tab.context.close()
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def test_every_chart_of_an_audit_is_a_figure_with_its_threat_and_its_own_n(tmp_path):
+    report = empty(audits=(masked(), supported()), trails=(trail(),))
+    drawn = room.figures(report, tmp_path, "json")
+    assert [p.name for p in drawn] == ["trail.json", "fall.json", "battery.json", "loss.json", "radius.json"]
+    told = {p.stem: json.loads(p.read_text()) for p in drawn}
+    assert len(told["fall"]["vconcat"]) == len(told["battery"]["vconcat"]) == 2  # a panel a threat
+    for panel, threat in zip(told["battery"]["vconcat"], ("pixel space", "encoded space"), strict=True):
+        assert threat in panel["title"]["text"][1] and "max pool" in panel["vconcat"][0]["title"]["text"]
+    n = CURVES["eps"]["n"]
+    for name in ("loss", "radius"):  # only the first audit kept curves; of a sample, which is not all
+        (panel,) = told[name]["vconcat"]
+        assert panel["title"]["subtitle"].count(f"n={n}") == 1 and n < N
+    (vector,) = [p for p in room.figures(report, tmp_path, "svg") if p.stem == "radius"]
+    assert vector.read_text().startswith("<svg") and f"n={n}" in vector.read_text()
+    with pytest.raises(ReportError, match="expected a report with an audit over several radii, found none"):
+        room.figure(empty(audits=(supported(),)), tmp_path / "r.svg", which="radius")
+    with pytest.raises(ReportError, match="trails, runs or audits to draw, found none"):
+        room.figures(empty(), tmp_path, "svg")

@@ -478,6 +478,8 @@ def test_trail_and_report(model, tmp_path, capsys):
     assert (tmp_path / "t3" / "trail_examples.csv").is_file()
     code, out, err = run("report", tmp_path / "trail", "--format", "table", capsys=capsys)
     assert code == 0 and "Exactly zero gradient entries" in out and "No attack" not in out
+    code, out, err = run("report", tmp_path / "trail", "--format", "svg", "--out", tmp_path / "drawn", capsys=capsys)
+    assert code == 0 and out == f"figure   {tmp_path / 'drawn' / 'trail.svg'}\n", err
     code, _, err = run("report", tmp_path / "trail", "--format", "latex", "--out", tmp_path / "t4", capsys=capsys)
     assert code == 4 and "is printed, not written" in err and not (tmp_path / "t4").exists()
     beside = {p.name for p in model.iterdir()}

@@ -214,12 +214,12 @@ def report(
     out: Annotated[Path | None, Parameter(help="a folder; default where the report lies")] = None,
     format: Literal["all", "table", "latex", "svg", "pdf"] = "all",
 ) -> None:
-    """Draw the report in PATH (a folder or result.json) again; `table`, `latex` print, `svg`, `pdf` draw the trail.
+    """Draw the report in PATH (a folder or result.json) again; `table`, `latex` print, `svg`, `pdf` draw every chart.
 
+    Charts are files of their own beside the report: trail, accuracy, steps, battery, radius, whatever it has.
     PATH may be a folder of `theory` too, of which all is drawn.
     """
-    from sparsetrail.report import figure as draw
-    from sparsetrail.report import text_tables
+    from sparsetrail.report import figures, text_tables
 
     if format in ("table", "latex") and out is not None:
         raise ValueError(f"--out: {format} is printed, not written; leave it out, or send the output to a file")
@@ -232,7 +232,7 @@ def report(
         from sparsetrail.report.theorems import write as write_theorems
 
         if format != "all":
-            raise ValueError(f"--format {format}: expected all for theorems, which have no trail; leave it out")
+            raise ValueError(f"--format {format}: expected all for theorems, whose charts it draws too; leave it out")
         page = unpack(Page, json.loads(theorems.read_bytes()))
         print(f"report   {write_theorems(page, place)['html']}")
         return
@@ -242,7 +242,8 @@ def report(
     elif format == "latex":
         print(text_tables(found, "latex_booktabs"))
     elif format in ("svg", "pdf"):
-        print(f"figure   {draw(found, place / f'trail.{format}')}")
+        for drawn in figures(found, place, format):
+            print(f"figure   {drawn}")
     else:
         print(f"report   {write(found, place)['html']}")
 

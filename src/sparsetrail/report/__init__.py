@@ -2,6 +2,7 @@
 
 from sparsetrail.report.card import cards as cards
 from sparsetrail.report.charts import figure as figure
+from sparsetrail.report.charts import figures as figures
 from sparsetrail.report.comparison import compare as compare
 from sparsetrail.report.io import ReportError as ReportError
 from sparsetrail.report.io import from_json as from_json

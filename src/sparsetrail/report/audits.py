@@ -56,6 +56,22 @@ class Figure:
         return f"{self.name} {named} {self.interval}" if self.interval else named
 
 
+def of_radius(audit: Audit) -> str:
+    """What the chart of accuracy by radius shows, in a sentence."""
+    curve = audit.curves.get("eps") or {}
+    n = curve.get("n")
+    return (
+        f"Accuracy of {curve.get('attack', 'one attack')} by its radius"
+        f"{f', n={n}, with 95 % Wilson intervals' if n else ''}."
+    )
+
+
+def of_loss(audit: Audit) -> str:
+    """What the chart of losses shows, in a sentence."""
+    n = (audit.curves.get("eps") or {}).get("n")  # of the same images
+    return f"Mean loss by step on the images the checks look at{f', n={n}' if n else ''}."
+
+
 def where(audit: Audit) -> Setting:
     """Threat and mode of an audit; the mode is that of its first run under its threat."""
     made = next((run for run in audit.runs if run.threat == audit.threat), audit.runs[0] if audit.runs else None)

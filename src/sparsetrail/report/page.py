@@ -268,14 +268,13 @@ def _audit(
     i: int, audit: Audit, report: Report, images: Sequence[Mapping[str, Any]], drawn: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the page says about one audit."""
-    here, curve = audits.where(audit), audit.curves.get("eps") or {}
+    here = audits.where(audit)
     shown, gain = examples([image for image in images if _audit_of(image, report) == i])
     known = {} if audit.card in report.models else audit.card  # said once
     known = {**known, "provenance": audit.provenance} if audit.provenance else known
     figures = audits.figures(audit)
     figures_said = ", ".join(figure.text() for figure in figures)
-    attack, n = str(curve.get("attack", "one attack")), curve.get("n")
-    of = f"Accuracy of {attack} by its radius{f', n={n}, with 95 % Wilson intervals' if n else ''}."
+    of = audits.of_radius(audit)
     return _headline(i, audit) | {
         "victim": audit.victim,
         "threat": here.short,
@@ -311,6 +310,7 @@ def _audit(
         "loss": f"audit-{i}-loss" in drawn,
         "band": any(part.get("low") and part.get("high") for part in audit.curves.get("loss") or ()),
         "eps": f"audit-{i}-eps" in drawn,
+        "loss_caption": audits.of_loss(audit),
         "eps_words": f"{of} The numbers are in result.json.",
         "eps_caption": of,
         "trail": any(trail.victim == audit.victim for trail in report.trails),

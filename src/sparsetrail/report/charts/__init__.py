@@ -5,6 +5,7 @@ from sparsetrail.report.charts.accuracy import accuracy_spec as accuracy_spec
 from sparsetrail.report.charts.audit import audit_specs as audit_specs
 from sparsetrail.report.charts.figure import Which as Which
 from sparsetrail.report.charts.figure import figure as figure
+from sparsetrail.report.charts.figure import figures as figures
 from sparsetrail.report.charts.look import Spec as Spec
 from sparsetrail.report.charts.look import config as config
 from sparsetrail.report.charts.look import stamp as stamp
