@@ -255,7 +255,7 @@ def firing_rates(net: nn.Module, u: Tensor) -> dict[str, tuple[int, int]]:
 
 def precisions(device: torch.device) -> tuple[str, ...]:
     """fp32, and bf16 where the device multiplies it."""
-    half = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_bf16()
+    half = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16()
     if not half:
         print("note: no bf16 here (a CPU needs AVX-512 BF16 and a C compiler), fp32 only")
     return ("fp32", "bf16") if half else ("fp32",)

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from sparsetrail.core import L0, L2, Linf, Problem, Rate, Streams, Victim, as_fraction, correct, margin
+from sparsetrail.attacks.run import judged
+from sparsetrail.core import L0, L2, Linf, Problem, Rate, Streams, Victim, as_fraction, correct, margin, precision
+from sparsetrail.core.problem import enough
 
 
 def linear(w):
@@ -247,3 +249,29 @@ def test_flips_end_on_the_ends_of_the_box(box):
 def test_an_l2_radius_without_bounds_is_not_zero():
     ball, u0 = L2(1e20, space="pixel"), torch.full((2, 1, 2, 2), 0.5)
     assert torch.equal(ball.project(u0 + 1e20, u0), torch.ones_like(u0))
+
+
+def test_whatever_runs_on_a_gpu_inside_is_in_float32():
+    class There(torch.Tensor):
+        is_cuda = True
+
+    @precision.in_full
+    def asked(*_given, **_more):
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before, there = torch.backends.cudnn.allow_tf32, torch.ones(1).as_subclass(There)
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's own default
+    try:
+        assert asked(there) == asked(1, x=there) == (False, False) and asked(torch.ones(1))[0] is True
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_fewer_scores_than_labels_are_told_before_a_device_is_asked_for_them():
+    z, y = torch.zeros(2, 3), torch.tensor([0, 3])
+    with pytest.raises(IndexError, match="of which the largest is 3, found 3 scores"):
+        enough(z, y)
+    assert enough(z, y - 1) is z
+    with pytest.raises(IndexError, match="found 3 scores"):
+        judged(lambda u: z, torch.zeros(2, 1), y, 1)

@@ -15,16 +15,18 @@ from lively import lively
 from torch import nn
 from torch.nn import functional as F
 
+from sparsetrail.core import Memory
 from sparsetrail.core.precision import exact, products
 from sparsetrail.snn import cuda, dense, firing, kernels, unfold
 from sparsetrail.snn.convolution import Conv2d
 from sparsetrail.snn.encode import direct, phase
 from sparsetrail.snn.engine import freeze
-from sparsetrail.snn.firing import _FireNormed
+from sparsetrail.snn.firing import _FireNormed, _FireNormedByRule
 from sparsetrail.snn.kernels import pointer
 from sparsetrail.snn.net import NetSpec
-from sparsetrail.snn.neuron import NeuronSpec, fused, steps_in_c, through_time
+from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, ruled, steps_in_c, through_time
 from sparsetrail.snn.pooling import AvgPool2d, pooled
+from sparsetrail.snn.routes import neuron_route
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
 
 STAND_IN = """
@@ -170,6 +172,44 @@ def test_gradients_of_gradients_through_the_pass_with_batch_norm(built, affine, 
         found.append((out.detach(), *first, linear.detach(), again, many))
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))
     assert found[1][-2].abs().max() > 1e-3 and calls == ["back"]
+
+
+@pytest.mark.parametrize("text", ["rga", "bptr", "hart", "pdsg", "assg"])
+def test_a_rule_behind_the_pass_with_batch_norm_has_its_forward_to_the_bit(built, text):
+    """On a GPU routes take the victim's own pass; here a C compiler stands in for its kernels."""
+    g, spec, steps, c = torch.Generator().manual_seed(0), NeuronSpec(), 3, 4
+    norm = nn.BatchNorm2d(c).double().eval().requires_grad_(False)
+    for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        t.data = torch.rand(c, generator=g, dtype=torch.float64) + 0.3
+    lib = built(neuron_source(spec, steps))
+
+    class Run:
+        def fire_normed(self, y, mean, var, gamma, beta, eps, plus, s, h, rows, channels):
+            call(lib, "fire", (y, mean, var, gamma, beta, eps, plus, None, s, h), rows * channels, channels)
+
+    y, more, push = (torch.randn(steps * 2, c, 3, 2, generator=g, dtype=torch.float64) for _ in range(3))
+    y, more = (t.to(memory_format=torch.channels_last).requires_grad_() for t in (y, more))
+    own = _FireNormed.apply(y, more, norm, spec, steps, Run())[0]
+    route = neuron_route(text)
+
+    def rule():
+        memory = Memory() if route.remembers else None
+        if memory is not None:
+            memory.begin(2)
+        return route.rule(memory)
+
+    with kernels.plain(), ruled(rule()):
+        s = Neuron(spec)(norm(y).unflatten(0, (steps, -1))).flatten(0, 1) + more
+        want = torch.autograd.grad(s, [y, more], push)
+    by = rule()
+    out = _FireNormedByRule.apply(y, more, norm, by.respec(spec), steps, Run(), by, by.number())[0]
+    found = torch.autograd.grad(out, [y, more], push)
+    assert torch.equal(out, own) and want[0].abs().max() > 1e-3
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(found, want, strict=True))
+    (alone,) = torch.autograd.grad(
+        _FireNormedByRule.apply(y.detach(), more, norm, spec, steps, Run(), by, 0)[0], more, push
+    )
+    assert torch.equal(alone, push)
 
 
 WINDOWS = [(3, 1, 1), (3, 2, 1), (1, 2, 0), (7, 2, 3), (2, 3, 0), (5, 3, 2)]

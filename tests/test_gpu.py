@@ -1,4 +1,4 @@
-"""Whole parts on a GPU against the same on a CPU, in float64, where neither's order of sums flips a spike."""
+"""Whole parts on a GPU against the same on a CPU, in float64 where no order of sums may flip a spike."""
 
 import copy
 from dataclasses import replace
@@ -10,7 +10,7 @@ from lively import lively
 from sparsetrail import data
 from sparsetrail.attacks import ATTACKS, attack
 from sparsetrail.auditing import audit
-from sparsetrail.core import L2, Linf
+from sparsetrail.core import L2, Linf, Route, Victim
 from sparsetrail.defend import DEFENCES
 from sparsetrail.recipes.theory import audit as theory_audit
 from sparsetrail.snn.encode import direct, phase
@@ -80,9 +80,48 @@ def test_the_theorems_of_a_direct_code_are_measured(pair):
 
 
 def test_an_audit_comes_to_the_same_verdict(pair):
-    here, there = both(pair, direct(steps=4), lambda v, x, y: audit(v, PIXEL, x, y, budget="quick"))
-    assert here.verdict == there.verdict
-    assert [(f.id, f.level) for f in here.findings] == [(f.id, f.level) for f in there.findings]
+    """Audits take float32, where a spike may fall otherwise: what is compared is the verdict, and what is sound."""
+    here, there, x, y = pair
+    x, found = x.float(), []
+    for net, device in ((here, "cpu"), (there, GPU)):
+        v = victim(copy.deepcopy(net).float(), direct(steps=4))
+        found.append(audit(v, PIXEL, x.to(device), y.to(device), budget="quick")[0])
+    assert found[0].verdict == found[1].verdict
+    sound = [[(f.id, f.level) for f in a.findings if f.id.startswith("S")] for a in found]
+    assert sound[0] == sound[1] and not any(level == "fail" for _, level in sound[0])
+
+
+@pytest.mark.parametrize("text", ["rga", "bptr", "hart", "pdsg", "triangle:1", "own+reset"])
+def test_a_route_keeps_the_scores_to_the_bit_in_float32(pair, text):
+    _, there, x, _ = pair
+    v = victim(copy.deepcopy(there).float(), phase(steps=4))
+    u = x[:8].float().to(GPU)
+    own = [v.scores(u) for _ in range(3)]  # plainly, recorded, replayed
+    assert all(torch.equal(own[0], z) for z in (*own[1:], v.by(Route(neuron=text)).scores(u)))
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_the_first_call_of_a_size_says_what_its_recording_says(pair, n):
+    _, there, x, _ = pair
+    v = victim(copy.deepcopy(there).float(), direct(steps=4))
+    u = x[:n].float().to(GPU)
+    first, *others = [v.scores(u) for _ in range(4)]
+    assert all(torch.equal(first, z) for z in others)
+
+
+def test_a_network_of_ones_own_is_judged_in_float32_too(pair):
+    """PyTorch's own default is TF32 in convolutions; neither crafting nor judging may use it."""
+    _, _, x, _ = pair
+    asked = []
+
+    def logits(u):
+        asked.append(torch.backends.cudnn.allow_tf32)
+        return u[0].flatten(1)[:, :10] * 1.0
+
+    v = Victim(encode=lambda x: x[None], logits=logits, steps=1, classes=10)
+    x = x.float().to(GPU)
+    attack(ATTACKS["pgd"], v, PIXEL, x, v.scores(x).argmax(1))
+    assert asked.pop(0) is True and not any(asked)
 
 
 @pytest.mark.parametrize("name", sorted(DEFENCES))

@@ -86,6 +86,21 @@ def test_scores_and_gradients_of_every_batch_size():
     assert any(r is not None for r in f.made.values()) and len(f.made) <= graphs.SIZES
 
 
+def test_every_call_of_a_size_is_of_the_shape_that_is_recorded():
+    """A GPU's products of another shape add in another order, and a first call must not say other than the second."""
+    shapes = []
+
+    def f(u):
+        shapes.append(u.shape[1])
+        return toy(u)
+
+    scores = Plain(f)
+    for n in (3, 3, 3, 5, 1, graphs.LARGEST + 1):
+        u = torch.randn(3, n, 2, dtype=torch.float64)
+        assert torch.allclose(scores(u), toy(u)) and len(scores(u)) == n
+    assert set(shapes) == {1, 4, 8, graphs.LARGEST + 1}
+
+
 def test_results_are_not_overwritten_by_the_next_call_and_old_gradients_are_right():
     f = Plain(toy)
     us = [torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True) for _ in range(4)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrail._shapes import Float
+from sparsetrail.core.precision import in_full
 from sparsetrail.data import Dataset, pixels, take
 from sparsetrail.models import Trained, load_model, net_spec_from
 from sparsetrail.snn.encode import Encoder
@@ -112,6 +113,7 @@ def neurons(net: nn.Module) -> list[Neuron]:
     return [m for m in net.modules() if isinstance(m, Neuron) and m.threshold is not None]
 
 
+@in_full
 def calibrate(
     net: FoldedNet,
     encode: Encoder,

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Linf, Run, correct, margin
+from sparsetrail.core.precision import in_full
 
 
+@in_full
 def authors(
     net: nn.Module,
     encode: Callable[[Tensor], Tensor],

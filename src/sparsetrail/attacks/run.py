@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from sparsetrail.core import Guide, Problem, Route, Run, Streams, Threat, Victim, correct, grey, margin
+from sparsetrail.core.precision import in_full
+from sparsetrail.core.problem import enough
 from sparsetrail.core.victim import refuse_train_mode
 
 Attack = Callable[..., None]
@@ -21,6 +23,7 @@ FROM_ZERO, SHARES = ("momentum", "q", "decay"), ("p_init", "share", "momentum", 
 EOT = 10  # gradients averaged at every step where a victim draws noise, unless told otherwise
 
 
+@in_full
 def attack(
     fn: Attack,
     victim: Victim,
@@ -303,7 +306,7 @@ def check_settings(attack: str, knobs: Mapping[str, Any], *, still: bool = False
 
 def judged(f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor, votes: int) -> tuple[Tensor, Tensor]:
     """By most of `votes` calls: classified correctly, per example; and the lower median of the margins."""
-    z = [_scores(f(u), len(y)).float() for _ in range(votes)]
+    z = [enough(_scores(f(u), len(y)), y).float() for _ in range(votes)]
     right = torch.stack([correct(v, y) for v in z]).sum(0) * 2 > votes
     return right, torch.stack([margin(v, y) for v in z]).median(0).values
 
@@ -356,6 +359,8 @@ def _mean(parts: Sequence[tuple[float, int]]) -> float:
 def _refuse(victim: Victim, x: Tensor, y: Tensor) -> None:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         raise ValueError(f"expected images and labels as tensors, got {type(x).__name__} and {type(y).__name__}")
+    if x.device != y.device:
+        raise ValueError(f"expected images and labels on one device, got {x.device} and {y.device}; move the labels")
     if victim.mode == "eval":
         refuse_train_mode(victim.module, victim.name, parts=not victim.random)  # dropout left on is a victim's noise
     if x.ndim < 2 or len(x) == 0 or y.shape != x.shape[:1]:

@@ -42,6 +42,8 @@ def refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices:
     for what, t in (("images", x), ("labels", y)):
         if not isinstance(t, Tensor):
             raise ValueError(f"{what}: expected a tensor, got {type(t).__name__}; use torch.as_tensor")
+    if x.device != y.device:
+        raise ValueError(f"expected images and labels on one device, got {x.device} and {y.device}; move the labels")
     if x.dtype != torch.float32 or not bool(((x >= 0) & (x <= 1)).all()):
         ends = f"{float(x.min()):.3g}..{float(x.max()):.3g}" if x.numel() else "none"
         raise ValueError(

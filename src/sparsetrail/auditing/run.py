@@ -20,10 +20,12 @@ from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
 from sparsetrail.auditing.work import SAMPLE, Forgetful, Store, Work, fingerprint
 from sparsetrail.checks import CHECKS
 from sparsetrail.core import Audit, Finding, Rate, Threat, Victim
+from sparsetrail.core.precision import in_full
 
 WHOLE = ("S6",)  # asked here of all adversarials, not of the sample
 
 
+@in_full
 def audit(
     victim: Victim,
     threat: Threat,

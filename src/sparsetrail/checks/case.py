@@ -14,6 +14,8 @@ from torch import Tensor
 from sparsetrail._shapes import Bool, Float, Int
 from sparsetrail.attacks import Attack, attack, noise, pgd
 from sparsetrail.core import Finding, Problem, Run, Streams, Threat, Victim, correct
+from sparsetrail.core.precision import in_full
+from sparsetrail.core.problem import enough
 from sparsetrail.core.results import Level
 
 T = TypeVar("T")
@@ -160,7 +162,7 @@ class Case:
     @property
     def right(self) -> Bool[Tensor, " n"]:
         """Which images are classified correctly."""
-        return correct(self.z, self.y)
+        return correct(enough(self.z, self.y), self.y)
 
     @property
     def start(self) -> Tensor:
@@ -182,6 +184,7 @@ class Case:
         """The inverse, shaped as `u`."""
         return rows.view(u.movedim(self.axis, 0).shape).movedim(0, self.axis)
 
+    @in_full
     def scores(self, u: Tensor) -> Float[Tensor, "n k"]:
         """Scores of any number of images, without a gradient; of a random victim the mean of ten draws."""
         draws = 10 if self.victim.random else 1
@@ -192,6 +195,7 @@ class Case:
             ]
         return torch.cat(parts)
 
+    @in_full
     def reach(self, u: Tensor, y: Tensor, loss: Loss = lead) -> Tensor | str:
         """Gradient of the loss per image at `u`, or in words why there is none; the mean of `eot` where noise is."""
         parts = []
@@ -203,7 +207,7 @@ class Case:
                     z = self.f(at)
                     if not z.requires_grad:
                         return "the scores carry no gradient at all"
-                    (g,) = torch.autograd.grad(loss(z, labels).sum(), at, allow_unused=True)
+                    (g,) = torch.autograd.grad(loss(enough(z, labels), labels).sum(), at, allow_unused=True)
                 if g is None:
                     return "the scores claim a gradient that does not lead back to the attacked tensor"
                 draws.append(g.detach())

@@ -1,11 +1,15 @@
 """What float32 means on a GPU: products in float32, or in TF32 (10 bits of mantissa)."""
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _lock, _asked = threading.Lock(), list[bool]()
 _before: list[tuple[Any, str, Any]] = []  # what has the switch, what it is called there, how it was
@@ -29,6 +33,18 @@ def products(tf32: bool) -> Iterator[None]:
         with _lock:
             del _asked[len(_asked) - 1 - _asked[::-1].index(tf32)]
             _set(_both(_asked[-1]) if _asked else _before)
+
+
+def in_full(f: Callable[P, T]) -> Callable[P, T]:
+    """`f` with products in float32 itself where a tensor it is given lies on a GPU, whosever network runs in it."""
+
+    @functools.wraps(f)
+    def run(*args: P.args, **more: P.kwargs) -> T:
+        gpu = any(isinstance(t, torch.Tensor) and t.is_cuda for t in (*args, *more.values()))
+        with products(tf32=False) if gpu else contextlib.nullcontext():
+            return f(*args, **more)
+
+    return run
 
 
 def exact() -> bool:

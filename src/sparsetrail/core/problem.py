@@ -54,6 +54,17 @@ def margin(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> Float[Tensor, " n"]
     return torch.where(z.isfinite().all(1), wrong - true, -math.inf)
 
 
+def enough(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
+    """The scores, which must hold one for every label; IndexError else: a GPU that is asked for another stops for good.
+
+    Asks the device, so not in the steps of an attack.
+    """
+    most = int(y.max()) if len(y) else -1
+    if most >= z.shape[1]:
+        raise IndexError(f"expected a score for every label, of which the largest is {most}, found {z.shape[1]} scores")
+    return z
+
+
 def correct(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
     """Classified correctly: all scores finite, the true one strictly the best. A NaN or a tie is not correct."""
     return (margin(z, y) < 0) & z.isfinite().all(1)

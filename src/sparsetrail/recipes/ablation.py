@@ -23,6 +23,7 @@ from sparsetrail.recipes.measure import Bench, follow
 from sparsetrail.recipes.targets import Target, as_victim, ours
 from sparsetrail.report.ablation_tables import ablations
 from sparsetrail.report.labels import explain
+from sparsetrail.snn.graphs import filled
 from sparsetrail.snn.neuron import Neuron
 from sparsetrail.snn.pooling import AvgPool2d
 from sparsetrail.trails import Detail
@@ -103,7 +104,7 @@ def _card(bench: Bench, model: Trained, name: str, data: Dataset) -> dict[str, A
 def _check(own: Victim, changed: Victim, x: Tensor, batch: int, words: str) -> None:
     with torch.no_grad():
         for i in range(0, len(x), batch):
-            u = own.encode(x[i : i + batch])
+            u = own.encode(filled(x[i : i + batch], 0))
             assert torch.equal(own.logits(u), changed.logits(u)), f"{words}: the forward has changed"
 
 

@@ -140,7 +140,8 @@ def _at(table: Tensor, device: torch.device, columns: tuple[int, ...] | None = N
     if (device, columns) not in held:
         with torch.inference_mode(False), torch.no_grad():
             part = table if columns is None else table[..., list(columns)]
-            held[device, columns] = (part.t() if part.ndim == 2 else part).contiguous().to(device)
+            mine = (part.t() if part.ndim == 2 else part).contiguous().to(device)
+            held.setdefault((device, columns), mine)  # of two threads the first: its copy may be in a graph
     return held[device, columns]
 
 

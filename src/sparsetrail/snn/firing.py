@@ -13,7 +13,7 @@ from sparsetrail._shapes import Float
 from sparsetrail.snn import kernels
 from sparsetrail.snn.convolution import Conv2d
 from sparsetrail.snn.kernels import pointer, watched
-from sparsetrail.snn.neuron import Neuron, NeuronSpec, Rule, apart, fused, kernel, parts, through_time
+from sparsetrail.snn.neuron import Neuron, NeuronSpec, Rule, apart, by_rule, fused, kernel, parts, through_time
 from sparsetrail.snn.pooling import Pooling, pooled, pooling_of
 from sparsetrail.snn.workspace import Workspace, last, maps
 
@@ -299,14 +299,38 @@ class _FireNormed(torch.autograd.Function):
             # `unflatten` has no rule for many gradients as one
             for_s, for_h = (None if g is None else g.reshape(steps, -1, *g.shape[1:]) for g in (grad, grad_h))
             g, _ = through_time(for_s, for_h, h.unflatten(0, (steps, -1)), None, None, ctx.spec)
-            inv = (norm.running_var + norm.eps).rsqrt()
-            scale = inv if norm.weight is None else inv * norm.weight
-            return g.reshape(-1, *g.shape[2:]) * scale.view(1, -1, 1, 1), plus, None, None, None, None
+            return g.reshape(-1, *g.shape[2:]) * _scale(norm), plus, None, None, None, None
         grad, h = last(grad), last(h)
         out = torch.empty_like(h)
         at = map(pointer, (grad, h, norm.running_var, norm.weight))
         ctx.run.back_normed(*at, norm.eps, pointer(out), len(h) // steps * p * q, c)
         return out, plus, None, None, None, None
+
+
+class _FireNormedByRule(_FireNormed):
+    """As _FireNormed, differentiated by a rule; first derivatives only."""
+
+    @staticmethod
+    def forward(ctx, y, plus, norm: nn.BatchNorm2d, spec: NeuronSpec, steps: int, run: Any, rule: Rule, number: int):
+        ctx.rule, ctx.number = rule, number
+        return _FireNormed.forward(ctx, y, plus, norm, spec, steps, run)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None, _grad_h: Tensor | None):
+        (h,), norm, none = ctx.saved_tensors, ctx.norm, [None] * 6
+        plus = grad if ctx.needs_input_grad[1] else None
+        if grad is None or not ctx.needs_input_grad[0]:
+            return None, plus, *none
+        for_s, charged = (t.reshape(ctx.steps, -1, *t.shape[1:]) for t in (grad, h))
+        g = by_rule(for_s, charged, None, ctx.spec, ctx.rule, ctx.number, kernels_on=True)
+        return g.reshape(-1, *g.shape[2:]) * _scale(norm), plus, *none
+
+
+def _scale(norm: nn.BatchNorm2d) -> Tensor:
+    """What eval-mode BatchNorm multiplies maps [n c h w] by."""
+    inv = (_running(norm)[1] + norm.eps).rsqrt()
+    return (inv if norm.weight is None else inv * norm.weight).view(1, -1, 1, 1)
 
 
 def _fire_normed(y: Tensor, norm: nn.Module, neuron: Neuron, steps: int, plus: Tensor | None) -> Tensor | None:
@@ -317,7 +341,7 @@ def _fire_normed(y: Tensor, norm: nn.Module, neuron: Neuron, steps: int, plus: T
     constant: list[Any] = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
     if not all(type(t) is Tensor and not t.requires_grad for t in constant) or watched(norm, neuron):
         return None
-    if rule is not None or neuron.run is not fused:
+    if neuron.run is not fused:
         return None
     if not type(neuron).__module__.startswith("sparsetrail.") or torch._C._are_functorch_transforms_active():
         return None
@@ -325,7 +349,11 @@ def _fire_normed(y: Tensor, norm: nn.Module, neuron: Neuron, steps: int, plus: T
     run = kernel(
         spec, y.permute(0, 2, 3, 1).unflatten(0, (steps, -1)), None, *constant, *([] if plus is None else [plus])
     )
-    return None if run is None else _FireNormed.apply(y, plus, norm, spec, steps, run)[0]
+    if run is None:
+        return None
+    if rule is None:
+        return _FireNormed.apply(y, plus, norm, spec, steps, run)[0]
+    return _FireNormedByRule.apply(y, plus, norm, spec, steps, run, rule, rule.number())[0]
 
 
 def fire(

@@ -162,13 +162,25 @@ class _Replayed(torch.autograd.Function):
             return r.gradient.clone(), None
 
 
+def _room(n: int) -> int:
+    """As many examples as a recording for `n` holds."""
+    return 1 << (n - 1).bit_length()
+
+
+def filled(u: Tensor, axis: int) -> Tensor:
+    """The examples, and zeros up to the size in which they are recorded: products of another size add otherwise."""
+    n = u.shape[axis]
+    more = _room(n) - n if n <= LARGEST else 0
+    return torch.cat([u, u.new_zeros(*u.shape[:axis], more, *u.shape[axis + 1 :])], axis) if more else u
+
+
 class Scores:
     """`f`, which treats every example alone, by recordings; batches are filled up to the next power of two.
 
-    `axis` counts the examples of the input. A size up to LARGEST is recorded when it comes for the second time. A
-    gradient that is itself to be differentiated (`create_graph`) is taken through `f`, unrecorded, as is all that
-    functorch or inference mode ask for. `keep` is what a recording reads beside its input: it lives as long as scores
-    that may still be differentiated.
+    `axis` counts the examples of the input. A size up to LARGEST is recorded when it comes for the second time, and
+    filled up the first time too. A gradient that is itself to be differentiated (`create_graph`) is taken through `f`,
+    unrecorded, as is all that functorch or inference mode ask for. `keep` is what a recording reads beside its input:
+    it lives as long as scores that may still be differentiated.
     """
 
     def __init__(
@@ -184,14 +196,13 @@ class Scores:
         self.made: dict[Any, _Recording | None] = {}
         self.failed = False
 
-    def _room(self, u: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    def _key(self, u: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
         """What the recording for `u` is called: its shape, filled up, and type."""
-        room = 1 << (u.shape[self.axis] - 1).bit_length()
-        return (*u.shape[: self.axis], room, *u.shape[self.axis + 1 :]), u.dtype
+        return (*u.shape[: self.axis], _room(u.shape[self.axis]), *u.shape[self.axis + 1 :]), u.dtype
 
     def ready(self, u: Tensor) -> bool:
         """Would a call only launch a recording?"""
-        return not self._plain(u) and self.made.get(self._room(u)) is not None
+        return not self._plain(u) and self.made.get(self._key(u)) is not None
 
     def _plain(self, u: Tensor) -> bool:
         """Must `f` itself be called?"""
@@ -201,13 +212,12 @@ class Scores:
         n = u.shape[self.axis]
         if self._plain(u):
             return self.f(u)
-        key = shape, _ = self._room(u)
-        room = shape[self.axis]
+        key = shape, _ = self._key(u)
         if key not in self.made:
             if len(self.made) >= SIZES:
                 return self.f(u)
             self.made[key] = None
-            return self.f(u)
+            return self.f(filled(u, self.axis))[:n]
         if self.made[key] is None:
             try:
                 with _on(u.device):
@@ -218,9 +228,7 @@ class Scores:
                 self.made.clear()
                 self.failed = True
                 return self.f(u)
-        if n < room:
-            u = torch.cat([u, u.new_zeros(*shape[: self.axis], room - n, *shape[self.axis + 1 :])], self.axis)
-        recording = self.made[key]
+        recording, u = self.made[key], filled(u, self.axis)
         assert recording is not None
         return (_Replayed.apply(u, recording) if recording.z.requires_grad else recording.run(u))[:n]
 

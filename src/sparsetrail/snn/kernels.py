@@ -101,7 +101,7 @@ def serve(*tensors: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active():
         return False
     there = [t for t in tensors if t is not None]
-    return not torch.is_autocast_enabled("cpu") and available(there[0].dtype) and usable(*there)
+    return not torch.is_autocast_enabled("cpu") and usable(*there) and available(there[0].dtype)
 
 
 def watched(*modules: nn.Module | None) -> bool:

@@ -18,7 +18,7 @@ from sparsetrail.snn.convolution import Conv2d
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.engine import freeze, has_bf16
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
-from sparsetrail.snn.graphs import Scores
+from sparsetrail.snn.graphs import Scores, filled
 from sparsetrail.snn.kernels import watched
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, ruled
 from sparsetrail.snn.pools import POOLS, share_of
@@ -184,7 +184,10 @@ def victim(
 
             # what autocast makes of weights it keeps, and lets go of, by itself
             if not x.is_cuda or rule is not None or stretched or torch.is_autocast_enabled("cuda"):
-                return plain(x, watched(*net.modules()))
+                seen, axis = watched(*net.modules()), 1 if task == "logits" else 0
+                if seen or not x.is_cuda or memory is not None or kernels.overseen(x):
+                    return plain(x, seen)
+                return plain(filled(x, axis))[: x.shape[axis]]  # as in the victim's recordings, whose scores these are
             key = f"{task} {kernels.switched_on()}"
             z, made = None, recorded.get(key)
             if made is not None and made.ready(x):

@@ -382,6 +382,30 @@ def in_order_of(t: Tensor, like: Tensor) -> Tensor:
     return t if t.stride() == like.stride() and t.shape == like.shape else torch.empty_like(like).copy_(t)
 
 
+def by_rule(
+    grad: Tensor, h: Tensor, leak: Tensor | None, spec: NeuronSpec, rule: Rule, number: int, *, kernels_on: bool
+) -> Tensor:
+    """The gradient of a neuron's input [t n ...] from that of its spikes and from its charged potentials, by a rule."""
+    assert rule.slopes is not None
+    slopes = rule.slopes(h, spec, leak, number)
+    if rule.flow != "through" and kernels.batched(grad):
+        return apart(grad, slopes(slice(None)), leak, spec, rule.flow)
+    whole = torch.empty_like(h)
+    for part in parts(h):
+        its = slopes(part)
+        whole[:, part] = its if rule.flow == "through" else apart(grad[:, part], its, leak, spec, rule.flow)
+    if rule.flow != "through":
+        return whole
+    k = kernel(spec, h, leak, grad, given=True) if kernels_on else None
+    if k is None or h.stride(0) * len(h) != h.numel():
+        return through_time(grad, None, h, None, leak, spec, whole)[0]
+    grad, out = in_order_of(grad, h), torch.empty_like(h)
+    frame, last = kernels.frames(tuple(range(len(h))))
+    at = (grad, h, frame, last, None, None, None, None, leak, None, whole, out, None, None)
+    k.back(*map(kernels.pointer, at), len(h), h.numel() // len(h), 1, torch.get_num_threads())
+    return out
+
+
 class _Ruled(torch.autograd.Function):
     """All steps at once, differentiated by a rule; first derivatives of the input only."""
 
@@ -405,23 +429,8 @@ class _Ruled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (h, leak), spec, rule = ctx.saved_tensors, ctx.spec, ctx.rule
-        slopes = rule.slopes(h, spec, leak, ctx.number)
-        if rule.flow != "through" and kernels.batched(grad):
-            return apart(grad, slopes(slice(None)), leak, spec, rule.flow), None, None, None, None
-        whole = torch.empty_like(h)
-        for part in parts(h):
-            its = slopes(part)
-            whole[:, part] = its if rule.flow == "through" else apart(grad[:, part], its, leak, spec, rule.flow)
-        if rule.flow != "through":
-            return whole, None, None, None, None
-        k = kernel(spec, h, leak, grad, given=True) if ctx.on else None
-        if k is None or h.stride(0) * len(h) != h.numel():
-            return through_time(grad, None, h, None, leak, spec, whole)[0], None, None, None, None
-        grad, out = in_order_of(grad, h), torch.empty_like(h)
-        frame, last = kernels.frames(tuple(range(len(h))))
-        at = (grad, h, frame, last, None, None, None, None, leak, None, whole, out, None, None)
-        k.back(*map(kernels.pointer, at), len(h), h.numel() // len(h), 1, torch.get_num_threads())
+        h, leak = ctx.saved_tensors
+        out = by_rule(grad, h, leak, ctx.spec, ctx.rule, ctx.number, kernels_on=ctx.on)
         return out, None, None, None, None
 
 

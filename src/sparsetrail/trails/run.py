@@ -12,12 +12,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Mode, Trail, TrailRow, Victim, correct
+from sparsetrail.core.precision import in_full
 from sparsetrail.trails.geometry import kind_of
 from sparsetrail.trails.watch import Tally, Watch
 
 Detail = Literal["plain", "origin", "full"]
 
 
+@in_full
 def trail(
     victim: Victim,
     x: Float[Tensor, "n c h w"],

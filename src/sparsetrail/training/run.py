@@ -220,6 +220,7 @@ class _Loop:
         """Write `failure.json`: where, and the first module whose output is not finite."""
         x = _augment(self.images[rows], self.spec, _keyed(self.spec.seed, epoch, step))
         first, out = first_nonfinite(self.net, self.encode(x)), self.out
+        self.optimizer.set_rate(epoch * self.steps + step, self.total)  # a GPU is told of a loss some steps later
         kept = any((out / name).exists() for name in ("state.safetensors", "state.previous.safetensors"))
         found = {
             "epoch": epoch, "step": step, "lr": self.optimizer.rate, "loss": str(loss), "first_nonfinite": first
