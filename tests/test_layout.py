@@ -29,7 +29,7 @@ ONLY = {  # narrower
     "report": {"core"},
     "checks": {"core", "attacks"},
     "adapt": {"core", "snn"},
-    "convert": {"data", "models", "snn"},
+    "convert": {"core", "data", "models", "snn"},
     "defend": {"core", "snn", "training"},
     "theory": {"core", "snn", "attacks", "trails"},
     "auditing": {"core", "attacks", "checks", "snn"},
