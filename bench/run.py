@@ -69,6 +69,8 @@ def main() -> None:
         if SCRIPTS[name]:
             rows += read_rows(csv_path(name, a))
     if rows:
+        if a.smoke:  # a size that proves that it runs reaches no goal, and misses none
+            rows = [row | {"goal": "", "reached": ""} for row in rows]
         text = f"{table(rows)}\n\n{shared_facts(rows)}"
         (a.out / "table.md").write_text(text + "\n")
         print(text)

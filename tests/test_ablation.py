@@ -13,7 +13,7 @@ from sparsetrail.models import Trained
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate, averaged, rebuilt, spread, trace, variants
 from sparsetrail.recipes.targets import as_victim, ours
-from sparsetrail.report import charts, figure, load, pack, write
+from sparsetrail.report import charts, figure, load, pack, text_tables, write
 from sparsetrail.report.ablation_tables import Ablation, AblationRow, ablations
 from sparsetrail.report.labels import explain
 from sparsetrail.snn.encode import phase
@@ -133,7 +133,11 @@ def test_zeros_go_with_what_makes_them(report):
         assert rectangle.zero > base.zero and rectangle.route != base.route  # tails that are zero make zeros
         assert all(r.participation is None or 0 < r.participation <= 1 - r.zero for r in a.rows)
         assert base.participation is not None and rows["float64"].participation is None
-        assert f"{name}, n=6" in a.sentence and "are the work of" in a.sentence
+        assert (
+            f"{name}, eval mode, n=6" in a.sentence
+            and "both together" in a.sentence
+            and "are the work of" in a.sentence
+        )
     assert report.summary[:2] == tuple(a.sentence for a in found.values())
 
 
@@ -146,6 +150,27 @@ def test_a_surrogate_with_tails_of_zero_is_found_out(tiny):
     (a,) = ablations(ablate(bench, [("rectangle", model)], images).trails)
     assert a.removed("neuron") > 0.5 > a.removed("architecture")
     assert "the spiking neurons" in a.sentence.split("work of")[1]
+
+
+def test_nothing_is_said_of_what_was_not_replaced():
+    def row(part, left):
+        return AblationRow(part=part, replaced=part, route="r", zero=0.5 * left, at_input=0.0, kinds=(), of_all=(),
+                           left=left, participation=None)  # fmt: skip
+
+    found = Ablation(victim="v", data="d", n=1, kinds=(), rows=(row("", 1.0), row("neuron", 0.0), row("numbers", 1.0)))
+    assert found.sentence == (
+        "v, eval mode, n=1: of the zeros in its gradients (50.0 % of all entries) another backward of the neurons "
+        "removes 100 %, float64 0 %: they are the work of the spiking neurons."
+    )
+    weak = replace(found, rows=(row("", 1.0), row("neuron", 0.9)))
+    assert weak.sentence.endswith("removes 10.0 %: they are not the work of the spiking neurons alone.")
+
+
+def test_a_report_as_text_holds_what_is_left_and_says_of_what(report):
+    told = text_tables(report, "github")
+    for name in ("max", "avg"):
+        assert f"Exactly zero gradient entries left, without retraining; {name}, eval mode, " in told
+    assert "max pool by average pool" in told and "by kind of operation, mean over operations (range); " in told
 
 
 def test_the_same_command_computes_nothing_again_and_draws_the_same(tiny, report, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsetrail.attacks import attack, pgd
 from sparsetrail.checks import CHECKS, Case, sanity, validity
-from sparsetrail.checks.chance import at_least, discordant, sign_test, spearman
+from sparsetrail.checks.chance import at_chance, at_least, discordant, sign_test, spearman
 from sparsetrail.core import L0, L2, Linf, Route, Victim
 from sparsetrail.snn.graphs import Scores
 
@@ -49,6 +49,23 @@ def test_the_page_names_the_masking_checks(findings):
 def test_sign_test_is_the_binomial_tail(more, less):
     expected = binomtest(more, more + less, alternative="greater").pvalue if more + less else 1.0
     assert sign_test(more, less) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("k, n, share", [(0, 1, 0.1), (1, 1, 0.1), (2, 2, 0.1), (5, 30, 0.1), (30, 30, 0.25)])
+def test_what_chance_holds_is_the_binomial_tail(k, n, share):
+    want = binomtest(k, n, share, alternative="greater").pvalue
+    assert at_chance(k, n, share) == pytest.approx(want, rel=1e-9)
+
+
+def test_one_image_proves_nothing_about_the_gradient():
+    """Each alone, a few of an honest victim's gradients lead down by chance; all together they do not."""
+    probe = case(honest("phase"), n=30)
+    down = 0
+    for i in range(30):
+        found = CHECKS["G5"](replace(probe, x=probe.x[i : i + 1], y=probe.y[i : i + 1]))
+        down += found.value is not None and found.value < 0
+        assert found.level != "fail", found.evidence
+    assert down and CHECKS["G5"](probe).level == "pass"
 
 
 def test_rank_correlation_with_ties():

@@ -237,6 +237,7 @@ def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
         (("attack", model, *ok, "--set", "steps"), "expected key=value of pgd's settings"),
         (("attack", model, *ok, "--set", "loss=hinge"), "expected one of ce, margin, dlr"),
         (("attack", model, *ok, "--set", "steps=many"), "expected a value like 7"),
+        (("attack", model, *ok, "--name", "apgd", "--set", "targets=3"), "only loss=targeted has targets, found"),
         (("attack", model, *ok, "--route", "magic"), "magic"),
         (("attack", model, "--eps", "1", "--space", "encoded", "--n", "10", "--name", "codebook"), "pixel space"),
         (("audit", model, *ok, "--claim", "45"), "write 0.45"),
@@ -479,7 +480,8 @@ def test_trail_and_report(model, tmp_path, capsys):
     code, out, err = run("report", tmp_path / "trail", "--format", "table", capsys=capsys)
     assert code == 0 and "Exactly zero gradient entries" in out and "No attack" not in out
     code, out, err = run("report", tmp_path / "trail", "--format", "svg", "--out", tmp_path / "drawn", capsys=capsys)
-    assert code == 0 and out == f"figure   {tmp_path / 'drawn' / 'trail.svg'}\n", err
+    drawn = [tmp_path / "drawn" / f"{name}.svg" for name in ("trail", "steps")]
+    assert code == 0 and out == "".join(f"figure   {path}\n" for path in drawn), err
     code, _, err = run("report", tmp_path / "trail", "--format", "latex", "--out", tmp_path / "t4", capsys=capsys)
     assert code == 4 and "is printed, not written" in err and not (tmp_path / "t4").exists()
     beside = {p.name for p in model.iterdir()}

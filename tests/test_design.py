@@ -19,7 +19,7 @@ from sparsetrail.recipes import design as recipe
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.design import ATTACKS, SIZES, designs, sweep
 from sparsetrail.recipes.targets import as_victim, ours
-from sparsetrail.report import charts, figure, load, write
+from sparsetrail.report import charts, figure, load, text_tables, write
 from sparsetrail.report.charts.tradeoff import PANEL, _span
 from sparsetrail.report.design_tables import (
     rank_correlation,
@@ -224,6 +224,8 @@ def test_the_plot_holds_intervals_both_ways_and_names_that_do_not_meet(tmp_path)
         assert not led or (x - 1 <= end <= x + wide + 5 and abs(rise - y) < 7)
     files = write(report, tmp_path)
     assert files["tradeoff"].name == "tradeoff.csv" and "## Trade-off" in files["md"].read_text()
+    told = text_tables(report, "latex_booktabs")
+    assert "Clean accuracy and worst case per image" in told and "Exactly zero gradient entries" not in told
     assert figure(report, tmp_path / "t.pdf", which="tradeoff").read_bytes().startswith(b"%PDF")
     with pytest.raises(ValueError, match="expected a report with a sweep of designs"):
         figure(replace(report, models=()), tmp_path / "t.pdf", which="tradeoff")

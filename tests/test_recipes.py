@@ -302,6 +302,15 @@ def test_a_network_under_every_threat_trained_here_or_before(fake_cifar, tmp_pat
     main(["reproduce", "threats", *show, "--json"])
     (brief,) = json.loads(capsys.readouterr().out).values()
     assert brief["clean_test_accuracy"] == dict(zip(names, told, strict=True))
+    assert "measured anew" not in shown
+    later = tmp_path / "records" / "b"
+    later.mkdir()
+    (later / "threats.json").write_bytes((tmp_path / "records" / "a" / "threats.json").read_bytes())
+    main(["reproduce", "threats", *show])
+    shown = capsys.readouterr().out
+    assert shown.count("measured anew") == len(names) and f"measured anew  {names[0]}: {later}" in shown
+    (later / "threats.json").unlink()
+    later.rmdir()
     with pytest.raises(SystemExit) as stop:
         main(["reproduce", "table1", *show])
     assert stop.value.code == 4 and "there are records of" not in capsys.readouterr().out
@@ -372,6 +381,24 @@ def test_every_system_is_trained_and_taken_again(tmp_path, name):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
     assert systems.train_system(bench, name, few, **how).sha256 == trained.sha256
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("figure", ["fig1", "fig3"])
+def test_a_trail_of_another_network_than_the_figures_is_refused(tmp_path, figure):
+    bench = measure.Bench(out=tmp_path / "out")
+    for more, told in (
+        ({"rows": ("sew_resnet34",)}, "is the trail of sew_resnet18, got sew_resnet34"),
+        ({"datasets": ("cifar10", "cifar100")}, "is one trail, on one image set"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            paper.reproduce(bench, figure, "smoke", **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_are_no_length_are_no_255ths():
+    told = measure.told({"eps": 8 / 255, "step": 2 / 255, "temperature": 1.0, "rho": 0.5, "steps": 3, "start": "none"})
+    assert told == "eps 8/255, step 2/255, temperature 1, rho 0.5, steps 3, start none"
+    assert measure.told({"eps": 0.0}) == "eps 0"
 
 
 def test_thresholds_are_not_read_off_the_images_held_out(monkeypatch):

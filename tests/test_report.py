@@ -637,7 +637,7 @@ def test_zero_share_by_kind_stands_beside_the_papers_figure():
         f"25.00 % (20.0{DASH}30.0)",
         "0 %",
         "29.01 %",
-        "16.52 %",
+        "16.52 % (lowest)",
     )
     assert rows["pool"] == ("76.25 %", "75.00 %", "0 %", "0 %", "37.88 %", "0.00 %")
     assert rows["pool, avgpool"] == ("0 %", "0 %", "0 %", "0 %", "", "")  # never averaged with the stem's pool

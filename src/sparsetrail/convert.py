@@ -146,8 +146,8 @@ def calibrate(
                 if not found[-1] > 0:
                     raise ValueError(
                         f"neuron layer {i + 1}: expected positive currents, found a percentile {percentile:g} of "
-                        f"{found[-1]:.3g}; calibrate over more steps, so that spikes get there, train the twin "
-                        "longer, or raise the percentile"
+                        f"{found[-1]:.3g}; calibrate over more steps, so that spikes get there, or train the twin "
+                        f"longer{', or raise the percentile' if percentile < 100 else ''}"
                     )
                 assert m.threshold is not None
                 m.threshold.fill_(found[-1])

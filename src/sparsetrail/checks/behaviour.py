@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsetrail.attacks import codebook, fgsm, noise
 from sparsetrail.checks.case import Case, Outcome, Skip, check, climb, flags, graded
-from sparsetrail.checks.chance import at_least, discordant, sign_test
+from sparsetrail.checks.chance import at_chance, at_least, discordant, sign_test
 from sparsetrail.core import Rate, Route, Run
 
 
@@ -57,9 +57,9 @@ def unbounded(case: Case) -> Outcome:
     run = case.run(climb, threat=case.whole, steps=60, step=case.whole.eps / 30)
     left, n = sum(run.robust), int(case.right.sum())
     return Outcome(
-        graded(left > 0, at_least(left, n) > 1 / case.victim.classes),
+        graded(left > 0, at_chance(left, n, 1 / case.victim.classes) < 0.025),
         left / n,
-        f"0; lower end above chance, {1 / case.victim.classes:.2g}",
+        f"0; surely above chance, {1 / case.victim.classes:.2g}",
         f"{Rate(left, n)} of the images stand against an attack that may change anything",
         "the gradient leads nowhere: no radius can be trusted with it; attack by scores",
     )

@@ -18,6 +18,11 @@ def sign_test(more: int, less: int) -> float:
     return sum(math.comb(n, k) for k in range(more, n + 1)) / 2**n
 
 
+def at_chance(k: int, n: int, share: float) -> float:
+    """Probability that at least k of n images have what each has by chance with probability `share`."""
+    return sum(math.comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(k, n + 1))
+
+
 def discordant(a: Bool[Tensor, " n"], b: Bool[Tensor, " n"]) -> tuple[int, int]:
     """How many images only `a` holds, and only `b`."""
     return int((a & ~b).sum()), int((b & ~a).sum())

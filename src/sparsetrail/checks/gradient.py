@@ -108,7 +108,8 @@ def agrees(case: Case) -> Outcome:
     mean = [float(r.mean()) for r in rho]
     high = [float(r.mean() + 2 * r.std(correction=0) / len(r) ** 0.5) for r in rho]
     rises, falls = _along(case, case.start, case.labels, case.gradient)
-    backwards = max(high) < 0 or at_most(rises, max(1, rises + falls)) < 0.5 <= falls
+    against = max(high) < 0 and all(at_most(int((r > 0).sum()), few) < 0.5 for r in rho)  # one image is no proof
+    backwards = against or at_most(rises, max(1, rises + falls)) < 0.5 <= falls
     blind = max(mean) < 0.1 and at_least(rises, max(1, rises + falls)) <= 0.5
     return Outcome(
         graded(blind, backwards),

@@ -157,7 +157,7 @@ def encoder_reset(case: Case) -> Outcome:
         graded(False, not gap <= 1e-5),
         gap,
         "1e-5",
-        f"the encoder gives the same {case.n} images another code, by {gap:.2g}, after it coded others in between",
+        f"the codes of the same {case.n} images, others coded in between, differ by {gap:.2g}",
         "reset the encoder's counter before each batch (undeclared noise in it looks the same, see S4)",
     )
 

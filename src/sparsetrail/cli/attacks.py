@@ -135,6 +135,8 @@ def attack(
             emit(run_line(run))
         else:
             _say_run(run)
+    if not common.as_json:
+        print(f"kept     {place / 'cells'}")
 
 
 def _threat(
@@ -151,6 +153,9 @@ def _threat(
             flags = ", ".join(f"--{a}" if a in own else f"--set {a}=" for a in allowed)
             raise ValueError(f"--{k}: {name} does not have it; expected {flags or 'no settings'}")
     check_settings(name, knobs)
+    loss = str(knobs.get("loss", allowed.get("loss", "targeted")))
+    if "targets" in knobs and "targeted" not in loss:
+        raise ValueError(f"--set targets: only loss=targeted has targets, found loss={loss}")
     if name in FLIPS and norm != "l0":
         raise ValueError(f"--name {name}: expected --norm l0, got {norm}; its radius is a number of entries to flip")
     if name in BY_SCORES and (given := [flag for flag, value in gradients.items() if value is not None]):
@@ -180,7 +185,7 @@ def audit(
         float | None, Parameter(help="begin no further attack after this long; the default attack always runs")
     ] = None,
     claim: Annotated[float | None, Parameter(help="the robust accuracy that is claimed, 0..1")] = None,
-    claim_source: str = "",
+    claim_source: Annotated[str, Parameter(help="where it is claimed, told beside it, e.g. arXiv:2509.23762")] = "",
     transfer: Annotated[
         list[str] | None, Parameter(negative="", help="another model to transfer from: another seed, pool, an ANN")
     ] = None,
@@ -304,11 +309,13 @@ def _audit_line(a: Audit) -> dict[str, Any]:
 
 
 def _say_run(run: Run) -> None:
+    print(f"victim   {run.victim}")
     print(f"threat   {run.threat}, crafted in {run.mode} mode")
     print(f"route    {route_of(run)}")
     print(f"data     {run.data}")
     print(f"clean    {run.clean_accuracy}")
     told = {k: v for k, v in _knobs(run).items() if v is not None} | ({"eot": run.eot} if run.eot > 1 else {})
+    told["seed"] = run.seed
     knobs = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
     print(f"{run.attack:<8} {run.accuracy}" + (f"   ({knobs})" if knobs else ""))
     if run.zero_gradient is not None:

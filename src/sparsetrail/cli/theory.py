@@ -66,7 +66,7 @@ def audit(
     n: int = 64,
     draws: Annotated[int, Parameter(help="random points an image and radius")] = 64,
     out: Path | None = None,
-    batch: int = 64,
+    batch: int = 8,
     seed: int = 0,
     common: Kept = KEPT,
 ) -> None:

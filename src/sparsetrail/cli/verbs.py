@@ -8,12 +8,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Parameter
 from rich.console import Console
+from rich.markdown import Markdown
 
 from sparsetrail import __version__, data
 from sparsetrail.cli.attacks import run_line, say_report
@@ -185,7 +187,9 @@ def _show_records(figure: str, folder: Path, as_json: bool) -> None:
     for path in found or twins:
         console.rule(str(path.parent))
         if path.suffix == ".md":
-            console.print(path.read_text(), markup=False, highlight=False)
+            told = [line for line in path.read_text().splitlines() if not line.startswith("![")]  # pictures beside it
+            console.print(Markdown("\n".join(told)))
+            console.print(f"whole, with pictures  {path}", markup=False, highlight=False, soft_wrap=True)
             continue
         held = read(path)
         print_table(held, console)
@@ -193,8 +197,19 @@ def _show_records(figure: str, folder: Path, as_json: bool) -> None:
             console.print(line, markup=False, highlight=False)
         for name, clean in _clean(held).items():
             console.print(f"clean test accuracy  {name}: {clean}", markup=False, highlight=False, soft_wrap=True)
+        for name, again in _anew(held, [(p, read(p)) for p in (found or twins) if p > path and p.suffix == ".json"]):
+            console.print(f"measured anew  {name}: {again}", markup=False, highlight=False, soft_wrap=True)
         command = held.provenance.get("command", "not told")
         console.print(f"measured by  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _anew(held: Report, later: Sequence[tuple[Path, Report]]) -> list[tuple[str, Path]]:
+    """The victims of a record that later ones of the same title hold too, and the last of these."""
+    mine, found = dict.fromkeys(run.victim for run in held.runs), {}
+    for path, other in later:
+        if other.title == held.title:
+            found |= {run.victim: path.parent for run in other.runs if run.victim in mine}
+    return list(found.items())
 
 
 def _clean(held: Report) -> dict[str, str]:

@@ -143,10 +143,11 @@ def _contract(what: Target, threat: Threat) -> dict[str, str]:
 def sentence(a: Audit) -> str:
     """An audit in one sentence: verdict, threat, the three figures."""
     claim = "" if a.claim is None else f"claimed {100 * a.claim:.1f} %, "
-    figures = f"default attack leaves {a.default_accuracy.value:.1%}, worst case {a.accuracy}"
-    threat = f"{a.threat}, {a.budget} budget, n={a.n}"
+    mode = next((run.mode for run in a.runs), "eval")
+    figures = f"default attack leaves {a.default_accuracy}, worst case {a.accuracy}"
+    threat = f"{a.threat}, {mode} mode, {a.budget} budget, n={a.n}"
     return (
-        f"{a.verdict}, {threat}: clean {a.clean_accuracy.value:.1%}, {claim}{figures}. {a.reason[:1].upper()}"
+        f"{a.verdict}, {threat}: clean {a.clean_accuracy}, {claim}{figures}. {a.reason[:1].upper()}"
         f"{a.reason[1:]}. The worst case is an upper bound: an attack that was not run can lower it."
     )
 
@@ -246,7 +247,7 @@ def _follows(result: Path, report: Report, found: Audit, what: Target, x: Tensor
     said = "" if found.n == len(y) else f"expected flags of {len(y)} images, found {found.n}"
     code, same = reaches_code(what.make(), found.threat, x), found.provenance.get("sparsetrail") == version()
     said = said or contradiction(found, what.make(), code=code, words=same)
-    if not said and report.title.startswith("Audit of ") and sentence(found) not in report.summary:
+    if not said and same and report.title.startswith("Audit of ") and sentence(found) not in report.summary:
         said = "expected a summary of what its flags, verdict and reason say, found another"
     steady = not any(f.id in UNSTEADY and f.level == "fail" for f in found.findings)
     if not said and steady and (bad := misjudged(what.make(), x, y, found.clean, batch=batch)):

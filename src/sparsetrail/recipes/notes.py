@@ -9,6 +9,7 @@ from sparsetrail.recipes.rows import Row, row_of
 from sparsetrail.recipes.scales import Scale
 from sparsetrail.recipes.systems import SYSTEMS, UNPUBLISHED, Twin, facts
 from sparsetrail.report.seeds import seeded, sentences
+from sparsetrail.report.tables import share
 
 
 def published(shown: Sequence[Claim]) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ def summary(runs: list[Run], trails: list[Trail], cards: list[dict[str, Any]]) -
         for r in t.rows:
             if r.kind in ("conv", "norm", "neuron") or r.op == "pool":
                 kinds.setdefault("stem pool" if r.op == "pool" else r.kind, []).append(r.zero)
-        shares = ", ".join(f"{k} {sum(v) / len(v):.2%}" for k, v in kinds.items())
+        shares = ", ".join(f"{k} {share(sum(v) / len(v))}" for k, v in kinds.items())
         lines.append(f"{t.victim}, {t.mode} mode: mean share of exact zeros: {shares} (n={t.n}).")
     return tuple(lines)
 

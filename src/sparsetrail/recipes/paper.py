@@ -161,6 +161,8 @@ def _chosen(
 ) -> list[Row]:
     """The rows to run, each of several seeds where these are asked for; ValueError where none is left."""
     sets = tuple(datasets) or (("cifar100",) if figure == "table1" and scale == "paper" else size.datasets)
+    if len(datasets) > 1 and figure.startswith("fig"):
+        raise ValueError(f"datasets: {figure} is one trail, on one image set; got {', '.join(datasets)}; name one")
     if models is not None and not datasets:
         sets = sets[:1]
     chosen = rows_of(figure, found, tuple(rows) or size.rows, sets, rows)

@@ -72,6 +72,8 @@ def rows_of(
     for by name in table 3 and under the threats.
     """
     if figure.startswith("fig"):
+        if set(asked) - {"sew_resnet18"}:
+            raise ValueError(f"rows: {figure} is the trail of sew_resnet18, got {', '.join(asked)}; leave them out")
         return [Row("sew_resnet18", "max" if figure == "fig1" else "avg", datasets[0])]
     pairs = figure in PAIRS
     names = dict.fromkeys(row_of(c) for c in found if c.figure == ("table3" if pairs else figure))

@@ -80,19 +80,25 @@ class Ablation:
     def sentence(self) -> str:
         """Where the zeros come from, by what removes them and under no name given before."""
         base = self.rows[0]
-        begin = f"{self.victim}, n={self.n}: "
+        begin = f"{self.victim}, eval mode, n={self.n}: "
         if not base.zero:
             return begin + "no gradient entry is exactly zero."
-        shape, neuron, both = (self.removed(part) for part in ("architecture", "neuron", "both"))
-        most = [
-            name for name, removed in (("the architecture", shape), ("the spiking neurons", neuron)) if removed >= 0.5
-        ]
-        origin = " and of ".join(most) or "neither the architecture nor the spiking neurons alone"
-        text = (
-            f"{begin}of the zeros in its gradients ({portion(base.zero)} of all entries) another backward of pools and "
-            f"strided convolutions removes {portion(shape)}, another backward of the neurons {portion(neuron)}, both "
-            f"together {portion(both)}, float64 {portion(self.removed('numbers'))}: they are the work of {origin}"
-        )
+        there = {row.part for row in self.rows}
+        words = {
+            "architecture": "another backward of pools and strided convolutions removes",
+            "neuron": "another backward of the neurons removes",
+            "both": "both together",
+            "numbers": "float64",
+        }
+        told = [f"{said} {portion(self.removed(part))}" for part, said in words.items() if part in there]
+        names = {"architecture": "the architecture", "neuron": "the spiking neurons"}
+        names = {part: name for part, name in names.items() if part in there}
+        most = [name for part, name in names.items() if self.removed(part) >= 0.5]
+        work = f"they are the work of {' and of '.join(most)}"
+        if not most:
+            neither = "the work of neither" if len(names) > 1 else "not the work of"
+            work = f"they are {neither} {' nor '.join(names.values())} alone"
+        text = f"{begin}of the zeros in its gradients ({portion(base.zero)} of all entries) {', '.join(told)}: {work}"
         worst = max((row for row in self.rows if row.part == "neuron"), key=lambda row: row.left, default=base)
         if worst.left > 1.01:
             text += f"; with {worst.replaced} the neurons would bring them to {portion(worst.zero)} of all entries"

@@ -72,8 +72,12 @@ def load(path: str | Path) -> Report:
     try:
         data = file.read_bytes()
     except OSError as error:
-        inside = [str(p.parent) for p in sorted(path.glob(f"*/**/{RESULT}"))] if path.is_dir() else []
-        fix = f"name one of {', '.join(inside[:4])}" if inside else "check the path, or run the recipe that writes it"
+        inside = sorted(str(p.parent) for p in path.glob(f"*/**/{RESULT}")) if path.is_dir() else []
+        if path.is_dir() and not inside:  # records keep reports under the name of their figure
+            inside = sorted(str(p) for p in path.glob("*.json"))
+        more = f" (and {len(inside) - 6} more)" if len(inside) > 6 else ""
+        fix = "check the path, or run the recipe that writes it"
+        fix = f"name one of {', '.join(inside[:6])}{more}" if inside else fix
         raise ReportError(
             f"{file}: expected a report folder or its {RESULT}, found none ({error.strerror}); likely fix: {fix}"
         ) from None

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparsetrail.core import Audit, Report
 from sparsetrail.report import audits as words
+from sparsetrail.report.ablation_tables import ablations
+from sparsetrail.report.design_tables import tradeoff, tradeoff_grid
 from sparsetrail.report.seeds import spread
 from sparsetrail.report.tables import Grid, facts, per_setting, table
 from sparsetrail.report.trail_tables import FIGURES, kind_grid, trail_groups
@@ -42,11 +44,18 @@ def console(report: Report, console: "Console") -> None:
 
 
 def text_tables(report: Report, tablefmt: str) -> str:
-    """All tables of a report in a format of tabulate: accuracy, audits and their batteries, zeros by kind."""
+    """All tables of a report in a format of tabulate: accuracy, audits, ablations, sweeps, zeros by kind."""
     grids = [grid for here, held in words.summaries(report.audits) for grid in
              (words.summary_grid(here, [a for _, a in held]), *(words.battery_grid(a) for _, a in held))]  # fmt: skip
+    grids += [
+        replace(a.grid, caption=f"{a.grid.caption}; {a.victim}, eval mode, {a.data}") for a in ablations(report.trails)
+    ]
+    points = tradeoff(report)
+    grids += [tradeoff_grid(points)] if points else []
     figures = [claim for claim in report.claims if claim.figure in FIGURES]
-    grids += [kind_grid(group, figures) for group in trail_groups(report.trails)]
+    for group in () if points else trail_groups(report.trails):  # of a sweep one column a design: on the page
+        grid = kind_grid(group, figures)
+        grids.append(replace(grid, caption=f"{grid.caption}; {group.title}"))
     grids += [grid] if (grid := spread(report)) is not None else []
     told = [table(report, tablefmt=tablefmt)] if report.runs or not grids else []
     if report.runs and tablefmt.startswith("latex"):

@@ -143,7 +143,7 @@ def kind_grid(group: TrailGroup, claims: Sequence[Claim]) -> Grid:
                 c for c in range(len(claims)) if {row.op for row in here} & {row.op for row in spoken_of(claims[c], r)}
             }
         for figure in figures:
-            line.append(", ".join(f"{claims[c].value:.2f} %" for c in sorted(spoken) if claims[c].figure == figure))
+            line.append(", ".join(_printed(claims[c]) for c in sorted(spoken) if claims[c].figure == figure))
         lines.append(tuple(line))
     return Grid(
         caption="Exactly zero gradient entries by kind of operation, mean over operations (range)",
@@ -193,6 +193,11 @@ def spoken_of(claim: Claim, rows: dict[str, TrailRow]) -> list[TrailRow]:
     wanted = str(claim.conditions.get("operation"))
     found = [row for row in rows.values() if row.kind.lower() in kinds.get(wanted, ())]
     return found[:1] if wanted == "pool" else found
+
+
+def _printed(claim: Claim) -> str:
+    """A published share, with what it is of the operations where it is no mean."""
+    return f"{claim.value:.2f} %" + (" (lowest)" if "lowest" in str(claim.conditions.get("note")) else "")
 
 
 def _pool(claim: Claim) -> str:
