@@ -98,8 +98,9 @@ def agrees(case: Case) -> Outcome:
     """Directional derivatives against finite differences of 1, 2, 4 and 8/255: rank correlation over 32 random sign
     directions an image, and whether the loss rises along the gradient itself.
 
-    Fails where the loss surely falls along the gradient, or every correlation is surely below 0. Warns where neither
-    the best mean correlation reaches 0.1 nor the loss surely rises for more images than not.
+    Fails where the loss surely falls along the gradient, or every correlation is surely below 0, its mean and that of
+    most images. Warns where neither the best mean correlation reaches 0.1 nor the loss surely rises for more images
+    than not.
     """
     _ = case.gradient
     few = min(32, len(case.labels))

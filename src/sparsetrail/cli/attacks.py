@@ -316,6 +316,8 @@ def _say_run(run: Run) -> None:
     print(f"clean    {run.clean_accuracy}")
     told = {k: v for k, v in _knobs(run).items() if v is not None} | ({"eot": run.eot} if run.eot > 1 else {})
     told["seed"] = run.seed
+    if told.get("loss") not in (None, "targeted"):
+        told.pop("targets", None)  # without effect
     knobs = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
     print(f"{run.attack:<8} {run.accuracy}" + (f"   ({knobs})" if knobs else ""))
     if run.zero_gradient is not None:

@@ -94,7 +94,10 @@ def train(
     cutout: Annotated[int, Parameter(help="side of a square blacked out in every image")] = 0,
     precision: Literal["fp32", "tf32", "bf16"] = "fp32",
     validation: float = 0.1,
-    defence: Annotated[str | None, Parameter(help=f"one of {', '.join(DEFENCES)}; none by default")] = None,
+    defence: Annotated[
+        str | None,
+        Parameter(help=f"one of {', '.join(DEFENCES)}; none by default; hire_snn with --neuron diet --encoder direct"),
+    ] = None,
     sets: Annotated[
         list[str] | None, Parameter(name="--set", negative="", help="a setting of the defence, e.g. eps=2/255")
     ] = None,
