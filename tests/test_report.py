@@ -43,6 +43,7 @@ from sparsetrail.report import (
 )
 from sparsetrail.report.images import examples
 from sparsetrail.report.labels import columns, route_of
+from sparsetrail.report.tables import facts
 
 PIXEL, CODE = Linf(8 / 255, space="pixel"), Linf(6 / 255, space="encoded")
 N = 200
@@ -755,6 +756,13 @@ def test_results_of_before_are_still_read():
         report = load(file)
         assert report.trails and all(row.created is None for t in report.trails for row in t.rows)
         assert page.markdown(report)
+
+
+def test_all_seeds_of_a_table_are_told_and_none_where_nothing_ran():
+    runs = whole().runs
+    assert [f for f in facts(runs[:1]) if f.startswith("seed")] == [f"seed {runs[0].seed}"]
+    two = (runs[0], dataclasses.replace(runs[0], seed=3407, attack="fgsm (authors)", mode="train"))
+    assert f"seeds {runs[0].seed}, 3407" in facts(two) and facts(()) == ()
 
 
 def test_figures_are_exported_as_vectors(tmp_path):

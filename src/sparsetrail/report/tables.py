@@ -125,8 +125,8 @@ def facts(runs: Sequence[Run]) -> tuple[str, ...]:
         lines.append(f"n = {found.pop()} images")
     if len(names := {run.data for run in runs}) == 1:
         lines.append(f"data: {names.pop()}")
-    seeds = sorted({run.seed for run in runs})
-    lines.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+    if seeds := sorted({run.seed for run in runs}):
+        lines.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     flows = gradients(runs)
     if len({s.route for s in settings(runs)}) == 1:
         lines.append(f"gradient: {next(iter(flows.values()))}")
