@@ -147,8 +147,9 @@ def loss_spec(audit: Audit) -> Spec | None:
     hints = [alt.Tooltip("attack:N"), alt.Tooltip("step:Q"), alt.Tooltip("mean:Q", format=".4g", title="mean loss")]
     base = alt.Chart(alt.Data(values=values))
     band = base.transform_filter("isValid(datum.low) && isValid(datum.high)").mark_area(opacity=0.16)
+    bands = [band.encode(x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q", color=colour)]
     layers = [
-        band.encode(x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q", color=colour),
+        *(bands if any(v["low"] is not None and v["high"] is not None for v in values) else []),
         base.mark_line(strokeWidth=1.8).encode(
             x=x, y=alt.Y("mean:Q", scale=scale, axis=alt.Axis(title="mean loss", tickCount=5)), color=colour,
             strokeDash=dash, tooltip=hints,
