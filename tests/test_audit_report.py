@@ -545,7 +545,7 @@ def test_every_chart_says_what_it_rests_on():
     for name, spec in drawn.items():
         data, threat, rest = spec["title"]["text"]
         assert f"n={N}" in data and rest == "seed 3; sparsetrail 0.1; torch 2"
-        assert threat == str(PIXEL if name.startswith("audit-0") else CODE)
+        assert threat == f"{PIXEL if name.startswith('audit-0') else CODE}, crafted in eval mode"
 
 
 def test_the_fall_chart_holds_the_figures_and_no_interval_for_the_claim():
@@ -695,7 +695,8 @@ def test_every_chart_of_an_audit_is_a_figure_with_its_threat_and_its_own_n(tmp_p
     told = {p.stem: json.loads(p.read_text()) for p in drawn}
     assert len(told["fall"]["vconcat"]) == len(told["battery"]["vconcat"]) == 2  # a panel a threat
     for panel, threat in zip(told["battery"]["vconcat"], ("pixel space", "encoded space"), strict=True):
-        assert threat in panel["title"]["text"][1] and "max pool" in panel["vconcat"][0]["title"]["text"]
+        assert threat in panel["title"]["text"][1] and "crafted in eval mode" in panel["title"]["text"][1]
+        assert "max pool" in panel["vconcat"][0]["title"]["text"]
     n = CURVES["eps"]["n"]
     for name in ("loss", "radius"):  # only the first audit kept curves; of a sample, which is not all
         (panel,) = told[name]["vconcat"]
@@ -704,5 +705,8 @@ def test_every_chart_of_an_audit_is_a_figure_with_its_threat_and_its_own_n(tmp_p
     assert vector.read_text().startswith("<svg") and f"n={n}" in vector.read_text()
     with pytest.raises(ReportError, match="expected a report with an audit over several radii, found none"):
         room.figure(empty(audits=(supported(),)), tmp_path / "r.svg", which="radius")
+    with pytest.raises(ReportError, match="kind: expected one of svg, pdf, png, json, found 'gif'"):
+        room.figures(report, tmp_path / "gif", "gif")
+    assert not (tmp_path / "gif").exists()
     with pytest.raises(ReportError, match="trails, runs or audits to draw, found none"):
         room.figures(empty(), tmp_path, "svg")

@@ -51,7 +51,19 @@ def test_sign_test_is_the_binomial_tail(more, less):
     assert sign_test(more, less) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("k, n, share", [(0, 1, 0.1), (1, 1, 0.1), (2, 2, 0.1), (5, 30, 0.1), (30, 30, 0.25)])
+@pytest.mark.parametrize(
+    "k, n, share",
+    [
+        (0, 1, 0.1),
+        (1, 1, 0.1),
+        (2, 2, 0.1),
+        (5, 30, 0.1),
+        (30, 30, 0.25),
+        (600, 2000, 0.1),
+        (250, 2000, 0.1),
+        (1, 3, 1),
+    ],
+)
 def test_what_chance_holds_is_the_binomial_tail(k, n, share):
     want = binomtest(k, n, share, alternative="greater").pvalue
     assert at_chance(k, n, share) == pytest.approx(want, rel=1e-9)

@@ -195,6 +195,18 @@ from sparsetrail import Victim
 
 def mine():
     return Victim(encode=lambda x: x[None], logits=lambda u: u[0].flatten(1)[:, :10], steps=1, classes=10)
+
+
+def fails():
+    return Victim(encode=lambda x: x[None], logits=lambda u: u[0] @ torch.ones(3, 3), steps=1, classes=10)
+
+
+def net():
+    own = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)).eval()
+    return Victim(encode=lambda x: x[None], logits=lambda u: own(u[0]), steps=1, classes=10, module=own, name="net")
+
+
+same = net
 """
 
 
@@ -213,6 +225,9 @@ def test_what_a_python_file_cannot_have_is_refused(tmp_path, monkeypatch, capsys
         (("trail", mine), "--data: expected the image set"),
         (("trail", mine, *on), "the trail needs the network behind the victim"),
         (("ablate", mine, *on), "ablate: expected models of ours"),
+        (("ablate", "gone.py:mine", *on), "ablate: expected models of ours"),
+        (("attack", mine, *ok, *on, "--transfer", "mine.py:fails"), "does not take images"),
+        (("trail", "mine.py:net", "mine.py:same", *on), "victims of different names, got net, net"),
     ):
         code, out, err = run(*argv, capsys=capsys)
         assert code == 4 and words in err and "Traceback" not in err, (argv, code, err)

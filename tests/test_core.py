@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
+from sparsetrail.attacks import attack, pgd
 from sparsetrail.attacks.run import judged
+from sparsetrail.auditing import misjudged, verify
+from sparsetrail.checks import Case
 from sparsetrail.core import L0, L2, Linf, Problem, Rate, Streams, Victim, as_fraction, correct, margin, precision
 from sparsetrail.core.problem import enough
 
@@ -266,6 +269,30 @@ def test_whatever_runs_on_a_gpu_inside_is_in_float32():
         assert torch.backends.cudnn.allow_tf32
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_network_of_ones_own_is_never_asked_in_less_than_float32(monkeypatch):
+    """Crafted against, judged, scored and verified: where there is a GPU, whatever the victim moves there."""
+    asked = []
+
+    def logits(u):
+        asked.append(torch.backends.cudnn.allow_tf32)
+        return u[0].flatten(1)[:, :3] * 1.0
+
+    v = Victim(encode=lambda x: x[None], logits=logits, steps=1, classes=3)
+    x, ball = torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(0)), Linf(0.1, space="pixel")
+    y = v.scores(x).argmax(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for f in (
+        lambda: attack(pgd, v, ball, x, y),
+        lambda: misjudged(v, x, y, [True] * 4),
+        lambda: verify(v, ball, x, y, {0: x[0]}),
+        lambda: Case(v, ball, x, y).scores(x),
+    ):
+        asked.clear()
+        f()
+        assert asked and not any(asked)
 
 
 def test_fewer_scores_than_labels_are_told_before_a_device_is_asked_for_them():

@@ -12,6 +12,7 @@ from sparsetrail.auditing.battery import Budget, battery
 from sparsetrail.auditing.verdict import judge
 from sparsetrail.auditing.work import SAMPLE
 from sparsetrail.core import Audit, Victim, correct
+from sparsetrail.core.precision import in_full
 
 AGAIN = 32  # scorings of an image whose kept flag is in doubt
 
@@ -93,6 +94,7 @@ def _budget(found: Audit, victim: Victim, standing: bool, code: bool) -> str:
     return ""
 
 
+@in_full
 def misjudged(victim: Victim, x: Tensor, y: Tensor, clean: Sequence[bool], *, batch: int = 64) -> list[int]:
     """Images of `x` [n c h w] with labels `y` [n] that, scored anew, are surely not as the `clean` flags say.
 

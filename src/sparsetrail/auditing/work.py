@@ -26,6 +26,7 @@ from sparsetrail.checks import CHECKS, Case
 from sparsetrail.checks.chance import at_least
 from sparsetrail.checks.sanity import apart, draws
 from sparsetrail.core import Finding, Run, Threat, Victim, correct, grey
+from sparsetrail.core.precision import in_full
 
 T = TypeVar("T")
 SAMPLE = {"quick": 32, "standard": 128, "thorough": 256}  # images the checks look at
@@ -346,7 +347,7 @@ class Work:
             self.say("curves", i, of, f"margin by step, {name}")
             run = self.kept(key | {"curve": name}, Run, lambda name=name, knobs=knobs: self._whole(case, name, knobs))
             steps = list(range(len(run.trace)))
-            out["loss"].append({"label": name, "steps": steps, "mean": list(run.trace)})
+            out["loss"].append({"label": name, "steps": steps, "mean": list(run.trace), "n": len(case.y)})
         for i, radius in enumerate(radii, len(curves)):
             self.say("curves", i, of, f"accuracy by radius, {radius:.4g}")
             knobs = {"steps": 10, "step": radius / 4}
@@ -397,6 +398,7 @@ def join(parts: Sequence[Run]) -> Run:
     )
 
 
+@in_full
 def verify(
     victim: Victim, threat: Threat, x: Tensor, y: Tensor, points: Mapping[int, Tensor], *, votes: int = 10
 ) -> dict[int, str]:

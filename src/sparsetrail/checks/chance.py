@@ -20,7 +20,14 @@ def sign_test(more: int, less: int) -> float:
 
 def at_chance(k: int, n: int, share: float) -> float:
     """Probability that at least k of n images have what each has by chance with probability `share`."""
-    return sum(math.comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(k, n + 1))
+    if not 0 < share < 1:
+        return float(k <= 0 or share >= 1)
+    log = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(share)
+        + (n - i) * math.log1p(-share)
+        for i in range(k, n + 1)
+    ]  # fmt: skip
+    return min(1.0, math.fsum(map(math.exp, log)))
 
 
 def discordant(a: Bool[Tensor, " n"], b: Bool[Tensor, " n"]) -> tuple[int, int]:

@@ -107,9 +107,11 @@ def attack(
     if threat is None and what.model is None:
         raise ValueError("--compat authors: expected a model of ours, whose train mode it needs, got a Python file")
     test_set = images_for(what.model, data_name, n, common.root)
+    guide = None if transfer is None else target_at(transfer, device=where)
     if threat is not None:
         victim, x = what.make(), data.pixels(test_set.images[:8].to(where))
-        fits(victim, x, test_set)
+        for v in (victim, *([] if guide is None else [guide.make()])):
+            fits(v, x, test_set)
         refuse_flips(victim, threat, x)
     with Screen(quiet=common.as_json) as screen, output_folder(home(target, what) / "attacks") as place:
         bench = measure.Bench(
@@ -127,7 +129,7 @@ def attack(
             run = measure.strike(
                 bench, what, name, threat, test_set, eot=eot,
                 route=tuple(Route(neuron=None if r == "own" else r) for r in route or ()),
-                guide=None if transfer is None else target_at(transfer, device=where), **knobs,
+                guide=guide, **knobs,
             )  # fmt: skip
             runs = [run]
     for run in runs:

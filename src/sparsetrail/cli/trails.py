@@ -100,10 +100,12 @@ def ablate(
     continues.
     """
     where = common.where()
+    if files := [text for text in targets if ".py" in Path(text).suffix]:
+        raise ValueError(
+            f"ablate: expected models of ours, whose parts it replaces, got the Python file {files[0]}; trail takes one"
+        )
     whats, test_set, first = _targets(targets, data_name, n, common.root, batch, where)
     models = [(what.name, what.model) for what in whats if what.model is not None]
-    if len(models) < len(whats):
-        raise ValueError("ablate: expected models of ours, whose parts it replaces, got a Python file; trail takes one")
     place = out or first / _named("ablation", whats, n)
     with Screen(quiet=common.as_json) as screen, output_folder(place):
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
@@ -142,10 +144,15 @@ def _targets(
     if len({s.sha256 for s in sets}) > 1:
         names = ", ".join(dict.fromkeys(s.name for s in sets))
         raise ValueError(f"expected models of one data set, got {names}; name one with --data")
-    labels = [what.name for what in found]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"expected models in folders of different names, got {', '.join(labels)}; rename one")
+    labels = []
     for what in found:
-        if what.model is None:
-            fits(what.make(), data.pixels(sets[0].images[:2].to(device)), sets[0])
+        victim = None if what.model is not None else what.make()
+        if victim is not None:
+            fits(victim, data.pixels(sets[0].images[:2].to(device)), sets[0])
+        labels.append(what.name if victim is None else victim.name)
+    if len(set(labels)) < len(labels):
+        raise ValueError(
+            f"expected models in folders of different names, and victims of different names, got {', '.join(labels)}; "
+            "rename a folder, or give Victim(name=...)"
+        )
     return found, sets[0], home(texts[0], found[0])

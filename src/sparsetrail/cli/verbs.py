@@ -188,7 +188,10 @@ def _show_records(figure: str, folder: Path, as_json: bool) -> None:
         console.rule(str(path.parent))
         if path.suffix == ".md":
             told = [line for line in path.read_text().splitlines() if not line.startswith("![")]  # pictures beside it
-            console.print(Markdown("\n".join(told)))
+            if console.is_terminal:
+                console.print(Markdown("\n".join(told)))
+            else:  # a file or a pipe has no width to fit
+                print("\n".join(told))
             console.print(f"whole, with pictures  {path}", markup=False, highlight=False, soft_wrap=True)
             continue
         held = read(path)
@@ -197,7 +200,9 @@ def _show_records(figure: str, folder: Path, as_json: bool) -> None:
             console.print(line, markup=False, highlight=False)
         for name, clean in _clean(held).items():
             console.print(f"clean test accuracy  {name}: {clean}", markup=False, highlight=False, soft_wrap=True)
-        for name, again in _anew(held, [(p, read(p)) for p in (found or twins) if p > path and p.suffix == ".json"]):
+        day = path.parent.name[:10]  # folders begin with their date
+        later = [p for p in found or twins if p.parent.name[:10] > day and p.suffix == ".json"]
+        for name, again in _anew(held, [(p, read(p)) for p in later]):
             console.print(f"measured anew  {name}: {again}", markup=False, highlight=False, soft_wrap=True)
         command = held.provenance.get("command", "not told")
         console.print(f"measured by  {command}", markup=False, highlight=False, soft_wrap=True)

@@ -36,11 +36,13 @@ def products(tf32: bool) -> Iterator[None]:
 
 
 def in_full(f: Callable[P, T]) -> Callable[P, T]:
-    """`f` with products in float32 itself where a tensor it is given lies on a GPU, whosever network runs in it."""
+    """`f` with products in float32 itself wherever there is a GPU, whosever network runs in it."""
 
     @functools.wraps(f)
     def run(*args: P.args, **more: P.kwargs) -> T:
-        gpu = any(isinstance(t, torch.Tensor) and t.is_cuda for t in (*args, *more.values()))
+        gpu = torch.cuda.is_available() or any(
+            isinstance(t, torch.Tensor) and t.is_cuda for t in (*args, *more.values())
+        )
         with products(tf32=False) if gpu else contextlib.nullcontext():
             return f(*args, **more)
 

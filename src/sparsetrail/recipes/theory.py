@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsetrail.attacks.run import clean_point
 from sparsetrail.core import Rate, Threat, Victim, correct
+from sparsetrail.core.precision import in_full
 from sparsetrail.snn.encode import direct
 from sparsetrail.snn.folded import FoldedNet
 from sparsetrail.snn.net import victim as as_snn
@@ -215,6 +216,7 @@ def smooth(net: nn.Module, of: Victim) -> Victim:
     )
 
 
+@in_full
 def audit(
     victim: Victim,
     x: Tensor,

@@ -68,7 +68,8 @@ def of_radius(audit: Audit) -> str:
 
 def of_loss(audit: Audit) -> str:
     """What the chart of losses shows, in a sentence."""
-    n = (audit.curves.get("eps") or {}).get("n")  # of the same images
+    kept = audit.curves.get("loss") or ({},)
+    n = kept[0].get("n") or (audit.curves.get("eps") or {}).get("n")  # older ones: of the same images
     return f"Mean loss by step on the images the checks look at{f', n={n}' if n else ''}."
 
 

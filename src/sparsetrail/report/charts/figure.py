@@ -60,6 +60,8 @@ def figure(report: Report, path: str | Path, *, which: Which = "trail") -> Path:
 
 def figures(report: Report, folder: str | Path, kind: str) -> list[Path]:
     """Every chart that a report has, each as a file in `folder` named after it; `kind` is svg, pdf, png or json."""
+    if f".{kind}" not in KINDS:
+        raise ReportError(f"kind: expected one of svg, pdf, png, json, found {kind!r}; likely fix: choose one")
     found = [(which, specs) for which in NEEDS if (specs := _panels(report, which))]
     if not found:
         raise ReportError("expected a report with trails, runs or audits to draw, found none; measure something first")

@@ -84,7 +84,7 @@ def stamp(report: Report, of: Sequence[Run | Trail | Audit]) -> list[str]:
     threats = dict.fromkeys(
         f"gradient of the cross-entropy at the images themselves (no threat), {one.mode}-mode BatchNorm"
         if isinstance(one, Trail)
-        else str(one.threat) + ("" if isinstance(one, Audit) else f", crafted in {one.mode} mode")
+        else f"{one.threat}, crafted in {_mode(one)} mode"
         for one in of
     )
     known = report.provenance
@@ -95,6 +95,12 @@ def stamp(report: Report, of: Sequence[Run | Trail | Audit]) -> list[str]:
     seeds |= {f"training seed {', '.join(trained)}": None} if trained else {}
     versions = [f"{name} {known[name]}" for name in ("sparsetrail", "torch") if name in known]
     return ["; ".join(sizes), "; ".join(threats), "; ".join([*seeds, *versions])]
+
+
+def _mode(one: Run | Audit) -> str:
+    if isinstance(one, Run):
+        return one.mode
+    return one.runs[0].mode if one.runs else "eval"
 
 
 def finite(x: float) -> float | None:
