@@ -34,7 +34,7 @@ from sparsetrail.data import load as load_images
 from sparsetrail.data import pixels, take
 from sparsetrail.recipes.audits import Cells, sentence, verify_again
 from sparsetrail.recipes.measure import Bench
-from sparsetrail.recipes.targets import target
+from sparsetrail.recipes.targets import target_at
 from sparsetrail.report import audits, unpack
 from sparsetrail.report.labels import route_of
 from sparsetrail.snn.encode import phase, poisson
@@ -512,7 +512,7 @@ def test_what_a_module_beside_the_victim_remembers_is_found(folder, early, tmp_p
     (place / "helper_of_mine.py").write_text(HELPER)
     words = {True: "import helper_of_mine", False: "pass"}
     file.write_text(BESIDE.format(folder=folder and str(place), early=words[early], late=words[not early]))
-    what = target(f"{file}:mine")
+    what = target_at(f"{file}:mine")
     probe = case(honest("ann"), n=24)
     numbers = sys.modules["numpy"]
     x = probe.x[:, :1]
@@ -953,7 +953,7 @@ def test_attacks_and_trails_of_a_victim_of_your_own_are_those_of_python(tmp_path
 
     first = line()
     few = take(load_images("fashion-mnist-slice", "test"), 24, seed=0)
-    v = target("mine.py:victim").make()
+    v = target_at("mine.py:victim").make()
     run = attack(pgd, v, Linf(8 / 255, space="pixel"), pixels(few.images), few.labels, steps=3)
     assert first["robust_acc"] < first["clean_acc"]
     assert (first["robust_acc"], first["forwards"], first["route"]) == (run.accuracy.value, run.forwards, route_of(run))
@@ -963,7 +963,7 @@ def test_attacks_and_trails_of_a_victim_of_your_own_are_those_of_python(tmp_path
     assert len(list((tmp_path / "runs").rglob("cells/*.json"))) == 2
     main(["trail", "mine.py:victim", *on, "--detail", "plain", "--json"])
     told = json.loads(capsys.readouterr().out)
-    alone = trail(target("mine.py:victim").make(), pixels(few.images), few.labels, detail="plain")
+    alone = trail(target_at("mine.py:victim").make(), pixels(few.images), few.labels, detail="plain")
     assert [(r["op"], r["zero"]) for r in told["rows"]] == [(r.op, r.zero) for r in alone.rows]
     assert (tmp_path / "runs" / "mine-victim" / "trail-plain-n24" / "report.html").is_file()
 
@@ -1142,7 +1142,7 @@ def test_an_honest_result_is_verified_however_it_was_made(noise, declared, more,
     (tmp_path / "mine.py").write_text(file.replace("steps=1", f"steps=1, random={declared}"))
     flags = ["--eps", "8/255", "--space", "pixel", "--data", "fashion-mnist-slice", "--n", "40"]
     main(["audit", "mine.py:ann", *flags, "--budget", "quick", *more])
-    what, data = target("mine.py:ann"), take(load_images("fashion-mnist-slice", "test"), 40, seed=0)
+    what, data = target_at("mine.py:ann"), take(load_images("fashion-mnist-slice", "test"), 40, seed=0)
     (folder,) = tmp_path.glob("runs/*/audit/*")
     for _ in range(3):
         shown, _ = verify_again(Bench(out=folder), what, Linf(EPS, space="pixel"), data)

@@ -254,21 +254,15 @@ def test_an_l2_radius_without_bounds_is_not_zero():
     assert torch.equal(ball.project(u0 + 1e20, u0), torch.ones_like(u0))
 
 
-def test_whatever_runs_on_a_gpu_inside_is_in_float32():
-    class There(torch.Tensor):
-        is_cuda = True
-
+@pytest.mark.parametrize("gpu", [True, False])
+def test_whatever_runs_where_there_is_a_gpu_is_in_float32(monkeypatch, gpu):
     @precision.in_full
-    def asked(*_given, **_more):
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    def asked(more):
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, more
 
-    before, there = torch.backends.cudnn.allow_tf32, torch.ones(1).as_subclass(There)
-    torch.backends.cudnn.allow_tf32 = True  # PyTorch's own default
-    try:
-        assert asked(there) == asked(1, x=there) == (False, False) and asked(torch.ones(1))[0] is True
-        assert torch.backends.cudnn.allow_tf32
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's own default
+    assert asked(more=1) == (not gpu, False, 1) and torch.backends.cudnn.allow_tf32
 
 
 def test_a_network_of_ones_own_is_never_asked_in_less_than_float32(monkeypatch):

@@ -17,7 +17,7 @@ from sparsetrail.recipes import audits, measure, paper, systems
 from sparsetrail.recipes.notes import caveats
 from sparsetrail.recipes.quick import QuickSpec, quick
 from sparsetrail.recipes.rows import net_spec
-from sparsetrail.recipes.targets import ours, target
+from sparsetrail.recipes.targets import ours, target_at
 from sparsetrail.report import claims, load, table, text_tables, write
 from sparsetrail.report.comparison import comparisons
 from sparsetrail.report.seeds import spread
@@ -78,7 +78,7 @@ def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done, mon
     runs = [
         measure.strike(bench, ours(model, "m"), "pgd", pixel, subset, steps=2),
         measure.strike(bench, ours(model, "m"), "pgd", pixel, subset, steps=3),
-        measure.strike(bench, target(str(model.path), backward="secant"), "pgd", pixel, subset, steps=2),
+        measure.strike(bench, target_at(str(model.path), backward="secant"), "pgd", pixel, subset, steps=2),
         measure.strike(replace(bench, seed=1), ours(model, "m"), "pgd", pixel, subset, steps=2),
         measure.strike(bench, ours(model, "m"), "pgd", Linf(8 / 255, space="encoded"), subset, steps=2),
     ]
@@ -571,7 +571,7 @@ def test_the_audit_of_a_trained_model_is_made_as_it_was_asked_for(done, tmp_path
         return [replace(s, knobs=s.knobs | {"steps": 1}) for s in stages]
 
     monkeypatch.setattr(auditing, "battery", few)
-    what, guide = (target(str(done[0] / "models" / pool)) for pool in ("max", "avg"))
+    what, guide = (target_at(str(done[0] / "models" / pool)) for pool in ("max", "avg"))
     images = data.take(data.load("fashion-mnist-slice", "test"), 8, seed=0)
     with torch.no_grad():
         images = replace(images, labels=what.make().scores(data.pixels(images.images)).argmax(1))

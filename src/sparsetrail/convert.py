@@ -7,7 +7,7 @@ Rathi & Roy 2020, arXiv:2008.03658 (DIET-SNN), the start of HIRE-SNN; by the max
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,18 @@ from sparsetrail.models import Trained, load_model, net_spec_from
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.folded import FoldedNet
 from sparsetrail.snn.net import NetSpec, build, running_for
-from sparsetrail.snn.neuron import LEAST, Neuron
+from sparsetrail.snn.neuron import LEAST, Neuron, NeuronSpec
 from sparsetrail.snn.weights import save_weights
+
+
+def twin_of(spec: NetSpec, encode: Encoder) -> NetSpec:
+    """The network of ReLUs that a spiking one may begin with: one look at the pixels, as the code shows them.
+
+    The mean of a signed code is 2x - 1, which of a network without normalisation the first operation "half" shows.
+    """
+    half = encode.knobs.get("signed") and spec.normalise == "none"
+    normalise = "half" if half else spec.normalise
+    return replace(spec, neuron=NeuronSpec(kind="relu"), steps=1, readout="mean", normalise=normalise)
 
 
 def convert(
@@ -45,8 +55,7 @@ def convert(
 
     Thresholds are what `calibrate` finds on `images` of `data` over `steps` steps, times `scale` (0.2 to 0.3 for few
     steps at the end, 0.6 to 0.8 for a hundred and more). A finished one of the same settings is taken from `out`.
-    The twin is the same network but for neurons, steps and readout; where the code is signed, whose mean is 2x - 1, its
-    first operation is "half". ValueError where twin and spec do not fit, or a layer sees no current.
+    ValueError where the twin is not `twin_of` the spec, whatever its readout, or a layer sees no current.
     """
     if spec.neuron.kind != "diet":
         raise ValueError(
@@ -66,9 +75,7 @@ def convert(
         raise ValueError(f"encoder: expected {spec.steps} steps as the network's, found {encode.steps}")
     if data.images.shape[1] != spec.channels:
         raise ValueError(f"data: expected {spec.channels} channels as the network's, found {data.images.shape[1]}")
-    own, asked = asdict(net_spec_from(twin.card["net"])), asdict(spec)
-    if encode.knobs.get("signed") and asked["normalise"] == "none":
-        asked["normalise"] = "half"
+    own, asked = asdict(net_spec_from(twin.card["net"])), asdict(twin_of(spec, encode))
     if strange := [k for k in asked if k not in ("neuron", "steps", "readout", "exact") and own[k] != asked[k]]:
         told = ", ".join(f"{k} {own[k]} where {asked[k]} is asked for" for k in strange)
         raise ValueError(f"twin: expected the same network but for neurons and steps, found {told}")

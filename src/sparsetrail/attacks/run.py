@@ -306,7 +306,8 @@ def check_settings(attack: str, knobs: Mapping[str, Any], *, still: bool = False
 
 def judged(f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor, votes: int) -> tuple[Tensor, Tensor]:
     """By most of `votes` calls: classified correctly, per example; and the lower median of the margins."""
-    z = [enough(_scores(f(u), len(y)), y).float() for _ in range(votes)]
+    z = [_scores(f(u), len(y)).float() for _ in range(votes)]
+    enough(z[0], y)
     right = torch.stack([correct(v, y) for v in z]).sum(0) * 2 > votes
     return right, torch.stack([margin(v, y) for v in z]).median(0).values
 

@@ -1,9 +1,9 @@
 """What an audit concludes: findings of the battery, and the verdict by the rules of docs/findings.md."""
 
-import math
 from collections.abc import Collection, Sequence
 
 from sparsetrail.auditing.battery import Budget, Kind, Stage
+from sparsetrail.checks.chance import at_chance
 from sparsetrail.core import Finding, Rate, Run
 from sparsetrail.core.results import Verdict
 
@@ -53,7 +53,7 @@ def judge(
         lost = sum(a and not b for a, b in zip(default, worst, strict=True))
         if lost / n > 0.01 and 0.5**lost < 0.05:  # every discordant image fell: exact one-sided sign test
             return "overstated", f"the default attack is too weak: the worst case, {now}, is {fell}"
-    elif now.value < claim - 0.01 and _tail(now.k, n, claim) < 0.05:
+    elif now.value < claim - 0.01 and at_chance(n - now.k, n, 1 - claim) < 0.05:
         return "overstated", f"{100 * claim:.1f} % were claimed, the worst case is {now}"
     if not any(clean):
         return "inconclusive", "no image is classified correctly: there is nothing to attack"
@@ -90,17 +90,6 @@ def judge(
 def _by_ties(tied: Collection[int], worst: Sequence[bool]) -> str:
     count = sum(worst[j] for j in tied)
     return f" ({count} of them by a tie of the best scores)" if count else ""
-
-
-def _tail(k: int, n: int, p: float) -> float:
-    """P(X <= k) for X binomial(n, p)."""
-    if p <= 0 or p >= 1:
-        return 1.0 if p <= 0 or k >= n else 0.0
-    logs = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
-        for i in range(k + 1)
-    ]
-    return min(1.0, sum(map(math.exp, logs)))
 
 
 def _names(findings: Sequence[Finding]) -> str:

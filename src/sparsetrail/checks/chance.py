@@ -14,8 +14,7 @@ def sign_test(more: int, less: int) -> float:
 
     McNemar 1947, Psychometrika 12:153, in its exact form.
     """
-    n = more + less
-    return sum(math.comb(n, k) for k in range(more, n + 1)) / 2**n
+    return at_chance(more, more + less, 0.5)
 
 
 def at_chance(k: int, n: int, share: float) -> float:

@@ -27,8 +27,7 @@ from sparsetrail.cli.flags import (
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import Audit, Report, Route, Run, Threat, as_fraction
 from sparsetrail.recipes import audits, measure
-from sparsetrail.recipes.targets import Target, fits, home
-from sparsetrail.recipes.targets import target as target_at
+from sparsetrail.recipes.targets import Target, fits, home, target_at
 from sparsetrail.report import console as print_table
 from sparsetrail.report import write
 from sparsetrail.report.labels import BY_SCORES, route_of

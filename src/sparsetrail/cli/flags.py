@@ -16,7 +16,7 @@ from cyclopts import Parameter, Token
 
 from sparsetrail import data
 from sparsetrail._files import alone
-from sparsetrail.models import Trained, load_model
+from sparsetrail.models import Trained
 
 
 def _fraction(_type: Any, tokens: Sequence[Token]) -> float:
@@ -155,15 +155,6 @@ def counted(n: int, what: str) -> str:
 def emit(facts: dict[str, Any]) -> None:
     """Facts as one JSON line."""
     print(json.dumps(facts, default=str))
-
-
-def model_at(target: str) -> tuple[Trained, Path]:
-    """The model of a run folder or a file, and the folder it lies in."""
-    path = Path(target)
-    if not path.exists():
-        raise ValueError(f"{target}: expected a run folder or a model.safetensors, found nothing there")
-    model = load_model(path)
-    return model, path if path.is_dir() else path.parent
 
 
 def images_for(model: Trained | None, name: str | None, n: int | None, root: Path | None) -> data.Dataset:

@@ -27,8 +27,7 @@ from sparsetrail.data import pixels
 from sparsetrail.recipes import audits, theorems
 from sparsetrail.recipes.demo import demo as run_demo
 from sparsetrail.recipes.measure import Bench, identity, provenance
-from sparsetrail.recipes.targets import fits, home
-from sparsetrail.recipes.targets import target as target_at
+from sparsetrail.recipes.targets import fits, home, target_at
 from sparsetrail.recipes.theory import audit as run_audit
 from sparsetrail.report.theorems import Page, write
 

@@ -13,8 +13,7 @@ from sparsetrail.cli.screen import Screen, show
 from sparsetrail.recipes import measure
 from sparsetrail.recipes.ablation import ablate as run_ablation
 from sparsetrail.recipes.ablation import trace
-from sparsetrail.recipes.targets import Target, fits, home
-from sparsetrail.recipes.targets import target as target_at
+from sparsetrail.recipes.targets import Target, fits, home, target_at
 from sparsetrail.report import figure, write
 from sparsetrail.report.ablation_tables import ablations
 from sparsetrail.report.tables import share

@@ -28,12 +28,12 @@ from sparsetrail.cli.flags import (
     Threads,
     device_named,
     emit,
-    model_at,
     output_folder,
     refuse_file,
 )
 from sparsetrail.cli.screen import Screen
 from sparsetrail.core import Report
+from sparsetrail.models import load_model
 from sparsetrail.recipes import measure, paper
 from sparsetrail.recipes import quick as quick_recipe
 from sparsetrail.report import console as print_table
@@ -296,7 +296,7 @@ def bench(
     if runs is not None and runs < 1:
         raise ValueError(f"--runs: expected at least 1, got {runs}")
     if weights is not None:
-        model_at(str(weights))
+        load_model(weights)  # refused here, not in the middle of a script
     given = {
         "only": only,
         "threads": threads,

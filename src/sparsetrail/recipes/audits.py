@@ -27,6 +27,7 @@ from sparsetrail.recipes.measure import (
 )
 from sparsetrail.recipes.targets import Target, fits, ours
 from sparsetrail.report import load, pack, unpack
+from sparsetrail.report.audits import where
 from sparsetrail.snn.weights import load_weights, save_weights
 
 T = TypeVar("T")
@@ -143,9 +144,8 @@ def _contract(what: Target, threat: Threat) -> dict[str, str]:
 def sentence(a: Audit) -> str:
     """An audit in one sentence: verdict, threat, the three figures."""
     claim = "" if a.claim is None else f"claimed {100 * a.claim:.1f} %, "
-    mode = next((run.mode for run in a.runs), "eval")
     figures = f"default attack leaves {a.default_accuracy}, worst case {a.accuracy}"
-    threat = f"{a.threat}, {mode} mode, {a.budget} budget, n={a.n}"
+    threat = f"{a.threat}, {where(a).mode} mode, {a.budget} budget, n={a.n}"
     return (
         f"{a.verdict}, {threat}: clean {a.clean_accuracy}, {claim}{figures}. {a.reason[:1].upper()}"
         f"{a.reason[1:]}. The worst case is an upper bound: an attack that was not run can lower it."

@@ -331,7 +331,7 @@ def _history(card: dict[str, Any]) -> dict[str, Any]:
 
 def told(knobs: dict[str, Any]) -> str:
     """Settings in words."""
-    lengths = ("eps", "step", "probe")  # in input units, spoken of in 255ths
+    lengths = ("eps", "step")  # in input units, spoken of in 255ths
     said = {k: as_fraction(v) if k in lengths and v and isinstance(v, float) else v for k, v in knobs.items()}
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items())
 

@@ -30,7 +30,7 @@ from sparsetrail.recipes.notes import caveats, left_standing, published, summary
 from sparsetrail.recipes.rows import PAIRS, Row, job, row_of, rows_of
 from sparsetrail.recipes.scales import ROWS, SCALES, Scale, SystemScale, part
 from sparsetrail.recipes.systems import SYSTEMS, facts, train_system
-from sparsetrail.recipes.targets import ours, target
+from sparsetrail.recipes.targets import ours, target_at
 from sparsetrail.report import claims
 from sparsetrail.training import TrainSpec
 
@@ -212,7 +212,7 @@ def _judge(
     if SYSTEMS[row.arch].called == "hire_snn":
         runs += [strike(bench, what, a, HIRE, attacked) for a in ("fgsm", "pgd")]
     place = replace(bench, out=bench.out / "audits" / row.folder)
-    kept = target(str(model.path), device=bench.device)
+    kept = target_at(str(model.path), device=bench.device)
     found, _ = audits.run(place, replace(kept, name=row.folder), [TEXT], attacked, budget=size.budget)
     return runs, found.audits
 
@@ -229,7 +229,7 @@ def _under_all(
     runs = [strike(bench, what, a, t, attacked) for t in THREATS for a in ("noise", "fgsm", "pgd")]
     runs += strike_as_published(bench, model, row.name, attacked)
     place = replace(bench, out=bench.out / "audits" / row.folder)
-    kept, *guides = (target(str(m.path), device=bench.device) for m in (model, *others))
+    kept, *guides = (target_at(str(m.path), device=bench.device) for m in (model, *others))
     named = replace(kept, name=row.folder)
     found, _ = audits.run(place, named, [TEXT, CODE], audited, budget=size.systems.budget, guides=guides)
     return runs, [replace(a, victim=row.name) for a in found.audits]

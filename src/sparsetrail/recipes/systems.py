@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparsetrail.attacks import settings
-from sparsetrail.convert import convert
+from sparsetrail.convert import convert, twin_of
 from sparsetrail.data import Dataset, split_validation
 from sparsetrail.defend import DEFENCES
 from sparsetrail.models import Trained
@@ -253,11 +253,7 @@ def train_system(bench: Bench, name: str, data: Dataset, **how: Any) -> Trained:
     """
     p, folder, start = plan(name, data, **how), f"{data.name}-{name}", None
     if p.twin is not None:
-        relu = replace(
-            p.net, neuron=NeuronSpec(kind="relu"), steps=1, readout="mean",
-            normalise="half" if SYSTEMS[name].signed_poisson else p.net.normalise,
-        )  # fmt: skip
-        twin = fit(bench, f"{folder}/twin", relu, direct(steps=1), data, p.twin.train)
+        twin = fit(bench, f"{folder}/twin", twin_of(p.net, p.encode), direct(steps=1), data, p.twin.train)
         held_in = split_validation(data, p.spec.validation, p.spec.seed)[0] if p.spec.validation else data
         start = convert(
             twin, p.net, p.encode, held_in, bench.out / "models" / folder / "converted",

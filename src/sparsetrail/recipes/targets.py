@@ -40,7 +40,7 @@ class Target:
         return self.identity if self.model is not None else f"{self.identity} {fingerprint(self.make(), x)}"
 
 
-def target(text: str, *, device: str = "cpu", precision: Precision = "fp32", backward: str | None = None) -> Target:
+def target_at(text: str, *, device: str = "cpu", precision: Precision = "fp32", backward: str | None = None) -> Target:
     """A run folder, a model.safetensors, or `file.py:function`, a function without arguments that returns a `Victim`.
 
     `precision` and `backward`, another backward rule of the encoder, are for our models. ValueError says which of the

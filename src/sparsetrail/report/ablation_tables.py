@@ -91,8 +91,8 @@ class Ablation:
             "numbers": "float64",
         }
         told = [f"{said} {portion(self.removed(part))}" for part, said in words.items() if part in there]
-        names = {"architecture": "the architecture", "neuron": "the spiking neurons"}
-        names = {part: name for part, name in names.items() if part in there}
+        every = {"architecture": "the architecture", "neuron": "the spiking neurons"}
+        names = {part: name for part, name in every.items() if part in there}
         most = [name for part, name in names.items() if self.removed(part) >= 0.5]
         work = f"they are the work of {' and of '.join(most)}"
         if not most:

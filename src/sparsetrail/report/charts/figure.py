@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsetrail._files import write_atomic
-from sparsetrail.core import Report
+from sparsetrail.core import Audit, Report
 from sparsetrail.report.ablation_tables import ablations
 from sparsetrail.report.audits import of_loss, of_radius
 from sparsetrail.report.charts.ablation import ablation_spec
@@ -86,13 +86,8 @@ def _panels(report: Report, which: str) -> list[Spec]:
     """The panels of one chart, empty where the report has nothing for it."""
     if which in AUDITS:
         drawn = [(a, AUDITS[which](a)) for a in report.audits if which != "battery" or a.runs]
-        titles = [{"text": f"{a.victim}: {a.verdict}"} for a, _ in drawn]
-        if which in WORDS:
-            titles = [{**title, "subtitle": WORDS[which](a)} for title, (a, _) in zip(titles, drawn, strict=True)]
         return [
-            stamped({**spec, "title": title}, report, [a])
-            for title, (a, spec) in zip(titles, drawn, strict=True)
-            if spec is not None
+            stamped({**spec, "title": _audit_title(which, a)}, report, [a]) for a, spec in drawn if spec is not None
         ]
     if which == "accuracy":
         if not report.runs:
@@ -112,6 +107,10 @@ def _panels(report: Report, which: str) -> list[Spec]:
     else:
         drawn = [(steps_spec if which == "steps" else examples_spec)(g) for g in groups]
     return [stamped(spec, report, g.trails) for spec, g in zip(drawn, groups, strict=True) if spec]
+
+
+def _audit_title(which: str, a: Audit) -> Spec:
+    return {"text": f"{a.victim}: {a.verdict}"} | ({"subtitle": WORDS[which](a)} if which in WORDS else {})
 
 
 def _title(group: TrailGroup, groups: int) -> str:

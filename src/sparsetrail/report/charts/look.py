@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from sparsetrail.core import Audit, Report, Run, Trail
+from sparsetrail.report.audits import where
 
 SERIF = "'Iowan Old Style', 'Palatino Linotype', Palatino, 'URW Palladio L', P052, 'Liberation Serif', Georgia, serif"
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
@@ -84,7 +85,7 @@ def stamp(report: Report, of: Sequence[Run | Trail | Audit]) -> list[str]:
     threats = dict.fromkeys(
         f"gradient of the cross-entropy at the images themselves (no threat), {one.mode}-mode BatchNorm"
         if isinstance(one, Trail)
-        else f"{one.threat}, crafted in {_mode(one)} mode"
+        else f"{one.threat}, crafted in {(where(one) if isinstance(one, Audit) else one).mode} mode"
         for one in of
     )
     known = report.provenance
@@ -95,12 +96,6 @@ def stamp(report: Report, of: Sequence[Run | Trail | Audit]) -> list[str]:
     seeds |= {f"training seed {', '.join(trained)}": None} if trained else {}
     versions = [f"{name} {known[name]}" for name in ("sparsetrail", "torch") if name in known]
     return ["; ".join(sizes), "; ".join(threats), "; ".join([*seeds, *versions])]
-
-
-def _mode(one: Run | Audit) -> str:
-    if isinstance(one, Run):
-        return one.mode
-    return one.runs[0].mode if one.runs else "eval"
 
 
 def finite(x: float) -> float | None:
