@@ -71,9 +71,7 @@ def target_at(text: str, *, device: str = "cpu", precision: Precision = "fp32", 
 
 def ours(model: Trained, name: str, *, device: str = "cpu") -> Target:
     """A trained model under a name, as it is in memory."""
-    return Target(
-        name=name, make=lambda: as_victim(model, name, device=device), identity=model.sha256, model=model
-    )  # fmt: skip
+    return Target(name=name, make=lambda: as_victim(model, name, device=device), identity=model.sha256, model=model)
 
 
 def as_victim(
