@@ -212,6 +212,24 @@ def test_rows_of_several_seeds_are_networks_of_their_own_and_their_spread_is_tol
             paper.reproduce(fake_cifar, "table3", "smoke", **wrong)
 
 
+def test_weight_decay_of_the_published_code_makes_networks_of_their_own(fake_cifar, tmp_path):
+    alone = paper.reproduce(fake_cifar, "table2", "smoke", rows=("sew_resnet18",))
+    report = paper.reproduce(fake_cifar, "table2", "smoke", rows=("sew_resnet18", "rat_wrn16"), weight_decay=0.1)
+    system, ours = report.models
+    assert ours["name"] == "SEW-ResNet18 max pool, weight decay 0.1, cifar10"
+    assert "weight decay 0.1," in ours["training"]
+    assert ours["weights sha256"] != alone.models[0]["weights sha256"]
+    assert system["name"] == "SNN-RAT WRN-16-4, cifar10" and "weight decay 0," in system["training"]  # its source's
+    assert {c.value for c in report.claims} >= {c.value for c in alone.claims}  # beside the same published figures
+    assert {c.row for c in paper.beside(report, "table1").claims} == {"SEW-ResNet18", "SNN-RAT WRN-16"}
+    write(report, tmp_path / "page")
+    assert "SEW-ResNet18 max pool, weight decay 0.1, cifar10" in (tmp_path / "page" / "report.md").read_text()
+    with pytest.raises(ValueError, match="expected none beside trained `models`"):
+        paper.reproduce(fake_cifar, "table3", "smoke", weight_decay=1e-3, models=tmp_path)
+    with pytest.raises(ValueError, match="weight_decay: expected 0 or a finite number"):
+        paper.reproduce(fake_cifar, "table3", "smoke", rows=("sew_resnet18",), weight_decay=-1.0)
+
+
 def test_compared_systems_alone_have_no_seeds(fake_cifar):
     with pytest.raises(ValueError, match="expected a ResNet among the rows"):
         paper.reproduce(fake_cifar, "table2", "smoke", rows=("rat_vgg11",), seeds=2)

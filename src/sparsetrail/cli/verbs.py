@@ -103,6 +103,9 @@ def reproduce(
         Path | None, Parameter(help="a folder of trained networks to take instead of training, e.g. sew_resnet18-max/")
     ] = None,
     seeds: Annotated[int, Parameter(help="networks trained of each ResNet, from the paper's seed on")] = 1,
+    weight_decay: Annotated[
+        float, Parameter(help="of the ResNets; the published code has 1e-3, which its text does not mention")
+    ] = 0.0,
     from_records: Annotated[
         bool, Parameter(negative="", help="show what was measured and is kept in --records; runs nothing")
     ] = False,
@@ -121,15 +124,16 @@ def reproduce(
     if from_records:
         given = {
             "--scale": scale, "--rows": rows, "--datasets": datasets, "--n": n, "--models": models,
-            "--seeds": None if seeds == 1 else seeds, "--out": out, "--fresh": common.fresh or None,
+            "--seeds": None if seeds == 1 else seeds, "--weight-decay": weight_decay or None, "--out": out,
+            "--fresh": common.fresh or None,
         }  # fmt: skip
         if asked := ", ".join(flag for flag, value in given.items() if value is not None):
             raise ValueError(f"--from-records: runs nothing and shows all that is kept; leave {asked} out")
         _show_records(figure, records, common.as_json)
         return
     scale = scale or "small"
-    if figure == "theorems" and not (n is None and models is None and seeds == 1):
-        raise ValueError("--n, --models, --seeds: `theorems` takes none of them; leave them out")
+    if figure == "theorems" and not (n is None and models is None and seeds == 1 and not weight_decay):
+        raise ValueError("--n, --models, --seeds, --weight-decay: `theorems` takes none of them; leave them out")
     if models is not None and not models.is_dir():
         raise ValueError(f"--models: expected a folder of trained networks, found none at {models}")
     where = common.where()
@@ -146,11 +150,12 @@ def reproduce(
         bench = measure.Bench(out=place, device=where, tick=screen.tick, stop=screen.stop)
         report = paper.reproduce(
             bench, figure, scale, rows=rows or (), datasets=datasets or (), root=common.root,
-            n=n, models=models, seeds=seeds,
+            n=n, models=models, seeds=seeds, weight_decay=weight_decay,
             command=" ".join(
                 [f"sparsetrail reproduce {figure} --scale {scale}", *(f"--rows {r}" for r in rows or ()),
                  *(f"--datasets {d}" for d in datasets or ()), *([] if n is None else [f"--n {n}"]),
-                 *([] if models is None else [f"--models {models}"]), *([] if seeds == 1 else [f"--seeds {seeds}"])]
+                 *([] if models is None else [f"--models {models}"]), *([] if seeds == 1 else [f"--seeds {seeds}"]),
+                 *([f"--weight-decay {weight_decay:g}"] if weight_decay else [])]
             ),
         )  # fmt: skip
         files = write(report, place / figure)

@@ -27,6 +27,7 @@ class Row:
     pool: str
     dataset: str
     seed: int | None = None  # of training, where several are taken
+    decay: float = 0.0  # weight decay in training; of a system that of its source
 
     @property
     def system(self) -> bool:
@@ -40,13 +41,15 @@ class Row:
             return f"{SYSTEMS[self.arch].title}, {self.dataset}"
         family, depth = self.arch.split("_resnet")
         seed = "" if self.seed is None else f"seed {self.seed}, "
-        return f"{'SEW' if family == 'sew' else 'Spiking'}-ResNet{depth} {self.pool} pool, {seed}{self.dataset}"
+        decay = f"weight decay {self.decay:g}, " if self.decay else ""
+        return f"{'SEW' if family == 'sew' else 'Spiking'}-ResNet{depth} {self.pool} pool, {decay}{seed}{self.dataset}"
 
     @property
     def folder(self) -> str:
         """Name of its model folder."""
         seed = "" if self.seed in (None, TrainSpec().seed) else f"-{self.seed}"
-        return f"{self.dataset}-{self.arch}" + ("" if self.system else f"-{self.pool}") + seed
+        decay = f"-decay{self.decay:g}" if self.decay else ""
+        return f"{self.dataset}-{self.arch}" + ("" if self.system else f"-{self.pool}") + decay + seed
 
     @property
     def told(self) -> dict[str, Any]:
@@ -97,6 +100,6 @@ def net_spec(row: Row, size: Scale, classes: int) -> NetSpec:
 def job(row: Row, size: Scale, train_set: Dataset) -> Job:
     """The training of a ResNet of the tables."""
     spec = replace(net_spec(row, size, len(train_set.classes)), channels=train_set.images.shape[1])
-    how = TrainSpec(epochs=size.epochs)
+    how = TrainSpec(epochs=size.epochs, weight_decay=row.decay)
     how = how if row.seed is None else replace(how, seed=row.seed)
     return row.folder, spec, phase(), part(train_set, size.images), how
