@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 from sparsetrail.core.precision import products  # noqa: E402
 from sparsetrail.data import DataError, load, pixels, take  # noqa: E402
 from sparsetrail.models import load_model, net_spec_from  # noqa: E402
+from sparsetrail.snn import kernels  # noqa: E402
 from sparsetrail.snn.encode import Encoder, build_encoder, phase  # noqa: E402
 from sparsetrail.snn.engine import halve, has_bf16, share_memory  # noqa: E402
 from sparsetrail.snn.net import NetSpec, build, victim  # noqa: E402
@@ -66,9 +67,9 @@ def flags(doc: str, *, runs: int) -> argparse.ArgumentParser:
 
 def begin(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the flags, set the threads, print the environment."""
+    if "--smoke" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(**SMOKE)  # what is asked for beside it is done
     a = parser.parse_args(argv)
-    if a.smoke:
-        vars(a).update(SMOKE)
     if min(a.runs, a.threads, a.batch, a.T) < 1:
         parser.error("--runs, --threads, --batch and --T: expected at least 1")
     torch.set_num_threads(a.threads)
@@ -88,6 +89,7 @@ def environment(a: argparse.Namespace) -> dict[str, str]:
     return {
         "device": chip(device),
         "flags": cpu_flags() if device.type == "cpu" else "",
+        "kernels": "" if device.type == "cuda" else "ours" if kernels.available() else "none: the plain path",
         "threads": str(a.threads),
         "clock": clock_name(device),
         "torch": torch.__version__,

@@ -328,7 +328,7 @@ def test_convolutions_by_unfolded_maps(windows, kernel, stride, padding, rough, 
     with torch.no_grad():
         z = ours()
     z += 1  # no view
-    assert not unfold.suits(x, conv)  # on a CPU the engine has other kernels
+    assert not unfold.suits(x, conv, conv.weight)  # on a CPU the engine has other kernels
 
 
 @pytest.mark.parametrize("most", [True, False], ids=["max", "average"])
@@ -362,7 +362,7 @@ def test_a_network_by_the_convolutions_and_pools_of_a_gpu(windows, monkeypatch, 
 
     want = [found(net, [leaf, *net.parameters()]), found(freeze(net), [leaf])]
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(Conv2d, "served", lambda self, x: False)
+    monkeypatch.setattr(Conv2d, "served", lambda self, x, weight: False)
     for name in ("_can_fire", "_fire_normed"):
         monkeypatch.setattr(firing, name, lambda *_: None)  # neurons by themselves; their kernels are above
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -379,7 +379,7 @@ def test_a_network_by_the_convolutions_and_pools_of_a_gpu(windows, monkeypatch, 
 def test_gradients_are_in_float32_where_their_forward_was(windows, monkeypatch, rough):
     """Whatever somebody sets in between; on a CPU that says it is a GPU."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(Conv2d, "served", lambda self, x: False)
+    monkeypatch.setattr(Conv2d, "served", lambda self, x, weight: False)
     seen = []
     for room, name in ((unfold, "unfolded"), (dense, "_seen")):
         f = getattr(room, name)
@@ -422,7 +422,7 @@ def test_frames_shown_again_go_through_the_first_layer_once_on_a_gpu_too(windows
     with kernels.plain():
         want = found(lambda own: own(code(leaf)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(Conv2d, "served", lambda self, x: False)
+    monkeypatch.setattr(Conv2d, "served", lambda self, x, weight: False)
     for name in ("_can_fire", "_fire_normed"):
         monkeypatch.setattr(firing, name, lambda *_: None)
     convolve = unfold.convolve
@@ -524,7 +524,7 @@ def test_unfolded_maps_on_a_gpu(kernel, stride, padding, channels, tf32, dtype):
     for where, kind in (("cpu", torch.float64), ("cuda", dtype)):
         there, leaf = copy.deepcopy(conv).to(where, kind), x.to(where, kind).requires_grad_()
         with products(tf32):
-            assert unfold.suits(leaf, there) == (where == "cuda")
+            assert unfold.suits(leaf, there, there.weight) == (where == "cuda")
             y = there(leaf)
             grads = torch.autograd.grad(y, [leaf, there.weight, there.bias], push.to(where, kind))
         found.append([t.detach().cpu().double() for t in (y, *grads)])

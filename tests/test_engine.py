@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import sparsetrail
 from sparsetrail.attacks import attack, pgd
 from sparsetrail.core import Linf
 from sparsetrail.core.precision import products
+from sparsetrail.data import load
 from sparsetrail.snn import dense, firing, kernels
 from sparsetrail.snn import neuron as neurons
 from sparsetrail.snn.convolution import Conv2d
@@ -32,7 +34,7 @@ from sparsetrail.snn.graphs import Scores
 from sparsetrail.snn.net import NetSpec, _Known, victim
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, fused, kernel, reference
 from sparsetrail.snn.pooling import AvgPool2d, pooling_of
-from sparsetrail.snn.resnet import FoldedNeuron
+from sparsetrail.snn.resnet import FoldedNeuron, SpikingResNet
 from sparsetrail.snn.routes import neuron_route
 from sparsetrail.snn.surrogate import SURROGATES, Surrogate
 from sparsetrail.snn.workspace import Workspace
@@ -70,7 +72,7 @@ def test_convolution_of_spikes(size, frames, cin, cout, kernel, stride, padding,
         return
     conv = Conv2d(cin, cout, kernel, stride, padding, bias=bias).double().requires_grad_(not frozen)
     x = spikes(frames, cin, *size, share=share, seed=seed).requires_grad_()
-    assert conv.served(x)
+    assert conv.served(x, conv.weight)
     against_torch(conv, x, seed)
 
 
@@ -86,7 +88,7 @@ def test_convolution_of_images(size, frames, cin, cout, kernel, stride, padding,
         return
     conv = Conv2d(cin, cout, kernel, stride, padding, bias=False).double()
     x = torch.rand(frames, cin, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    assert conv.served(x)
+    assert conv.served(x, conv.weight)
     against_torch(conv, x.requires_grad_(), seed)
 
 
@@ -123,7 +125,7 @@ def test_tiny_maps_as_one_product(size, kernel, stride, padding, bias, frozen, s
     conv = Conv2d(3, 5, kernel, stride, padding, bias=bias).double().requires_grad_(not frozen)
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
     tiny = size[0] * size[1] <= dense.TINY and kernel != 1 and padding < kernel
-    assert not conv.served(x) and dense.suits(x, conv) == tiny
+    assert not conv.served(x, conv.weight) and dense.suits(x, conv, conv.weight) == tiny
     against_torch(conv, x, seed)
 
 
@@ -132,7 +134,7 @@ def test_tiny_maps_in_bf16_and_when_mapped():
     conv, x = Conv2d(6, 5, 3, padding=1), torch.randn(4, 6, 2, 2, generator=g)
     leaf = x.clone().requires_grad_()
     push = torch.randn(4, 5, 2, 2, generator=g)
-    want, near = (dense.convolve(leaf, conv, half=half) for half in (False, True))
+    want, near = (dense.convolve(leaf, conv, conv.weight, half=half) for half in (False, True))
     assert torch.equal(want, near) and torch.allclose(want, F.conv2d(x, conv.weight, conv.bias, padding=1), atol=1e-6)
     a, b = ([*torch.autograd.grad(y, [leaf, conv.weight], push)] for y in (want, near))
     assert 1e-4 < (a[0] - b[0]).norm() / a[0].norm() < 1e-2 and torch.equal(a[1], b[1])
@@ -141,7 +143,7 @@ def test_tiny_maps_in_bf16_and_when_mapped():
     (c,) = torch.autograd.grad(y, leaf, push.bfloat16())
     assert y.dtype == torch.bfloat16
     assert (y - want).norm() < 1e-2 * want.norm() and (c - a[0]).norm() < 1e-2 * a[0].norm()
-    y = dense.convolve(leaf, conv)
+    y = dense.convolve(leaf, conv, conv.weight)
     with torch.autocast("cpu", torch.bfloat16):  # of a forward without
         assert torch.equal(torch.autograd.grad(y, leaf, push)[0], a[0])
     with torch.no_grad():
@@ -150,7 +152,7 @@ def test_tiny_maps_in_bf16_and_when_mapped():
     with pytest.raises(RuntimeError):
         conv(x.double())
     each = torch.func.vmap(lambda v: conv(v[None])[0])(x)
-    assert torch.allclose(each, want, atol=1e-6) and not dense.suits(torch.empty(2, 6, 0, 2), conv)
+    assert torch.allclose(each, want, atol=1e-6) and not dense.suits(torch.empty(2, 6, 0, 2), conv, conv.weight)
     rows = []
     for f in (lambda v: conv(v), lambda v: F.conv2d(v, conv.weight, conv.bias, padding=1)):
         (first,) = torch.autograd.grad(f(leaf).pow(3).sum(), leaf, create_graph=True)
@@ -647,8 +649,15 @@ def test_an_input_gradient_in_bf16(channels, kernel, stride):
     assert ((near - dx).abs() <= 2**-8 * size).all() and torch.equal(near == 0, dx == 0) and (dx == 0).any()
 
 
-def test_bf16_is_refused_where_there_is_none(monkeypatch):
+def test_bf16_is_refused_where_there_is_none(monkeypatch, tmp_path):
     net, x, y = network(torch.float32)
+    monkeypatch.setattr("sparsetrail.training.run.has_bf16", lambda: False)
+    data = load("fashion-mnist-slice", "train")
+    with pytest.raises(ValueError, match="multiplies bf16"):
+        train(
+            NetSpec(channels=1, width=0.125, steps=2), phase(steps=2), data, TrainSpec(precision="bf16"), tmp_path / "r"
+        )
+    assert not (tmp_path / "r").exists()
     monkeypatch.setattr("sparsetrail.snn.net.has_bf16", lambda: False)
     with pytest.raises(ValueError, match="multiplies bf16"):
         victim(net, phase(steps=5), precision="bf16")
@@ -736,6 +745,37 @@ def test_a_compiler_that_fails_is_named(tmp_path):
 
 
 @needs_kernels
+@pytest.mark.parametrize("cc", ['gcc "', "{}/wrong", "{}/silent"])
+def test_a_compiler_that_cannot_be_asked_or_makes_no_library_leaves_it_to_the_next(tmp_path, cc):
+    (tmp_path / "wrong").write_bytes(b"\x7fELF of another machine")
+    (tmp_path / "silent").write_text(
+        '#!/bin/sh\nwhile [ "$1" != -o ]; do [ $# = 0 ] && exit; shift; done; echo no > "$2"\n'
+    )
+    for name in ("wrong", "silent"):
+        (tmp_path / name).chmod(0o755)
+    value, said = program(tmp_path / "cache", CC=cc.format(tmp_path))
+    assert value > 0 and said == [] and len(list((tmp_path / "cache" / "sparsetrail").glob("*.so"))) >= 2
+
+
+@needs_kernels
+def test_a_damaged_library_is_made_anew(tmp_path):
+    value, _ = program(tmp_path)
+    for file in (tmp_path / "sparsetrail").iterdir():
+        code = file.read_bytes()
+        file.write_bytes(code[: len(code) // 2] + bytes(len(code) - len(code) // 2))
+    assert program(tmp_path) == (value, [])
+
+
+@needs_kernels
+def test_kernels_that_are_there_need_no_temporary_folder(tmp_path):
+    value, _ = program(tmp_path)
+    code = f"import tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc/none']\n{PROGRAM}"
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and float(done.stdout) == value and done.stderr == ""
+
+
+@needs_kernels
 def test_an_unwritable_cache_falls_back_to_another_folder(tmp_path):
     taken = tmp_path / "file"
     taken.write_text("not a folder")
@@ -745,7 +785,9 @@ def test_an_unwritable_cache_falls_back_to_another_folder(tmp_path):
 
 def test_exact_networks_run_plainly():
     net, x, _ = network(torch.float32, exact=True)
-    assert not net.conv1.served(x) and all(m.run is reference for m in net.modules() if isinstance(m, Neuron))
+    assert not net.conv1.served(x, net.conv1.weight) and all(
+        m.run is reference for m in net.modules() if isinstance(m, Neuron)
+    )
     assert not firing._can_fire(torch.rand(5, 16, 4, 4), net.bn1, net.sn1, None)
 
 
@@ -1036,7 +1078,8 @@ def test_modes_of_torch_that_hand_out_other_tensors():
         assert torch.autograd.grad(F.cross_entropy(net(again), y), again)[0].any()
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as fake:
         assert net(fake.from_tensor(u)).shape == (4, 10)
-    assert not Conv2d(16, 16, 3, padding=1).served(torch.zeros(2, 16, 0, 0))
+    conv = Conv2d(16, 16, 3, padding=1)
+    assert not conv.served(torch.zeros(2, 16, 0, 0), conv.weight)
 
 
 def test_memory_of_smaller_batches_is_let_go():
@@ -1079,3 +1122,83 @@ def test_steps_taken_plainly_may_be_differentiated_by_the_kernel(spec, last):
             found.append(torch.autograd.grad(s, [leaf] if leak is None else [leaf, leak], push))
     for other in found[1:]:
         assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(found[0], other, strict=True))
+
+
+# ---- networks that somebody has a hand in ----------------------------------------------------------------------------
+
+
+class Turned(SpikingResNet):
+    def forward(self, u):
+        return super().forward(u).roll(1, 1)
+
+
+class Late(SpikingResNet):
+    def per_step(self, u):
+        return super().per_step(u)[-1:]
+
+
+def _hooked(net):
+    net.register_forward_hook(lambda _m, _u, z: z.roll(1, 1))
+
+
+def _before(net):
+    net.register_forward_pre_hook(lambda _m, u: (1 - u[0],))
+
+
+def _patched(net):
+    net.forward = lambda u, own=net.forward: own(u).roll(1, 1)
+
+
+def _subclass(net):
+    net.__class__ = Turned
+
+
+def _steps(net):
+    net.__class__ = Late
+
+
+@pytest.mark.parametrize("change", [_hooked, _before, _patched, _subclass, _steps])
+def test_what_somebody_changes_in_the_forward_of_a_network_counts_in_both_spaces(change):
+    net, x, _ = network(torch.float32)
+    code = phase(steps=5)
+    usual = victim(net, code).scores(x)
+    change(net)
+    v = victim(net, code)
+    z = net(code(x))
+    assert not torch.allclose(z, usual, atol=1e-3)  # it does something
+    for found in (v.scores(x), v.logits(code(x)), net.scores(x, code)):
+        assert torch.equal(found, z)
+
+
+def test_a_weight_made_of_others_is_made_once_a_forward():
+    conv = torch.nn.utils.parametrizations.weight_norm(Conv2d(16, 16, 3, padding=1))
+    asked = []
+    conv.parametrizations.weight[0].register_forward_hook(lambda *_: asked.append(1))
+    for x in (spikes(2, 16, 8, 8, dtype=torch.float32), spikes(2, 16, 2, 2, dtype=torch.float32)):
+        asked.clear()
+        y = conv(x)
+        assert len(asked) == 1
+        close(y, F.conv2d(x, conv.weight, conv.bias, padding=1), 1e-5)
+
+
+def test_batchnorm_without_running_tensors_trains_as_pytorchs():
+    net, x, y = network(torch.float32)
+    plain = copy.deepcopy(net)
+    for each in (net, plain):
+        for m in each.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean = m.running_var = None
+        each.train()
+    with kernels.plain():
+        want = plain(phase(steps=5)(x))
+    close(net(phase(steps=5)(x)), want, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["if", "lif"])
+def test_an_infinite_potential_at_the_last_step_spoils_no_other(kind):
+    spec = NeuronSpec(kind=kind, detach_reset=False)
+    found = []
+    for run in (reference, fused):
+        u = torch.tensor([[0.5] * 16, [-math.inf] * 16]).requires_grad_()
+        found.append(torch.autograd.grad(run(u, spec).sum(), u)[0])
+    assert torch.equal(found[0].isfinite(), found[1].isfinite()) and torch.allclose(*found, equal_nan=True)

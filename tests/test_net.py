@@ -1,6 +1,7 @@
 """Networks by specification: counts, names, maps, seeds, and what a victim made of one promises."""
 
 import copy
+import inspect
 import itertools
 import math
 
@@ -271,6 +272,14 @@ def test_victim():
     assert f.path("pixel") == f"{f.route}; {f.encoding}" and f.path("encoded") == f.route
     assert victim(net, poisson(steps=5)).random
     assert victim(nn.Sequential(nn.Flatten()), code, classes=3).classes == 3
+
+    class Holds:
+        pass
+
+    held = Holds()
+    held.net = net
+    with pytest.raises(ValueError, match=r"victim: expected a network, an nn.Module, got a Holds; give its .net"):
+        inspect.unwrap(victim)(held, code)
     with pytest.raises(ValueError, match=r"expected an encoded input \[5 n c h w\], got shape \(4, 2, 3, 32, 32\)"):
         net(spikes(4, 2, 3, 32, 32))
 

@@ -36,11 +36,16 @@ def products(tf32: bool) -> Iterator[None]:
 
 
 def in_full(f: Callable[P, T]) -> Callable[P, T]:
-    """`f` with products in float32 itself wherever there is a GPU, whosever network runs in it."""
+    """`f` with products in float32 itself, whosever network runs in it: no TF32, and no autocast around the call."""
 
     @functools.wraps(f)
     def run(*args: P.args, **more: P.kwargs) -> T:
-        with products(tf32=False) if torch.cuda.is_available() else contextlib.nullcontext():
+        with contextlib.ExitStack() as inside:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    inside.enter_context(torch.autocast(device, enabled=False))
+            if torch.cuda.is_available():
+                inside.enter_context(products(tf32=False))
             return f(*args, **more)
 
     return run

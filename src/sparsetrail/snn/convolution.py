@@ -134,24 +134,27 @@ class Conv2d(nn.Conv2d):
     space: Workspace | None = None
 
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d p q"]:
-        if self.served(x):
+        weight = self.weight  # once: where it is made of others (a parametrisation), asking is work, or another draw
+        if self.served(x, weight):
             if self.in_channels <= FEW:
-                y = _StemConv.apply(x.contiguous(), self.weight, self.geometry(x))
+                y = _StemConv.apply(x.contiguous(), weight, self.geometry(x))
             else:
-                y = _SpikeConv.apply(last(x), last(self.weight), self.geometry(x))
+                y = _SpikeConv.apply(last(x), last(weight), self.geometry(x))
             return y if self.bias is None else y + self.bias.view(-1, 1, 1)
         if self.exact:
-            return super().forward(x)
+            return self._conv_forward(x, weight, self.bias)
         half = self.half_products
-        if dense.suits(x, self):
-            return dense.convolve(x, self, half=half)
+        if dense.suits(x, self, weight):
+            return dense.convolve(x, self, weight, half=half)
         if x.is_cuda and x.ndim == 4 and not kernels.overseen(x):
             x = last(x)  # otherwise the gradient is turned round, and back, on its way
-        return unfold.convolve(x, self, half=half) if unfold.suits(x, self, half=half) else super().forward(x)
+        if unfold.suits(x, self, weight, half=half):
+            return unfold.convolve(x, self, weight, half=half)
+        return self._conv_forward(x, weight, self.bias)
 
-    def served(self, x: Tensor) -> bool:
-        """Do the kernels serve this layer and input?"""
-        if self.exact or x.ndim != 4 or min(x.shape) == 0 or not kernels.serve(x, self.weight):
+    def served(self, x: Tensor, weight: Tensor) -> bool:
+        """Do the kernels serve this layer with this weight, and input?"""
+        if self.exact or x.ndim != 4 or min(x.shape) == 0 or not kernels.serve(x, weight):
             return False
         lanes = kernels.library(x.dtype).lanes()
         few = self.in_channels <= FEW
@@ -233,14 +236,15 @@ def coded(x: Float[Tensor, "n c h w"], encode: Encoder, conv: nn.Module) -> Tens
     if encode.frames is None or not isinstance(conv, Conv2d) or conv.in_channels > FEW or not conv.usual():
         return None
     frames = range(max(encode.frames) + 1)
-    plain = conv.exact or not kernels.switched_on() or kernels.overseen(x, conv.weight)
+    weight = conv.weight
+    plain = conv.exact or not kernels.switched_on() or kernels.overseen(x, weight)
     if x.is_cuda and not plain and 2 * len(frames) <= encode.steps:
         shown = encode(x).unbind(0)
         return conv(torch.cat([shown[encode.frames.index(f)] for f in frames]))
-    if not conv.served(x):
+    if not conv.served(x, weight):
         return None
     planes, slope = encode.distinct(x.detach())
     if slope is None and x.requires_grad:
         return None
-    y = _CodedConv.apply(x, conv.weight, planes.contiguous(), slope, encode, conv.geometry(x))
+    y = _CodedConv.apply(x, weight, planes.contiguous(), slope, encode, conv.geometry(x))
     return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)

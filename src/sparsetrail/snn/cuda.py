@@ -97,7 +97,7 @@ KERNEL void back(const real *grad, const real *h, const real *var, const real *g
         for (int t = STEPS - 1; t >= 0; t--) {
             const whole at = t * size;
             const real h_ = charged[t], slope = SLOPE;
-            const real g = pushed[t] * slope + state * (KEPT);
+            const real g = pushed[t] * slope + (t < STEPS - 1 ? state * (KEPT) : 0);
             state = g * (KEEP);
             out[at + i] = var ? g * (GAIN) * scale : g * (GAIN);
             if (LEARNT && rates) {

@@ -36,7 +36,7 @@ def _windows(
     return (out[0], out[1]), [((a, b), (c, d)) for a, c in lines[0] for b, d in lines[1]]
 
 
-def suits(x: Tensor, conv: nn.Conv2d) -> bool:
+def suits(x: Tensor, conv: nn.Conv2d, weight: Tensor) -> bool:
     """Is `conv` on a map of this size better done as one product?"""
     return (
         x.ndim == 4
@@ -50,8 +50,8 @@ def suits(x: Tensor, conv: nn.Conv2d) -> bool:
         and all(p < k for p, k in zip(conv.padding, conv.kernel_size, strict=True))
         and min(n + 2 * p - k for n, p, k in zip(x.shape[2:], conv.padding, conv.kernel_size, strict=True)) >= 0
         and x.shape[1] == conv.in_channels
-        and not kernels.overseen(x, conv.weight)
-        and (x.dtype == conv.weight.dtype or (_autocast(x) is not None and x.is_floating_point()))
+        and not kernels.overseen(x, weight)
+        and (x.dtype == weight.dtype or (_autocast(x) is not None and x.is_floating_point()))
     )
 
 
@@ -62,9 +62,9 @@ def _autocast(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if on else None
 
 
-def convolve(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> Tensor:
+def convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, *, half: bool = False) -> Tensor:
     """`conv(x)` as one product; `half` takes that of the input gradient in bf16."""
-    y = _Dense.apply(x, conv.weight, conv.stride, conv.padding, half)
+    y = _Dense.apply(x, weight, conv.stride, conv.padding, half)
     return y if conv.bias is None else y + conv.bias.to(y.dtype).view(-1, 1, 1)
 
 

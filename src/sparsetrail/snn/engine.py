@@ -71,6 +71,12 @@ def halve(net: nn.Module) -> nn.Module:
     return net
 
 
+NO_BF16 = (
+    "precision: expected a device that multiplies bf16, found {} without (a CPU needs AVX-512 BF16, a C compiler, and "
+    "kernels switched on); leave precision at fp32"
+)
+
+
 def has_bf16() -> bool:
     """Does this CPU multiply bf16, and is there a kernel for it?"""
     return kernels.available() and bool(kernels.library(torch.float32).has_bf16())

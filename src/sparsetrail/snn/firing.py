@@ -217,8 +217,9 @@ def _batch(norm: nn.BatchNorm2d, y: Tensor, order: tuple[int, ...], rows: int) -
     kernels.library(y.dtype).batch_stats(*at, frames, rows, c, *out, torch.get_num_threads())
     mean, var = found.to(y.dtype)
     if norm.training and norm.num_batches_tracked is not None:
-        count, (running_mean, running_var) = len(order) * rows, _running(norm)
         norm.num_batches_tracked.add_(1)
+    if norm.training and norm.num_batches_tracked is not None and norm.running_mean is not None:
+        count, (running_mean, running_var) = len(order) * rows, _running(norm)
         share = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
         running_mean.mul_(1 - share).add_(mean * share)
         running_var.mul_(1 - share).add_(var * (count / max(count - 1, 1)) * share)

@@ -9,7 +9,7 @@ from sparsetrail._shapes import Float
 from sparsetrail.snn.convolution import coded
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.firing import conv_fire, fire
-from sparsetrail.snn.kernels import overseen
+from sparsetrail.snn.kernels import overseen, watched
 from sparsetrail.snn.neuron import Neuron, NeuronSpec, carried
 
 Readout = Literal["mean", "sum"]
@@ -130,7 +130,12 @@ class FoldedNet(nn.Module):
         return self._read(self.per_step(u))
 
     def scores(self, x: Float[Tensor, "n c h w"], encode: Encoder) -> Float[Tensor, "n k"]:
-        """`self(encode(x))`; frames that the code shows again go through the first layer once."""
+        """`self(encode(x))`; frames that the code shows again go through the first layer once.
+
+        Not where a hook or another `forward` has a say in what this network gives.
+        """
+        if watched(self) or "per_step" in vars(self) or not _as_written(type(self)):
+            return self(encode(x))
         conv, norm, neuron, pool = self.first()
         currents = None
         if encode.steps == self.steps and (self.normalise is None or encode.codebook is None):
@@ -155,3 +160,9 @@ class FoldedNet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, readout={self.readout}"
+
+
+def _as_written(kind: type[FoldedNet]) -> bool:
+    """Does a kind of network call, and read out, as all of them do?"""
+    same = kind.forward is FoldedNet.forward and kind.per_step is FoldedNet.per_step
+    return same and kind.__call__ is nn.Module.__call__

@@ -32,7 +32,9 @@ from sparsetrail._files import write_atomic
 
 SOURCE = Path(__file__).with_name("kernels.c")
 REAL = {torch.float32: "float", torch.float64: "double"}
-_off = contextvars.ContextVar("off", default=os.environ.get("SPARSETRAIL_KERNELS", "1") == "0")
+_off = contextvars.ContextVar(
+    "off", default=os.environ.get("SPARSETRAIL_KERNELS", "1").lower() in ("0", "false", "off", "no")
+)
 _lock = threading.RLock()
 
 
@@ -48,7 +50,10 @@ def plain() -> Iterator[None]:
 
 def compilers() -> list[list[str]]:
     """The C compilers at hand, in the order they are tried: $CC with its arguments, then gcc, clang and cc."""
-    asked = shlex.split(os.environ.get("CC", ""))
+    try:
+        asked = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quotation without an end
+        asked = []
     return [c for c in (asked, ["gcc"], ["clang"], ["cc"]) if c and shutil.which(c[0])]
 
 
@@ -198,29 +203,33 @@ def _build(source: str, *, contract: bool) -> ctypes.CDLL | None:
         except _CannotCompile as error:
             errors.append(f"{' '.join(cc)}: {error}")
             continue
-        if found is None:
-            say_once("no folder for compiled kernels: the plain path serves, slower and the same")
-        return found
+        if found is not None:
+            return found
+        errors.append(f"{' '.join(cc)}: no folder for compiled kernels, or what it made is no library")
     why = "; ".join(errors) or "no C compiler found"
     say_once(f"{why}: the plain path serves, slower and the same")
     return None
 
 
 def _kept(key: str, make: Callable[[], bytes]) -> ctypes.CDLL | None:
-    """The library of a key from the first folder that can hold it. Its size is in its name: one cut off is not it."""
+    """The library of a key from the first folder that can hold it; its bytes are told by its name: no damaged one."""
     for folder in folders():
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
                 continue  # somebody else's: what lies there must not be run
-            there = [p for p in folder.glob(f"{key}-*.so") if p.name == f"{key}-{p.stat().st_size}.so"]
+            there = [p for p in folder.glob(f"{key}-*.so") if p.name == _named(key, p.read_bytes())]
             if there:
                 return ctypes.CDLL(str(there[0]))
             code = make()
-            return ctypes.CDLL(str(write_atomic(folder / f"{key}-{len(code)}.so", code)))
+            return ctypes.CDLL(str(write_atomic(folder / _named(key, code), code)))
         except OSError:
             continue  # not writable, or its files may not be run
     return None
+
+
+def _named(key: str, code: bytes) -> str:
+    return f"{key}-{hashlib.sha256(code).hexdigest()[:16]}.so"
 
 
 class _CannotCompile(Exception):
@@ -248,7 +257,10 @@ def _compile(cc: list[str], flags: list[str], source: str) -> bytes:
 @functools.cache
 def _machine(cc: tuple[str, ...]) -> str:
     """What decides the generated code: compiler, its version, and the processor."""
-    done = subprocess.run([*cc, "--version"], capture_output=True, text=True)
+    try:
+        done = subprocess.run([*cc, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as failure:
+        raise _CannotCompile(str(failure)) from None
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
@@ -258,7 +270,9 @@ def _machine(cc: tuple[str, ...]) -> str:
 def folders() -> list[Path]:
     """Where compiled kernels are kept: the first of these that can be written to."""
     own = f"sparsetrail-{os.getuid() if hasattr(os, 'getuid') else 'kernels'}"
-    found = [Path(tempfile.gettempdir()) / own]
+    found = []
+    with contextlib.suppress(OSError):  # none can be written to
+        found.append(Path(tempfile.gettempdir()) / own)
     with contextlib.suppress(RuntimeError):  # no home
         found.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsetrail")
     return found
@@ -435,7 +449,7 @@ void back(const real *grad, const real *h, const int *frame, const int *last, co
                 const long at = t * size + first * C, to = frame[t] * size + first * C;
                 for (long i = 0; i < n * C; i++) {
                     const real h_ = h[at + i], slope = SLOPE;
-                    const real g = grad[at + i] * slope + state[i] * (KEPT);
+                    const real g = grad[at + i] * slope + (t < steps - 1 ? state[i] * (KEPT) : 0);
                     state[i] = g * (KEEP);
                     now[i] = g * (GAIN);
                     if (LEARNT) {

@@ -16,7 +16,7 @@ from sparsetrail.core.victim import refuse_train_mode
 from sparsetrail.snn import kernels
 from sparsetrail.snn.convolution import Conv2d
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import freeze, has_bf16
+from sparsetrail.snn.engine import NO_BF16, freeze, has_bf16
 from sparsetrail.snn.folded import NORMALISATIONS, Dropout, FoldedNet, FoldedNeuron, Readout
 from sparsetrail.snn.graphs import Scores, filled
 from sparsetrail.snn.kernels import watched
@@ -140,6 +140,9 @@ def victim(
     weights and code run for T' steps, which is another forward, as is that of cba. Routes give first derivatives, and
     no recordings.
     """
+    if not isinstance(net, nn.Module):
+        found = f"a {type(net).__name__}; give its .net" if hasattr(net, "net") else type(net).__name__
+        raise ValueError(f"{name}: expected a network, an nn.Module, got {found}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
     if classes is None and not hasattr(net, "fc"):
@@ -325,10 +328,7 @@ def _check_bf16(net: nn.Module) -> None:
         )
     fits = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16()
     if not fits:
-        raise ValueError(
-            f"precision: expected a device that multiplies bf16, found {device.type} without (a CPU needs AVX-512 BF16 "
-            "and a C compiler); leave precision at fp32"
-        )
+        raise ValueError(NO_BF16.format(device.type))
 
 
 def describe(net: nn.Module, rule: NeuronRoute | None = None) -> str:

@@ -11,9 +11,9 @@ Per step, with v the potential left by the last step (v_reset at the start, 0 fo
     s = 1[h >= threshold];   hard reset v = s r + (1 - s) h,   soft reset v = h - s threshold
 
 with r the reset potential (0 for a soft reset). `reference` is that, step by step, with autograd; `fused` is one
-forward and one backward over all steps that keeps a single tensor, the charged potential h. On a CPU with a C compiler
-both are kernels generated from the same `charge`, `discharge` and surrogate, and on a GPU with NVRTC (`cuda`). A `Rule`
-puts another backward behind the same spikes (`routes`).
+forward and one backward over all steps that keeps a single tensor, the charged potential h (a learnt leak or threshold
+keeps what it multiplies too). On a CPU with a C compiler both are kernels generated from the same `charge`, `discharge`
+and surrogate, and on a GPU with NVRTC (`cuda`). A `Rule` puts another backward behind the same spikes (`routes`).
 """
 
 import contextlib

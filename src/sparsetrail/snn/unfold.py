@@ -32,12 +32,12 @@ class _How:
         return self.stride, self.padding
 
 
-def suits(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> bool:
+def suits(x: Tensor, conv: nn.Conv2d, weight: Tensor, *, half: bool = False) -> bool:
     """May `conv` on these maps be unfolded where that is faster, and differentiated as precisely as it was computed?"""
     return (
         x.is_cuda
         and x.ndim == 4
-        and x.dtype == conv.weight.dtype
+        and x.dtype == weight.dtype
         and x.dtype in kernels.REAL
         and not torch.is_autocast_enabled("cuda")
         and min(x.shape) > 0
@@ -48,7 +48,7 @@ def suits(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> bool:
         and not isinstance(conv.padding, str)
         and len({*conv.kernel_size}) == len({*conv.stride}) == len({*conv.padding}) == 1
         and min(x.shape[2:]) + 2 * conv.padding[0] >= conv.kernel_size[0]
-        and not kernels.overseen(x, conv.weight)
+        and not kernels.overseen(x, weight)
         and (half or kernels.switched_on())
         and _rough(x) is not None
     )
@@ -63,19 +63,19 @@ def _rough(x: Tensor) -> bool | None:
     return None if others and not rough and x.dtype == torch.float32 else rough
 
 
-def _room(x: Tensor, conv: nn.Conv2d) -> bool:
+def _room(x: Tensor, conv: nn.Conv2d, weight: Tensor) -> bool:
     """Is the matrix small enough, and are there kernels?"""
     window = conv.stride[0], int(conv.padding[0])
-    _, c, k, _ = conv.weight.shape
-    n, _, p, q = _out(x.shape, conv.weight, window)
+    _, c, k, _ = weight.shape
+    n, _, p, q = _out(x.shape, weight, window)
     small = n * p * q * k * k * c * x.element_size() <= ROOM
-    return small and kernels.switched_on() and _program(x, conv.weight, window) is not None
+    return small and kernels.switched_on() and _program(x, weight, window) is not None
 
 
-def convolve(x: Tensor, conv: nn.Conv2d, *, half: bool = False) -> Tensor:
+def convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, *, half: bool = False) -> Tensor:
     """`conv(x)` by unfolded maps; `half` takes the gradient of the input in bf16."""
-    how = _How(conv.stride[0], int(conv.padding[0]), bool(_rough(x)), half, _room(x, conv))
-    y = _Unfolded.apply(x, conv.weight, how)
+    how = _How(conv.stride[0], int(conv.padding[0]), bool(_rough(x)), half, _room(x, conv, weight))
+    y = _Unfolded.apply(x, weight, how)
     return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
 
 

@@ -12,7 +12,6 @@ from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Rate, correct
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.snn.encode import Encoder
-from sparsetrail.snn.engine import has_bf16
 from sparsetrail.snn.folded import Draws
 from sparsetrail.snn.graphs import Update, in_float32
 from sparsetrail.snn.net import running_for
@@ -170,7 +169,7 @@ class Step:
         net.zero_grad(set_to_none=True)
         if seams.penalty is not None:
             x = x.detach().requires_grad_()
-        half = spec.precision == "bf16" and not (x.device.type == "cpu" and has_bf16())  # else the engine sees to it
+        half = spec.precision == "bf16" and x.device.type != "cpu"  # there the engine sees to it
         with torch.autocast(x.device.type, torch.bfloat16) if half else contextlib.nullcontext():
             z = scores(net, encode, x)
             z = z.float() if half else z
