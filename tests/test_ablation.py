@@ -231,7 +231,7 @@ def test_cells_of_before_are_still_read(tiny):
     row = {"op": "conv1", "kind": "conv", "depth": 0, "zero": 0.5, "forced": 0.0, "norm": 1.0, "entries": 4,
            "per_step": None}  # fmt: skip
     old = {"victim": "x", "mode": "eval", "data": "d", "n": 6, "steps": 3, "clean_accuracy": 0.5, "rows": [row]}
-    measure._write(bench, spec | {"trail": True, "per_step": False}, old)
+    bench.cells.write(spec | {"trail": True, "per_step": False}, old)
     found = measure.follow(bench, ours(model, name), images)
     assert found.victim == name and found.rows[0].zero == 0.5 and found.rows[0].created is None
     assert "was not measured" in explain(found)

@@ -3,16 +3,18 @@
 import contextlib
 import copy
 import dataclasses
+import inspect
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from lively import lively
 
 from sparsetrail.attacks import ATTACKS, attack, authors, check_settings, fgsm, noise, pgd, settings
 from sparsetrail.core import L0, Linf, Problem, Route, Streams, Victim, margin
-from sparsetrail.snn.encode import latency, phase
+from sparsetrail.snn.encode import latency, phase, poisson
 from sparsetrail.snn.net import NetSpec, build, victim
 
 N = 24
@@ -242,7 +244,7 @@ def test_adversarials_are_valid_and_judged_afresh(snn, space):
         z = (v.scores if space == "pixel" else v.logits)(run.adversarial)
     assert [bool(m <= 0) for m in margin(z, y)] == list(run.robust)
     assert run.threat is threat and run.mode == "eval"
-    weak = attack(noise, v, Linf(0.1 / 255, space=space), x, y, draws=1)
+    weak = attack(noise, v, Linf(1 / 255, space=space), x, y, draws=1)
     assert run.accuracy.k < weak.accuracy.k  # the radius matters, so the flags are not constant
     assert ("identity" in run.route) == (space == "pixel")
     before = copy.deepcopy(net.state_dict())
@@ -265,7 +267,7 @@ def test_settings_are_read_and_recorded(snn):
     at_edge = (corner.adversarial == 0) | (corner.adversarial == 1)
     moved = step > 0
     assert moved.any() and torch.allclose(step[moved & ~at_edge], torch.tensor(4 / 255))
-    with pytest.raises(ValueError, match="expected settings draws, corners"):
+    with pytest.raises(ValueError, match="with settings draws, corners"):
         attack(noise, v, threat, x, y, drws=3)
 
 
@@ -363,6 +365,7 @@ def test_the_published_loop_as_it_was_coded(snn):
     net.register_forward_pre_hook(lambda m, given: seen.append((m.training, given[0].detach().clone())))
     before = copy.deepcopy(net.state_dict())
     one, seven = authors(net, phase(steps=4), x, y, batch=4, seed=5)
+    assert (one.forwards, seven.forwards) == (30, 90) and 0 < one.seconds < seven.seconds  # each with the clean images
     ours = seen[3:]  # behind the clean images
     seen.clear()
     assert all(torch.equal(before[k], t) for k, t in net.state_dict().items()) and not net.training
@@ -625,3 +628,79 @@ def test_rays_in_a_box_without_ends():
     y, ends = v.scores(x).argmax(1), (-math.inf, math.inf)
     found = [strike(n, v, Linf(0.1, space="encoded", box=ends), x, y) for n in ("fgsm", "rays")]
     assert sum(found[0].robust) < N and sum(found[1].robust) < N
+
+
+def test_what_is_no_attack_victim_or_threat_is_told_and_numbers_of_other_libraries_are_taken(snn):
+    net, v, x, y = snn
+    ball = Linf(8 / 255, space="pixel")
+    plain = inspect.unwrap(attack)
+    for args, match in (
+        (("pgd", v, ball), "expected an attack as a function, such as sparsetrail.pgd, got 'pgd'"),
+        ((pgd, net, ball), "expected a Victim, got SpikingResNet"),
+        ((pgd, v, "8/255"), "expected a threat such as Linf.* got '8/255'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            plain(*args, x, y)
+    given = attack(noise, v, ball, x, y, indices=range(len(y)))
+    for places in (torch.arange(len(y)), np.arange(len(y))):
+        assert plain(noise, v, ball, x, y, indices=places, batch=np.int64(64)).robust == given.robust
+    with pytest.raises(ValueError, match="eot: expected a whole number of at least 1, got True"):
+        plain(noise, v, ball, x, y, eot=True)
+
+
+def test_a_radius_between_grey_levels_is_told_and_one_below_the_first_is_refused(snn):
+    _, v, x, y = snn
+    for eps in (0.0039, 0.5 / 255):
+        with pytest.raises(ValueError, match="holds no other 8-bit image; expected at least 1/255"):
+            attack(fgsm, v, Linf(eps, space="pixel"), x, y)
+    still = attack(fgsm, v, Linf(0.0, space="pixel"), x, y)  # a radius of 0 moves nothing, and is meant to
+    assert still.robust == still.clean
+    told = attack(fgsm, v, Linf(0.031, space="pixel"), x, y, keep=True)
+    assert told.note == "images of 256 grey levels: the radius holds 7"
+    assert float((told.adversarial - x).abs().max()) == pytest.approx(7 / 255, abs=1e-6)
+    assert attack(fgsm, v, Linf(8 / 255, space="pixel"), x, y).note == ""
+    assert attack(fgsm, v, Linf(0.031, space="encoded"), x, y).note == ""  # a code has no levels
+
+
+def test_the_published_evaluation_is_no_attack_on_a_problem(snn):
+    _, v, x, y = snn
+    with pytest.raises(ValueError, match="expected an attack of a problem and its streams"):
+        attack(authors, v, Linf(8 / 255, space="pixel"), x, y)
+
+
+def test_what_a_random_victim_draws_is_that_of_the_call(snn):
+    net, _, x, y = snn
+    v = victim(net, poisson(steps=4, seed=1))
+    ball = Linf(8 / 255, space="pixel")
+
+    def fallen(**more):
+        return attack(fgsm, v, ball, x, y, eot=1, votes=1, **more).robust
+
+    first = fallen()
+    v.scores(x)  # draws on
+    assert fallen() == first
+    assert len({fallen(seed=s) for s in range(8)}) > 1
+
+
+def test_autocast_around_an_attack_decides_nothing(snn):
+    _, v, x, y = snn
+    ball = Linf(8 / 255, space="pixel")
+    plain = attack(pgd, v, ball, x, y, keep=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = attack(pgd, v, ball, x, y, keep=True)
+        assert v.logits(v.encode(x)).dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")  # it was on
+    assert torch.equal(cast.adversarial, plain.adversarial) and cast.robust == plain.robust
+
+
+def test_images_that_are_normalised_by_their_batch_stay_in_it_and_it_is_told(snn):
+    net, _, x, y = snn
+    net = copy.deepcopy(net)
+    norm = net.layer1[0].bn1
+    norm.running_mean = norm.running_var = None
+    v = victim(net, phase(steps=4), name="mixed")
+    run = attack(pgd, v, Linf(8 / 255, space="pixel"), x, y, keep=True)
+    assert (
+        run.note == "layer1.0.bn1 keeps no running statistics, so that the images of a batch of 64 decide of each other"
+    )
+    again = attack(pgd, v, Linf(8 / 255, space="pixel"), x, y, drop=False, keep=True)
+    assert run.robust == again.robust and torch.equal(run.adversarial, again.adversarial)

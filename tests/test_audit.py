@@ -32,7 +32,8 @@ from sparsetrail.cli import main
 from sparsetrail.core import L0, L2, Audit, Finding, Linf, Rate, Run, Streams, Victim, margin
 from sparsetrail.data import load as load_images
 from sparsetrail.data import pixels, take
-from sparsetrail.recipes.audits import Cells, sentence, verify_again
+from sparsetrail.recipes.audits import sentence, verify_again
+from sparsetrail.recipes.cells import Cells
 from sparsetrail.recipes.measure import Bench
 from sparsetrail.recipes.targets import target_at
 from sparsetrail.report import audits, unpack
@@ -244,7 +245,7 @@ def test_parts_are_not_taken_from_another_victim_or_threat(snn, tmp_path, brief)
     audit(v, threat, x, y, budget="quick", store=store, identity="b")
     assert count < more < len(list(tmp_path.glob("*.json")))
     next(iter(tmp_path.glob("*.json"))).write_text("{}")
-    with pytest.raises(ValueError, match="expected a part of an audit"):
+    with pytest.raises(ValueError, match="expected a cell"):
         audit(v, threat, x, y, budget="quick", store=store, identity="a")
         audit(v, threat, x, y, budget="quick", store=store, identity="b")
         audit(v, Linf(2 / 255, space="pixel"), x, y, budget="quick", store=store, identity="a")
@@ -369,8 +370,8 @@ def made(n):
     (1000, 900, 11, "warn", "fail", False),  # of 900 left to it no sign of a masked gradient
     (1000, 900, 50, "warn", "fail", False),
     (1000, 900, 51, "fail", "fail", False),
-    (1000, 20, 7, "pass", "warn", False),
-    (1000, 20, 8, "pass", "warn", True),  # of 20 left surely more than a fifth
+    (1000, 20, 8, "pass", "warn", False),
+    (1000, 20, 9, "pass", "warn", True),  # of 20 left surely more than a fifth
     (1000, 60, 60, "fail", "fail", True),
     (1000, 3, 3, "pass", "warn", True),
     (1000, 2, 2, "pass", "pass", False),  # two are chance
@@ -534,9 +535,10 @@ def test_a_random_victim_whose_adversarials_mostly_do_not_hold_is_not_sound(brie
     found, points = audit(noisy, Linf(EPS, space="pixel"), x, y, budget="quick", eot=1, fresh=lambda: robust)
     s6 = next(f for f in found.findings if f.id == "S6")
     assert s6.level == "fail" and found.verdict == "inconclusive" and not points
-    held = dict.fromkeys(range(4), "not adversarial")
-    assert wavers(noisy, held, 8) and not wavers(noisy, held, 4) and not wavers(v, held, 8) and not wavers(noisy, {}, 8)
-    assert not wavers(noisy, held | {5: "outside ball or box"}, 80)
+    held = dict.fromkeys(range(6), "not adversarial")
+    assert wavers(noisy, held, 12) and not wavers(noisy, held, 6) and not wavers(v, held, 12)
+    assert not wavers(noisy, {}, 8)
+    assert not wavers(noisy, held | {6: "outside ball or box"}, 80)
     far = {0: x[0] - 60 / 255}
     assert verify(noisy, Linf(EPS, space="pixel"), x, y, far) == {0: "outside ball or box"}
 
@@ -614,12 +616,12 @@ def test_images_labels_and_codebooks_that_do_not_fit_are_refused(snn):
     ball = Linf(EPS, space="pixel")
     for images, match in (
         (255 * x, "divide 8-bit images by 255"),
-        (2 * x - 1, "got torch.float32 in -1"),
+        (2 * x - 1, "0..1, got -1"),
         (x.double(), "expected float32 pixels"),
     ):
         with pytest.raises(ValueError, match=match):
             audit(v, ball, images, y)
-    with pytest.raises(ValueError, match=r"labels: expected the class of every image \[n\], got \(12, 10\)"):
+    with pytest.raises(ValueError, match=r"labels \[n\], n > 0, got .* and \(12, 10\)"):
         audit(v, ball, x, torch.nn.functional.one_hot(y, 10))
     book = v.codebook
     for wrong in (book.flip(1), book.flip(0), book[:, :2]):
@@ -660,7 +662,7 @@ def test_settings_that_audit_nothing_are_refused(snn):
     pixel = Linf(EPS, space="pixel")
     for knobs, text in (
         ({"batch": 0}, "one image a batch"), ({"eot": 0}, "one gradient a step"), ({"minutes": -1.0}, "0 or more"),
-        ({"indices": [1]}, "a place each"), ({"guides": [replace(v, classes=5)]}, "cannot lead"),
+        ({"indices": [1]}, "indices: expected one an image"), ({"guides": [replace(v, classes=5)]}, "cannot lead"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             audit(v, pixel, x, y, budget="quick", **knobs)
@@ -853,8 +855,7 @@ def test_means_over_images_do_not_depend_on_the_batch():
             assert run.zero_gradient == pytest.approx(whole.zero_gradient, abs=1e-6)
             assert run.trace == pytest.approx(whole.trace, abs=1e-5)
         one, whole = join([play(i, i + batch) for i in range(0, 33, batch)]), play()
-        assert one.zero_gradient == pytest.approx(whole.zero_gradient, abs=1e-6)
-        assert one.trace == pytest.approx(whole.trace, abs=1e-5)
+        assert one.zero_gradient == pytest.approx(whole.zero_gradient, abs=1e-6) and one.trace == ()
         net = torch.nn.Sequential()
         net.forward = v.logits
         fast, _ = authors(net, lambda x: x[None], x, y, batch=batch)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from frauds import bent, case, honest
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binom, binomtest, spearmanr
 from torch import nn
 
 from sparsetrail.attacks import attack, pgd
 from sparsetrail.checks import CHECKS, Case, sanity, validity
-from sparsetrail.checks.chance import at_chance, at_least, discordant, sign_test, spearman
+from sparsetrail.checks.chance import at_chance, discordant, sign_test, spearman, surely_over, surely_under
 from sparsetrail.core import L0, L2, Linf, Route, Victim
 from sparsetrail.snn.graphs import Scores
 
@@ -88,10 +88,21 @@ def test_rank_correlation_with_ties():
     assert spearman(torch.zeros(1, 5), torch.rand(1, 5)).tolist() == [0.0]
 
 
-def test_discordant_and_lower_end():
+def test_discordant():
     a, b = torch.tensor([True, True, False, True]), torch.tensor([False, True, True, False])
     assert discordant(a, b) == (2, 1)
-    assert at_least(0, 50) == 0.0 and 0.02 < at_least(3, 48) < 0.03
+
+
+@pytest.mark.parametrize("share", [0.005, 0.01, 0.05, 0.1, 0.2, 0.5])
+def test_no_sample_however_small_is_surely_over_or_under_a_share_more_often_than_once_in_forty(share):
+    for n in (1, 2, 3, 5, 17, 32, 35, 128, 1000):
+        over = [k for k in range(n + 1) if surely_over(k, n, share)]
+        under = [k for k in range(n + 1) if surely_under(k, n, share)]
+        assert sum(binom.pmf(over, n, share)) < 0.025 and sum(binom.pmf(under, n, share)) < 0.025
+        for k in {0, 1, n // 2, n - 1, n}:
+            low, high = binomtest(k, n).proportion_ci(0.95, method="exact")  # Clopper and Pearson
+            assert surely_over(k, n, share) == (low > share) and surely_under(k, n, share) == (high < share)
+    assert not surely_over(1, 17, 0.01) and surely_over(5, 128, 0.01) and not surely_over(0, 0, 0.5)
 
 
 def linear(**changes) -> Victim:
@@ -313,13 +324,15 @@ def stood(left: int, **more):
     ("C6", 4, 8, "pass"),  # four of four are chance
     ("C6", 14, 4, "pass"),
     ("C5", 14, 14, "pass"),
-    ("C5", 14, 13, "warn"),
-    ("C5", 14, 11, "warn"),
-    ("C5", 14, 10, "fail"),
+    ("C5", 14, 13, "pass"),  # one image is chance
+    ("C5", 14, 12, "warn"),
+    ("C5", 14, 10, "warn"),
+    ("C5", 14, 9, "fail"),
     ("C5", 10, 14, "pass"),
     ("C7", 14, 13, "pass"),
     ("C7", 14, 12, "warn"),
-    ("C7", 14, 10, "fail"),
+    ("C7", 14, 10, "warn"),
+    ("C7", 14, 9, "fail"),
     ("C7", 10, 14, "pass"),
 ])  # fmt: skip
 def test_more_of_an_attack_is_held_against_less_of_it(id, less, more, level, monkeypatch):
@@ -329,10 +342,11 @@ def test_more_of_an_attack_is_held_against_less_of_it(id, less, more, level, mon
     found = CHECKS[id](Case(linear(), Linf(0.1, space="pixel"), *sample()))
     assert found.level == level and found.value == ((more - less) if id == "C6" else max(0, less - more)) / 24
     wavers = CHECKS[id](Case(linear(random=True), Linf(0.1, space="pixel"), *sample()))
-    assert wavers.level == (level if id == "C6" else "pass")  # up to four images may be the wavering of a random victim
+    sure = id == "C6" or less - more >= 5  # up to four images may be the wavering of a random victim
+    assert wavers.level == (level if sure else "pass")
 
 
-@pytest.mark.parametrize("count, level", [(0, "pass"), (3, "pass"), (4, "warn"), (24, "warn")])
+@pytest.mark.parametrize("count, level", [(0, "pass"), (4, "pass"), (5, "warn"), (24, "warn")])
 def test_images_fooled_on_the_way_only_are_reported(count, level, monkeypatch):
     monkeypatch.setattr(Case, "pgd", lambda self, *, drop: None if drop else stood(0, silent=count))
     found = CHECKS["C8"](Case(linear(), Linf(0.1, space="pixel"), *sample()))
@@ -353,7 +367,7 @@ def test_an_image_fooled_on_the_way_and_not_at_the_end_counts_as_silent(drop):
     run = attack(leaves, linear(), Linf(0.05, space="pixel"), x, y, drop=drop)
     fell = ~torch.tensor(run.robust)
     assert 0 < int(fell.sum()) < 24 and 0 < int((fell & back).sum()) < int(fell.sum())
-    assert run.silent == (0 if drop else int((fell & back).sum()))
+    assert run.silent == (None if drop else int((fell & back).sum()))
 
 
 @pytest.mark.parametrize(

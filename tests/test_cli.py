@@ -215,7 +215,9 @@ def test_what_a_python_file_cannot_have_is_refused(tmp_path, monkeypatch, capsys
     (tmp_path / "mine.py").write_text(MINE)
     ok, on = ("--eps", "8/255", "--space", "pixel", "--n", "10"), ("--data", "fashion-mnist-slice")
     mine = "mine.py:mine"
+    half = ("--eps", "0.5/255", "--space", "pixel", "--n", "10")
     for argv, words in (
+        (("attack", mine, *half, *on), "less than one grey level (0.5 of one)"),
         (("attack", mine, *ok), "--data: expected the image set to put a foreign victim to"),
         (("attack", mine, *ok, *on, "--precision", "bf16"), "--precision: expected a model of ours for it"),
         (("attack", mine, *ok, *on, "--encoder-gradient", "secant"), "--encoder-gradient: expected a model of ours"),
@@ -287,11 +289,13 @@ def test_refused_input_exits_4_and_says_the_fix(model, tmp_path, capsys):
                 "c",
                 "--seeds",
                 2,
+                "--weight-decay",
+                1e-3,
                 "--out",
                 tmp_path / "t",
                 "--fresh",
             ),
-            "leave --scale, --rows, --datasets, --n, --models, --seeds, --out, --fresh out",
+            "leave --scale, --rows, --datasets, --n, --models, --seeds, --weight-decay, --out, --fresh out",
         ),
         *(
             (

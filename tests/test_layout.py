@@ -108,6 +108,14 @@ print(attack(fgsm, v, Linf(8/255, space="pixel"), x, torch.tensor([0, 1])).n)
     assert out.stdout.strip() == "2", out.stderr
 
 
+def test_public_names_are_listed_before_they_are_used():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sparsetrail as st; print(*dir(st))"], capture_output=True, text=True
+    )
+    assert set(sparsetrail.__all__) <= set(done.stdout.split())
+    assert (Path(sparsetrail.__file__).parent / "py.typed").exists()
+
+
 def test_public_names_stay_functions_whatever_is_imported_first():
     code = """
 import sparsetrail.cli.verbs, sparsetrail.training, sparsetrail.trails, sparsetrail as st

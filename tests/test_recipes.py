@@ -13,7 +13,7 @@ from sparsetrail.auditing import run as auditing
 from sparsetrail.cli import attacks, main
 from sparsetrail.core import L2, Audit, Linf, Rate, Report, Run
 from sparsetrail.models import compact, load_model
-from sparsetrail.recipes import audits, measure, paper, systems
+from sparsetrail.recipes import audits, cells, measure, paper, systems
 from sparsetrail.recipes.notes import caveats
 from sparsetrail.recipes.quick import QuickSpec, quick
 from sparsetrail.recipes.rows import net_spec
@@ -96,7 +96,7 @@ def test_a_changed_setting_is_a_new_cell_and_a_foreign_cell_is_refused(done, mon
     measure.strike(bench, ours(model, "m"), "pgd", pixel, subset, steps=2)
     assert count() == at + 1  # other code
     monkeypatch.undo()
-    points = measure.adversarial(bench, runs[0], model, subset)
+    points = measure.strike(bench, ours(model, "m"), "pgd", pixel, subset, steps=2).adversarial  # of the kept cell
     assert points is not None and pixel.contains(points, data.pixels(subset.images), 0).all()
     encoded = Linf(8 / 255, space="encoded")
     (cell,) = (p for p in (out / "cells").glob("*.json") if '"eps": 0.03' in (t := p.read_text()) and "encoded" in t)
@@ -119,10 +119,11 @@ def test_a_report_names_the_other_versions_that_made_what_it_kept(tmp_path, monk
     strike = lambda steps: measure.strike(  # noqa: E731
         bench, ours(model, "m"), "pgd", Linf(8 / 255, space="pixel"), subset, steps=steps
     )
-    monkeypatch.setattr(measure, "version", lambda: "1 at abc")
+    now = lambda name: [monkeypatch.setattr(m, "version", lambda: name) for m in (cells, measure)]  # noqa: E731
+    now("1 at abc")
     first = strike(4)
     assert told() is None and strike(4) == first and told() is None
-    monkeypatch.setattr(measure, "version", lambda: "1 at def")
+    now("1 at def")
     bench = replace(bench, kept=set())
     strike(5)
     assert told() is None and strike(4) == first and told() == "1 at abc"
@@ -131,7 +132,7 @@ def test_a_report_names_the_other_versions_that_made_what_it_kept(tmp_path, monk
         cell.write_text(json.dumps({k: held[k] for k in ("spec", "result")}))  # as older ones are
     bench = replace(bench, kept=set())
     strike(5)
-    assert told() == f"{measure.__version__}, commit not noted"
+    assert told() == f"{cells.__version__}, commit not noted"
 
 
 @pytest.fixture
@@ -357,7 +358,7 @@ def test_hire_is_attacked_at_its_own_radius_too_and_random_codes_on_fewer_images
     monkeypatch.setattr(paper, "strike", strike)
     monkeypatch.setattr(paper.audits, "run", lambda *a, **k: (replace(EMPTY), []))
     test_set = paper.load("cifar10")
-    few, sizes = data.take(test_set, 20, seed=0), {"width": 0.0625, "steps": 4}
+    few, sizes = data.take(paper.load("cifar10", "train"), 20, seed=0), {"width": 0.0625, "steps": 4}
     hire = systems.train_system(
         fake_cifar, "hire_vgg11", few, epochs=1, twin_epochs=1, calibrate=40, batch=16, **sizes
     )  # fmt: skip

@@ -734,8 +734,10 @@ def test_what_cannot_be_measured_is_refused_first():
     for change, words in (
         ({"batch": 0}, "batch: expected at least 1 image, got 0"),
         ({"mode": "test"}, "mode: expected eval or train, got 'test'"),
-        ({"y": y[:3]}, "y: expected a label for each of at least 1 image, got 4 images and"),
-        ({"x": x[:0], "y": y[:0]}, "at least 1 image, got 0 images"),
+        ({"y": y[:3]}, r"labels \[n\], n > 0, got \(4, .*\) and \(3,\)"),
+        ({"x": x[:0], "y": y[:0]}, "n > 0, got"),
+        ({"y": y + 99}, "labels: expected 0..2, got 99"),
+        ({"victim": v.module}, "expected a Victim, got"),
     ):
         with pytest.raises(ValueError, match=words):
             inspect.unwrap(trail)(**({"victim": v, "x": x, "y": y} | change))

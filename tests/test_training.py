@@ -73,6 +73,7 @@ def test_it_learns_and_writes_what_it_promises(images, finished):
     assert card["data"]["sha256"] == images.sha256 and card["train"]["seed"] == 3407 and card["net"]["width"] == 0.125
     assert card["validation"]["n"] == 32 and "held-out" in card["chosen_by"]
     assert not finished.net.training
+    assert load_model(out / "last.safetensors").card["chosen_by"] == "last epoch"
 
 
 def test_the_loss_falls(images, tmp_path):
@@ -397,6 +398,25 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
 def test_a_second_process_in_the_folder_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="another process is training here"):
         train(NET, ENCODE, images, SPEC, tmp_path / "r", stop=lambda: train(NET, ENCODE, images, SPEC, tmp_path / "r"))
+
+
+def test_a_folder_that_cannot_be_locked_is_told_as_that(images, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(ValueError, match="found No locks available; give an --out on a local disk"):
+        train(NET, ENCODE, images, SPEC, tmp_path / "r")
+
+
+def test_nobody_trains_on_the_test_split(images, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"expected images to train on, got the test split of .*load\(\.\.\., \"train\"\)"
+    ):
+        train(NET, ENCODE, replace(images, split="test"), SPEC, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_the_snapshot_itself_is_asked_what_experiment_it_is_of(images, tmp_path, monkeypatch):

@@ -38,9 +38,14 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(f.fileno()), os.stat(folder / ".lock")):
-                raise OSError("moved away meanwhile")
-        except OSError:
+                raise BlockingIOError("moved away meanwhile")
+        except (BlockingIOError, FileNotFoundError):
             raise ValueError(
                 f"{folder}: another process is training here; wait for it, or give another --out"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"{folder}: expected a folder that can be locked against a second training, found "
+                f"{error.strerror or error}; give an --out on a local disk"
             ) from None
         yield

@@ -155,6 +155,11 @@ class _Swapped(nn.Module):
         return heaviside(x, self.surrogate)
 
 
+def _called(surrogate: Any) -> str:
+    width = getattr(surrogate, "alpha", None)
+    return type(surrogate).__name__.lower() + ("" if width is None else f"({width:g})")
+
+
 def spikingjelly(
     net: nn.Module, encode: Callable[[Tensor], Tensor], *, classes: int, name: str = "victim", **more: Any
 ) -> Victim:
@@ -167,7 +172,7 @@ def spikingjelly(
         raise ValueError(
             f"{name}: expected neurons with a surrogate_function, as SpikingJelly's, none found; take stateful"
         )
-    kinds = sorted({f"{type(f).__name__.lower()}({getattr(f, 'alpha', 1):g})" for f in found})
+    kinds = sorted({_called(f) for f in found})
     own = stateful(net, encode, classes=classes, name=name, route=f"BPTT {' + '.join(kinds)}", **more)
 
     def rewire(route: Route) -> Victim:

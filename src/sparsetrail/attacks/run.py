@@ -1,5 +1,6 @@
 """Let an attack play, batch by batch, then judge what it found; its own word counts for nothing."""
 
+import hashlib
 import inspect
 import math
 import numbers
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sparsetrail.core import Guide, Problem, Route, Run, Streams, Threat, Victim, correct, grey, margin
+from sparsetrail.core.inputs import refuse_images, refuse_threat
 from sparsetrail.core.precision import in_full
 from sparsetrail.core.problem import enough
-from sparsetrail.core.victim import refuse_train_mode
+from sparsetrail.core.victim import normalised_by_batch, refuse_train_mode
 
 Attack = Callable[..., None]
 COUNTS = ("steps", "restarts", "draws", "queries", "targets", "samples", "first")
@@ -54,20 +56,25 @@ def attack(
     draws noise and one of any other; points of a victim that draws noise are judged by the majority of `votes` fresh
     draws.
 
-    `drop` leaves out images as soon as they are fooled; the result is the same, faster. In pixel space, where `x` are
-    images of 256 grey levels, the victim is shown none but such: points are rounded to them. `keep` stores the
-    adversarial points, on the CPU. `indices` are the places of the images in their data set: random streams are keyed
-    by them. `say(done, n)` is called at the start and after every batch, `stop()` asked before it (KeyboardInterrupt
-    follows). The result does not depend on `batch`, up to float rounding of the matrix products. Bad input is refused
-    before anything runs, and the images given are never written to.
+    `drop` leaves out images as soon as they are fooled: the same images fall, faster, and what is said of gradients is
+    said of those that still stand. In pixel space, where `x` are images of 256 grey levels, the victim is shown none
+    but such: points are rounded to them, and a radius holds whole levels. `keep` stores the adversarial points, on the
+    CPU. `indices` are the places of the images in their data set: random streams are keyed by them, and what a victim
+    that draws noise and can be reseeded draws is keyed by the first of a batch. `say(done, n)` is called at the start
+    and after every batch, `stop()` asked before it (KeyboardInterrupt follows). Which images fall does not depend on
+    `batch`, up to float rounding of the matrix products, unless the victim draws noise; what is counted of calls and
+    gradients does. Bad input is refused before anything runs, and the images given are never written to.
     """
-    _refuse(victim, x, y)
+    _refuse(fn, victim, threat, x, y)
+    indices = None if indices is None else tuple(indices.tolist() if hasattr(indices, "tolist") else indices)
     knobs = _settled(fn, knobs, threat)
     eot = samples(victim) if eot is None else eot
     _refuse_counts(len(y), batch=batch, eot=eot, votes=votes, seed=seed, indices=indices)
     _refuse_guide(victim, threat, route, guide)
     guides, path = _guides(victim, threat, route, guide)
+    grid = on_grey_levels(threat, x)
     votes = votes if victim.random else 1
+    mixed = normalised_by_batch(victim.module)
     match = _Match(
         fn=fn,
         knobs=knobs,
@@ -75,8 +82,8 @@ def attack(
         threat=threat,
         guides=guides,
         codebook=(guide or victim).codebook,  # of the code whose gradient is followed
-        grid=threat.space == "pixel" and threat.box == (0.0, 1.0) and bool(grey(x).all()),
-        drop=drop and not victim.random and victim.mode == "eval",  # exact only if one call decides, each image alone
+        grid=grid,
+        drop=drop and not victim.random and victim.mode == "eval" and not mixed,  # one call decides, each image alone
         eot=eot,
         votes=votes,
         seed=seed,
@@ -90,10 +97,21 @@ def attack(
         if stop is not None and stop():
             raise KeyboardInterrupt
         some = slice(i, i + batch)
+        if victim.reseed is not None:  # what it draws is that of this call, whatever was asked of it before
+            victim.reseed(_key(f"{_name(fn)} {path} {seed} {places[i]}"))
         played.append(match.play(x[some].clone(), y[some].long(), places[some], keep=keep))
     if say is not None:
         say(len(y), len(y))
     starts = range(0, len(y), batch)
+    notes = [
+        f"random victim: mean of {eot} gradients a step, points judged by the majority of {votes} fresh draws"
+        if victim.random
+        else "",
+        f"{mixed} keeps no running statistics, so that the images of a batch of {batch} decide of each other"
+        if mixed
+        else "",
+        f"images of 256 grey levels: the radius holds {threat.levels}" if grid and threat.between_levels else "",
+    ]
     zero = [part for p in played for part in p.zero]
     return Run(
         attack=_name(fn),
@@ -114,11 +132,9 @@ def attack(
         nonfinite=sum(p.nonfinite for p in played),
         trace=mean_trace([p.trace for p in played]),
         seconds=time.perf_counter() - started,
-        note=f"random victim: mean of {eot} gradients a step, points judged by the majority of {votes} fresh draws"
-        if victim.random
-        else "",
-        indices=None if indices is None else tuple(places),
-        silent=sum(p.silent for p in played),
+        note="; ".join(filter(None, notes)),
+        indices=indices,
+        silent=None if match.drop else sum(p.silent for p in played),
         eot=eot,
         votes=votes,
         tied=tuple(i + row for i, p in zip(starts, played, strict=True) for row in p.tied),
@@ -238,15 +254,18 @@ def _settled(fn: Attack, given: Mapping[str, Any], threat: Threat) -> dict[str, 
     try:
         inspect.signature(fn).bind(None, None, **knobs)
     except TypeError as error:
-        raise ValueError(f"{_name(fn)}: {error}; expected settings {', '.join(settings(fn)) or 'none'}") from None
+        raise ValueError(
+            f"{_name(fn)}: {error}; expected an attack of a problem and its streams, with settings "
+            f"{', '.join(settings(fn)) or 'none'}"
+        ) from None
     if getattr(fn, "__module__", "").startswith("sparsetrail."):  # somebody's own attack knows its settings itself
         check_settings(_name(fn), knobs, still=threat.eps == 0)
     return knobs
 
 
-def _refuse_counts(n: int, *, seed: int, indices: Sequence[int] | None, **counts: int) -> None:
+def _refuse_counts(n: int, *, seed: int, indices: Sequence[int] | None, **counts: Any) -> None:
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {count!r}")
     if indices is not None and len(indices) != n:
         raise ValueError(f"indices: expected one an image ({n}), got {len(indices)}")
@@ -337,6 +356,22 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
+def on_grey_levels(threat: Threat, x: Tensor) -> bool:
+    """Whether points are rounded to 256 grey levels, as all images `x` are; ValueError for a radius below one level."""
+    if threat.space != "pixel" or threat.box != (0.0, 1.0) or not bool(grey(x).all()):
+        return False
+    if threat.norm != "l0" and threat.eps > 0 and threat.levels < 1:
+        raise ValueError(
+            f"eps: less than one grey level ({255 * threat.eps:.3g} of one) holds no other 8-bit image; expected at "
+            "least 1/255"
+        )
+    return True
+
+
+def _key(words: str) -> int:
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big")
+
+
 def _name(fn: Attack) -> str:
     return getattr(fn, "__name__", str(fn))
 
@@ -357,20 +392,10 @@ def _mean(parts: Sequence[tuple[float, int]]) -> float:
     return sum(mean * count for mean, count in parts) / sum(count for _, count in parts)
 
 
-def _refuse(victim: Victim, x: Tensor, y: Tensor) -> None:
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        raise ValueError(f"expected images and labels as tensors, got {type(x).__name__} and {type(y).__name__}")
-    if x.device != y.device:
-        raise ValueError(f"expected images and labels on one device, got {x.device} and {y.device}; move the labels")
+def _refuse(fn: Any, victim: Any, threat: Any, x: Any, y: Any) -> None:
+    if not callable(fn):
+        raise ValueError(f"expected an attack as a function, such as sparsetrail.pgd, got {fn!r}")
+    refuse_images(victim, x, y)
+    refuse_threat(threat)
     if victim.mode == "eval":
         refuse_train_mode(victim.module, victim.name, parts=not victim.random)  # dropout left on is a victim's noise
-    if x.ndim < 2 or len(x) == 0 or y.shape != x.shape[:1]:
-        raise ValueError(f"expected images [n c h w] and labels [n], n > 0, got {tuple(x.shape)} and {tuple(y.shape)}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"images: expected float32 pixels in 0..1, got {x.dtype}; divide uint8 images by 255")
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError("images: expected finite pixels in 0..1, found others; divide 8-bit images by 255")
-    if y.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise ValueError(f"labels: expected whole numbers, the class of every image, got {y.dtype}; use y.long()")
-    if int(y.min()) < 0 or int(y.max()) >= victim.classes:
-        raise ValueError(f"labels: expected 0..{victim.classes - 1}, got {int(y.min())}..{int(y.max())}")

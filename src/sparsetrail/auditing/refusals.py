@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from sparsetrail.attacks import attack
+from sparsetrail.attacks.run import on_grey_levels
 from sparsetrail.auditing.work import SAMPLE
 from sparsetrail.core import Problem, Streams, Threat, Victim, grey
+from sparsetrail.core.inputs import refuse_images as of_victim
+from sparsetrail.core.inputs import refuse_threat
 
 
 def refuse(
@@ -39,23 +42,12 @@ def refuse(
 
 def refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices: tuple[int, ...]) -> None:
     """ValueError for images, labels, places, codebooks and radii that do not fit a victim and a threat."""
-    for what, t in (("images", x), ("labels", y)):
-        if not isinstance(t, Tensor):
-            raise ValueError(f"{what}: expected a tensor, got {type(t).__name__}; use torch.as_tensor")
-    if x.device != y.device:
-        raise ValueError(f"expected images and labels on one device, got {x.device} and {y.device}; move the labels")
-    if x.dtype != torch.float32 or not bool(((x >= 0) & (x <= 1)).all()):
-        ends = f"{float(x.min()):.3g}..{float(x.max()):.3g}" if x.numel() else "none"
-        raise ValueError(
-            f"images: expected float32 pixels in 0..1, got {x.dtype} in {ends}; divide 8-bit images by 255, and put "
-            "mean and standard deviation into encode or logits"
-        )
-    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"labels: expected the class of every image [n], got {tuple(y.shape)} of {y.dtype}")
-    if len(x) != len(y) or len(y) == 0 or len(indices) != len(y):
-        raise ValueError(f"expected images with a label and a place each, got {len(x)}, {len(y)} and {len(indices)}")
-    if int(y.min()) < 0 or int(y.max()) >= victim.classes:
-        raise ValueError(f"labels: expected 0..{victim.classes - 1}, got {int(y.min())}..{int(y.max())}")
+    of_victim(victim, x, y)
+    refuse_threat(threat)
+    if x.dtype != torch.float32:
+        raise ValueError(f"images: expected float32 pixels in 0..1, got {x.dtype}; use x.float()")
+    if len(indices) != len(y):
+        raise ValueError(f"indices: expected one an image ({len(y)}), got {len(indices)}")
     _refuse_codebook(victim, x)
     refuse_flips(victim, threat, x)
     if threat.space != "pixel" or threat.box != (0.0, 1.0):
@@ -65,8 +57,7 @@ def refuse_images(victim: Victim, threat: Threat, x: Tensor, y: Tensor, indices:
         raise ValueError(
             f"expected all images on 256 grey levels or none, got {int(on.sum())} of {len(on)}; round them"
         )
-    if bool(on.all()) and threat.norm == "linf" and 255 * threat.eps < 1 - 1e-4:
-        raise ValueError(f"eps: less than one grey level ({255 * threat.eps:.3g} of one) holds no other 8-bit image")
+    on_grey_levels(threat, x)
 
 
 def refuse_flips(victim: Victim, threat: Threat, x: Tensor) -> None:

@@ -19,6 +19,7 @@ from sparsetrail.auditing.refusals import refuse, refuse_guides, refuse_images
 from sparsetrail.auditing.verdict import battery_findings, judge, sample_size
 from sparsetrail.auditing.work import SAMPLE, Forgetful, Store, Work, fingerprint
 from sparsetrail.checks import CHECKS
+from sparsetrail.checks.chance import surely_over
 from sparsetrail.core import Audit, Finding, Rate, Threat, Victim
 from sparsetrail.core.precision import in_full
 
@@ -80,10 +81,13 @@ def audit(
     stages = battery(victim, threat, budget, guides=guides, gradient=reaches, code=code)
     if broken:  # what is measured on a broken evaluation is worth nothing: the default attack shows what was claimed
         stages = stages[:1]
-    if [(f.id, f.value) for f in broken] == [("S9", victim.classes)]:  # but decisions alone can be attacked as such
+    if [(f.id, f.value) for f in broken] == [
+        ("S9", victim.classes)
+    ]:  # all scores are there: decisions, attacked as such
         blind = battery(victim, threat, budget, guides=guides, gradient=False)
         stages += [s for s in blind if s not in stages and s.attack not in ("square", "spsa")]
     ledger, complete = work.play(stages, deadline)
+    held = work.verify(ledger, (fresh or (lambda: victim))())  # what is taken back counts for nobody below
     if not broken:
         for name in (c for c in CHECKS if c.startswith("C") and c not in WHOLE):
             if time.monotonic() > deadline:
@@ -93,7 +97,7 @@ def audit(
         findings += battery_findings(ledger.broken_by, ledger.runs, stages)
         findings.append(_control(work, control, budget))
     findings.append(work.forgets(fresh))
-    findings += work.verify(ledger, (fresh or (lambda: victim))())
+    findings += held
     findings.append(sample_size(len(y)))
     default = ledger.default
     verdict, why = judge(findings, default, ledger.standing, ledger.clean, claim, complete, budget, ledger.tied)
@@ -146,7 +150,7 @@ def _control(work: Work, control: Victim | None, budget: Budget) -> Finding:
     other.x, other.y, other.indices = work.x[:k], work.y[:k], work.indices[:k]
     ledger, _ = other.play(stages, math.inf)
     left = Rate(sum(ledger.standing), len(ledger.standing))
-    weak = left.interval()[0] > 0.05
+    weak = surely_over(left.k, left.n, 0.05)
     return Finding(
         id="C18", name=name, level="warn" if weak else "pass", value=left.value, limit=limit,
         evidence=f"{control.name} keeps {left}",

@@ -3,15 +3,15 @@
 from collections.abc import Collection, Sequence
 
 from sparsetrail.auditing.battery import Budget, Kind, Stage
-from sparsetrail.checks.chance import at_chance
+from sparsetrail.checks.chance import ALONE, at_chance, surely_over
 from sparsetrail.core import Finding, Rate, Run
 from sparsetrail.core.results import Verdict
 
 NOT_RUN = "not run: nothing stood, nothing of the kind was given, or this victim does not allow it"
 NO_GRADIENT = "no attack by a gradient came before it"
 FOLLOW = ("S1", "S6", "S7")  # fail where scores change by themselves: what makes them do so is named first
-ALONE = 3  # one or two images are chance, whatever share of a small sample they are
 BLIND = 0.2  # share of the images left by the gradient attacks; honest small SNNs were measured at 0.06 to 0.16
+FELL = 5  # images that the battery took of those the default attack left; fewer say nothing of that attack
 FEW = 100  # images below which nothing is concluded
 NOT_ANEW = "no victim made anew was given"
 
@@ -51,7 +51,7 @@ def judge(
         )
     if claim is None:
         lost = sum(a and not b for a, b in zip(default, worst, strict=True))
-        if lost / n > 0.01 and 0.5**lost < 0.05:  # every discordant image fell: exact one-sided sign test
+        if lost / n > 0.01 and lost >= FELL:
             return "overstated", f"the default attack is too weak: the worst case, {now}, is {fell}"
     elif now.value < claim - 0.01 and at_chance(n - now.k, n, 1 - claim) < 0.05:
         return "overstated", f"{100 * claim:.1f} % were claimed, the worst case is {now}"
@@ -112,8 +112,8 @@ def battery_findings(broken_by: Sequence[str | None], runs: Sequence[Run], stage
         if not sizes or (kind != "route" and not led & set(made[: made.index(kind)])):
             why = NO_GRADIENT if sizes else NOT_RUN
             return Finding(id=id, name=name, level="not applicable", value=None, limit="", evidence=why)
-        stood, share = Rate(fallen, sizes[0]), fallen / n
-        blind = hides and fallen >= ALONE and stood.interval()[0] > BLIND
+        share = fallen / n
+        blind = hides and fallen >= ALONE and surely_over(fallen, sizes[0], BLIND)
         level = "fail" if blind or (share > fail and fallen >= ALONE) else "warn" if share > warn else "pass"
         bound = f"; masking where it surely fools over {100 * BLIND:g} % of those left to it" if hides else ""
         return Finding(

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from sparsetrail import __version__
 from sparsetrail.attacks import ATTACKS, attack
-from sparsetrail.attacks.run import judged, mean_trace
+from sparsetrail.attacks.run import judged
 from sparsetrail.auditing.battery import Budget, Stage
 from sparsetrail.auditing.verdict import NOT_ANEW
 from sparsetrail.checks import CHECKS, Case
-from sparsetrail.checks.chance import at_least
+from sparsetrail.checks.chance import surely_over
 from sparsetrail.checks.sanity import apart, draws
 from sparsetrail.core import Finding, Run, Threat, Victim, correct, grey
 from sparsetrail.core.precision import in_full
@@ -157,8 +157,9 @@ class Work:
         checks = list(CHECKS)
         self.say("checks", checks.index(name), len(checks), name)
         found = self.kept(
-            self.key(check=name, images=self.indices[: SAMPLE[self.budget]]), Finding, lambda: CHECKS[name](self.case)
-        )
+            self.key(check=name, images=self.indices[: SAMPLE[self.budget]], batch=self.batch), Finding,
+            lambda: CHECKS[name](self.case),
+        )  # fmt: skip
         self.say("checks", checks.index(name) + 1, len(checks), f"{name}: {found.level}")
         return found
 
@@ -298,7 +299,7 @@ class Work:
             size = torch.maximum(a.abs(), b.abs()).nan_to_num().amax().clamp(min=1)
             slack = max(1e-4 * float(size), 10 * float((b - bit).abs().nan_to_num().max()))
             moved += int((~((a - b).abs().amax(1) <= slack) & a.isfinite().all(1)).sum())
-        fails = at_least(moved, case.n) > 0.05
+        fails = surely_over(moved, case.n, 0.05)
         return Finding(
             id="S3f", name=name, level="fail" if fails else "pass", value=float(moved), limit=limit,
             evidence=f"{moved} of {case.n} points at corners of the ball get other scores than from a victim made anew",
@@ -385,12 +386,12 @@ def join(parts: Sequence[Run]) -> Run:
         backwards=sum(p.backwards for p in parts),
         dead_examples=sum(p.dead_examples for p in parts),
         nonfinite=sum(p.nonfinite for p in parts),
-        silent=sum(p.silent for p in parts),
+        silent=None if any(p.silent is None for p in parts) else sum(p.silent or 0 for p in parts),
         tied=tuple(
             i + at for at, p in zip(accumulate((p.n for p in parts), initial=0), parts, strict=False) for i in p.tied
         ),
         zero_gradient=sum(z * n for z, n in zero) / sum(n for _, n in zero) if zero else None,
-        trace=mean_trace([[(m, sum(p.clean)) for m in p.trace] for p in parts if any(p.clean)]),
+        trace=(),  # of how many images each mean is, runs do not tell
         seconds=sum(p.seconds for p in parts),
         adversarial=torch.cat([p.adversarial for p in parts if p.adversarial is not None], axis)
         if first.adversarial is not None
@@ -431,4 +432,5 @@ def verify(
 
 def wavers(victim: Victim, bad: Mapping[int, str], shown: int) -> bool:
     """Are adversarials that do not hold votes of a victim that draws noise, which may turn, and surely not most?"""
-    return bool(bad) and victim.random and set(bad.values()) <= {"not adversarial"} and at_least(len(bad), shown) <= 0.5
+    most = surely_over(len(bad), shown, 0.5)
+    return bool(bad) and victim.random and set(bad.values()) <= {"not adversarial"} and not most

@@ -1,6 +1,6 @@
 """C: do attacks behave as attacks on an unmasked victim do? Each check runs small attacks of its own.
 
-Shares are judged by exact tests of discordant images or by Wilson intervals, so that a small sample accuses no one.
+Shares are judged by exact tests, of shares and of discordant images, so that a small sample accuses no one.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsetrail.attacks import codebook, fgsm, noise
 from sparsetrail.checks.case import Case, Outcome, Skip, check, climb, flags, graded
-from sparsetrail.checks.chance import at_chance, at_least, discordant, sign_test
+from sparsetrail.checks.chance import ALONE, at_chance, discordant, sign_test, surely_over
 from sparsetrail.core import Rate, Route, Run
 
 
@@ -123,10 +123,11 @@ def silent(case: Case) -> Outcome:
     This package keeps the best point, so its figures do not suffer; those of a last-point attack would.
     """
     run = case.pgd(drop=False)
+    assert run.silent is not None  # told where nobody leaves
     return Outcome(
-        graded(at_least(run.silent, run.n) > 0.05, False),
+        graded(surely_over(run.silent, run.n, 0.05), False),
         run.silent / run.n,
-        "lower end of the share 0.05",
+        "surely a share of 0.05",
         f"{run.silent} of {run.n} images were fooled on the way but not at the end of 20 steps",
         "keep the best point of the path; distrust figures of attacks that keep the last",
     )
@@ -150,11 +151,11 @@ def random_noise(case: Case) -> Outcome:
     held = torch.stack([flags(case.run(noise, draws=100, corners=c).robust) for c in (False, True)]).all(0)
     fooled, lost = discordant(standing, held)
     chance = case.victim.random and sign_test(fooled, lost) >= 0.05
-    low = 0.0 if chance else at_least(fooled, n)
+    warn, fail = (not chance and surely_over(fooled, n, share) for share in (0.05, 0.1))
     return Outcome(
-        graded(low > 0.05, low > 0.1),
+        graded(warn, fail and fooled >= ALONE),
         fooled / n,
-        "lower end of the share 0.05, 0.1",
+        f"surely a share of 0.05, 0.1 of at least {ALONE}",
         f"200 random points fool {fooled} of the {n} images that PGD left standing",
         "the gradient is worth less than chance: attack by scores, or by another gradient route",
     )
@@ -258,11 +259,11 @@ def _gain(case: Case, less: Run, more: Run, what: str, advice: str, warn: float)
     """Raised where more of an attack surely fools more."""
     new, lost = discordant(flags(less.robust), flags(more.robust))  # lost: only where a random victim wavers
     chance = case.victim.random and sign_test(new, lost) >= 0.05
-    low = 0.0 if chance else at_least(max(0, new - lost), case.n)
+    raised, fail = (not chance and surely_over(max(0, new - lost), case.n, share) for share in (warn, 0.05))
     return Outcome(
-        graded(low > warn, low > 0.05),
+        graded(raised, fail),
         new / case.n,
-        f"lower end of the share {warn:g}, 0.05",
+        f"surely a share of {warn:g}, 0.05",
         f"from {what}: {new} of {case.n} images more are fooled ({sum(less.robust)} to {sum(more.robust)})",
         advice,
     )

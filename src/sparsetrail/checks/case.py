@@ -180,10 +180,6 @@ class Case:
         """One row per image of the attacked tensor."""
         return u.movedim(self.axis, 0).flatten(1)
 
-    def like_rows(self, rows: Float[Tensor, "n d"], u: Tensor) -> Tensor:
-        """The inverse, shaped as `u`."""
-        return rows.view(u.movedim(self.axis, 0).shape).movedim(0, self.axis)
-
     @in_full
     def scores(self, u: Tensor) -> Float[Tensor, "n k"]:
         """Scores of any number of images, without a gradient; of a random victim the mean of ten draws."""

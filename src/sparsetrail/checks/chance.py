@@ -1,4 +1,4 @@
-"""What chance alone explains: exact sign test, lower and upper ends of a share, rank correlation."""
+"""What chance alone explains: exact tests of a share and of discordant images, rank correlation."""
 
 import math
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sparsetrail._shapes import Bool, Float
-from sparsetrail.core import Rate
+
+ALONE = 3  # one or two images are chance, whatever share of a small sample they are
 
 
 def sign_test(more: int, less: int) -> float:
@@ -34,14 +35,18 @@ def discordant(a: Bool[Tensor, " n"], b: Bool[Tensor, " n"]) -> tuple[int, int]:
     return int((a & ~b).sum()), int((b & ~a).sum())
 
 
-def at_least(k: int, n: int) -> float:
-    """Lower end of the 95 % Wilson interval of k of n."""
-    return Rate(k, n).interval()[0]
+def surely_over(k: int, n: int, share: float) -> bool:
+    """Whether k of n lie above `share` by more than chance: an exact one-sided test at 2.5 %.
+
+    So is the interval of Clopper & Pearson 1934, Biometrika 26:404. That of Wilson accuses too often where n or the
+    share is small: 1 of 17 would be surely over 1 %, which happens in one sample of six.
+    """
+    return at_chance(k, n, share) < 0.025
 
 
-def at_most(k: int, n: int) -> float:
-    """Upper end of the 95 % Wilson interval of k of n."""
-    return Rate(k, n).interval()[1]
+def surely_under(k: int, n: int, share: float) -> bool:
+    """Whether k of n lie below `share` by more than chance: the same test of the others."""
+    return surely_over(n - k, n, 1 - share)
 
 
 def ranks(v: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:

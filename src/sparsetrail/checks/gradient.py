@@ -10,22 +10,22 @@ from torch.nn import functional as F
 
 from sparsetrail._shapes import Float
 from sparsetrail.checks.case import Case, Outcome, Skip, check, climb, flags, graded, lead
-from sparsetrail.checks.chance import at_least, at_most, discordant, sign_test, spearman
+from sparsetrail.checks.chance import ALONE, discordant, sign_test, spearman, surely_over, surely_under
 from sparsetrail.core import margin
 
 
 @check("G1", "every image has a gradient", masking=True)
 def zero_gradients(case: Case) -> Outcome:
-    """Images whose gradient is exactly zero, or below 1e-30 throughout: any warns; fails where their share is surely
-    1 % or more. (AutoAttack's flag; Pintor et al. 2022, arXiv:2106.09947, indicator 1.)"""
+    """Images whose gradient is exactly zero, or below 1e-30 throughout: any warns; fails where they are
+    three or more and surely over 1 %. (AutoAttack's flag; Pintor et al. 2022, arXiv:2106.09947, indicator 1.)"""
     size = case.rows(case.gradient).abs().amax(1)
     n, zero = len(size), int((size == 0).sum())
     tiny = int(((size > 0) & (size < 1e-30)).sum())
     lost = zero + tiny
     return Outcome(
-        graded(lost > 0, at_least(lost, n) >= 0.01),
+        graded(lost > 0, lost >= ALONE and surely_over(lost, n, 0.01)),
         lost / n,
-        "0; lower end of the share 0.01",
+        f"0; surely a share of 0.01 of at least {ALONE}",
         f"{zero} of {n} images have a gradient of exactly zero, {tiny} one below 1e-30",
         "attack with a wider surrogate, a smooth stand-in for the operation, or no gradient (square, spsa, rays)",
     )
@@ -69,8 +69,9 @@ def reaches(case: Case) -> Outcome:
 def saturation(case: Case) -> Outcome:
     """The gradient of plain cross-entropy, as most libraries take it, against the same with the saturation taken out.
 
-    Images with a zero plain gradient but not a zero real one: any warns, surely 1 % fails; so does an attack of ten
-    steps that is worse by plain cross-entropy than by the other (exact sign test, p < 0.05) by more than a point.
+    Images with a zero plain gradient but not a zero real one: any warns, three or more and surely over 1 % fail; so
+    does an attack of ten steps that is worse by plain cross-entropy than by the other (exact sign test, p < 0.05) by
+    more than a point.
     (Carlini & Wagner 2017 on distillation; Croce & Hein 2020.)
     """
     case.needs_gradient()
@@ -83,9 +84,9 @@ def saturation(case: Case) -> Outcome:
     worse, better = discordant(*stands)
     weaker = (worse - better) / case.n > 0.01 and sign_test(worse, better) < 0.05
     return Outcome(
-        graded(gone > 0, at_least(gone, n) >= 0.01 or weaker),
+        graded(gone > 0, (gone >= ALONE and surely_over(gone, n, 0.01)) or weaker),
         gone / n,
-        "0; lower end of the share 0.01; attack weaker by chance only",
+        f"0; surely a share of 0.01 of at least {ALONE}; attack weaker by chance only",
         f"plain cross-entropy is exactly 0 for {flat} of {n} images, its gradient for {gone}; ten steps leave "
         f"{int(stands[0].sum())} of {case.n} by plain cross-entropy, {int(stands[1].sum())} without saturation",
         "attack by margin or dlr, or by this package's cross-entropy, which does not saturate; distrust figures "
@@ -109,9 +110,9 @@ def agrees(case: Case) -> Outcome:
     mean = [float(r.mean()) for r in rho]
     high = [float(r.mean() + 2 * r.std(correction=0) / len(r) ** 0.5) for r in rho]
     rises, falls = _along(case, case.start, case.labels, case.gradient)
-    against = max(high) < 0 and all(at_most(int((r > 0).sum()), few) < 0.5 for r in rho)  # one image is no proof
-    backwards = against or at_most(rises, max(1, rises + falls)) < 0.5 <= falls
-    blind = max(mean) < 0.1 and at_least(rises, max(1, rises + falls)) <= 0.5
+    against = max(high) < 0 and all(surely_under(int((r > 0).sum()), few, 0.5) for r in rho)  # one image is no proof
+    backwards = against or surely_under(rises, rises + falls, 0.5)
+    blind = max(mean) < 0.1 and not surely_over(rises, rises + falls, 0.5)
     return Outcome(
         graded(blind, backwards),
         max(mean),
@@ -251,7 +252,8 @@ def _differences(case: Case, u: Tensor, y: Tensor, g: Tensor, h: float, directio
 
 
 def _along(case: Case, u: Tensor, y: Tensor, g: Tensor) -> tuple[int, int]:
-    """For how many images the loss rises, and falls, along the sign of the gradient, at the worst of two lengths."""
+    """For how many images the loss rises, and falls, along the sign of the gradient: at both of two lengths, or at one
+    while the other says nothing."""
     best = torch.zeros(len(y), device=u.device)
     for h in (2 / 255, min(8 / 255, max(case.scale, 1 / 255))):
         d = h * g.sign().nan_to_num(0.0)

@@ -22,8 +22,9 @@ from sparsetrail.models import Trained
 def _fraction(_type: Any, tokens: Sequence[Token]) -> float:
     """A number as the field writes it: 8/255 or 0.031."""
     text = tokens[0].value
+    above, line, below = text.partition("/")
     try:
-        return float(Fraction(text))
+        return float(Fraction(above) / Fraction(below) if line else Fraction(text))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
 

@@ -24,9 +24,10 @@ class Run:
     images, by position). `zero_gradient` is the mean share of exactly zero entries in the gradients asked for, `trace`
     the mean margin at every call, over the examples asked about (restarts at once share the calls of one);
     `dead_examples` counts examples whose gradient was once wholly zero, `nonfinite` those with a NaN or infinite
-    gradient, `silent` those that were fooled on the way but not by the last point the attack asked about. `indices` are
-    the images attacked, where not all of the data were. `eot` and `votes` are the evaluations behind every gradient and
-    behind the judgement, of a victim that draws noise. `adversarial` is not written to JSON.
+    gradient, `silent` those that were fooled on the way but not by the last point the attack asked about, None where
+    images leave as soon as they are fooled. `indices` are the images attacked, where not all of the data were. `eot`
+    and `votes` are the evaluations behind every gradient and behind the judgement, of a victim that draws noise.
+    `adversarial` is not written to JSON.
     """
 
     attack: str
@@ -49,7 +50,7 @@ class Run:
     seconds: float
     note: str = ""
     indices: tuple[int, ...] | None = None
-    silent: int = 0
+    silent: int | None = None
     eot: int = 1
     votes: int = 1
     tied: tuple[int, ...] = ()
@@ -57,7 +58,15 @@ class Run:
 
     def __post_init__(self) -> None:
         _as_long(self, "robust", "indices")
-        _counts(self, "ties", "dead_examples", "nonfinite", "silent", "forwards", "backwards")
+        _counts(
+            self,
+            "ties",
+            "dead_examples",
+            "nonfinite",
+            "forwards",
+            "backwards",
+            *(["silent"] if self.silent is not None else []),
+        )
         _shares(self, "zero_gradient")
 
     @property

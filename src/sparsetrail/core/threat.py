@@ -60,6 +60,16 @@ class Threat:
         """How far it is from one end of the box to the other: 1 for pixels."""
         return self.box[1] - self.box[0]
 
+    @property
+    def levels(self) -> int:
+        """How many of 256 grey levels a radius holds, in whole ones: 7 of 0.031."""
+        return math.floor(255 * self.eps + 1e-4)
+
+    @property
+    def between_levels(self) -> bool:
+        """Whether an L-infinity radius ends between two grey levels."""
+        return self.norm == "linf" and 255 * self.eps - self.levels > 1e-3
+
     def flipped(self, u0: Tensor) -> Tensor:
         """The other end of the box, entry by entry of a binary tensor."""
         lo, hi = (u0.new_full((), end) for end in self.box)
@@ -118,7 +128,7 @@ class Threat:
             return u
         level0, level = (u0.double() * 255).round(), u.double() * 255
         if self.norm == "linf":
-            reach = math.floor(255 * self.eps + 1e-4)
+            reach = self.levels
             level = (u * 255).round().double().clamp(0, 255)  # a tie as the encoders round it, in u's own precision
             level = torch.minimum(torch.maximum(level, level0 - reach), level0 + reach)
         else:

@@ -153,6 +153,14 @@ def refuse_train_mode(net: nn.Module | None, name: str, *, parts: bool = True) -
         raise ValueError(f"{name}: expected a network in eval mode, found {found}; call net.eval() first")
 
 
+def normalised_by_batch(net: nn.Module | None) -> str:
+    """The first BatchNorm that takes the statistics of the batch in eval mode too, by its name; '' where none does."""
+    for name, m in [] if net is None else net.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
+            return name or type(m).__name__
+    return ""
+
+
 def _counts(m: nn.Module) -> bool:
     statistics = getattr(m, "running_mean", None) is not None
     return statistics or "dropout" in type(m).__name__.lower() or hasattr(m, "generator")

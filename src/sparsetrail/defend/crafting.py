@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetrail._shapes import Float, Int
-from sparsetrail.core import Victim
+from sparsetrail.core import Linf, Victim
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import victim as as_victim
 from sparsetrail.training import scores
@@ -32,13 +32,13 @@ def craft(
 
     The network of `victim` is in eval mode meanwhile and has its own mode again afterwards.
     """
-    u = start.detach()
+    u, ball = start.detach(), Linf(eps, space="pixel")
     assert victim.module is not None
     with evaluating(victim.module):
         for _ in range(steps):
             u = u.requires_grad_()
             (g,) = torch.autograd.grad(loss(victim.scores(u)), u)
-            u = _project(u.detach() + step * g.sign(), x, eps)
+            u = ball.project(u.detach() + step * g.sign(), x)
     return u
 
 
@@ -56,10 +56,6 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 def wrong(y: Int[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
     """The loss that is climbed: cross-entropy, every image by itself."""
     return lambda z: F.cross_entropy(z, y, reduction="sum")
-
-
-def _project(u: Tensor, x: Tensor, eps: float) -> Tensor:
-    return torch.minimum(torch.maximum(u, x - eps), x + eps).clamp(0, 1)
 
 
 def begin_at(x: Tensor, how: str, eps: float, generator: torch.Generator) -> Tensor:

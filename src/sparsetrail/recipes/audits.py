@@ -1,7 +1,5 @@
 """An audit as kept work: the model or a foreign victim, one threat or several side by side, adversarials as a file."""
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sparsetrail._files import write_atomic
 from sparsetrail.auditing import Budget, audit, contradiction, fingerprint, misjudged, reaches_code, refuse, verify
-from sparsetrail.core import Audit, Report, Run, Threat, Trail, Victim, as_fraction
+from sparsetrail.core import Audit, Report, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels, take
+from sparsetrail.recipes.cells import version
 from sparsetrail.recipes.measure import (
     Bench,
     card,
@@ -23,52 +21,15 @@ from sparsetrail.recipes.measure import (
     follow,
     identity,
     provenance,
-    version,
 )
 from sparsetrail.recipes.targets import Target, fits, ours
-from sparsetrail.report import load, pack, unpack
+from sparsetrail.report import load
 from sparsetrail.report.audits import where
 from sparsetrail.snn.weights import load_weights, save_weights
 
 T = TypeVar("T")
 SHOWN = 6  # adversarial images on the page
 UNSTEADY = ("S2", "S3", "S3e", "S3f", "S4", "S5")  # where one fails, an image scored anew may be judged otherwise
-
-
-class Cells:
-    """A store of finished parts as files: one JSON a part, adversarial tensors beside it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, key: Mapping[str, Any]) -> Path:
-        """Where the part of a key lies."""
-        text = json.dumps(key, sort_keys=True, default=str)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-
-    def get(self, key: Mapping[str, Any], kind: type[T]) -> T | None:
-        """The part of a key; ValueError where its file is damaged."""
-        path = self.path(key)
-        if not path.exists():
-            return None
-        try:
-            held = json.loads(path.read_text())
-            found = unpack(kind, held["part"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a part of an audit, found {error!r}; move the file away") from None
-        if isinstance(found, Run) and held["tensor"]:
-            points = load_weights(path.with_suffix(".safetensors"))[0]["adversarial"]
-            found = replace(found, adversarial=points)  # type: ignore[type-var]
-        return found
-
-    def put(self, key: Mapping[str, Any], value: Any) -> None:
-        """Keep a part; the tensor first, so that a part that is there is whole."""
-        path, points = self.path(key), getattr(value, "adversarial", None)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if points is not None:
-            save_weights(path.with_suffix(".safetensors"), {"adversarial": points}, {"kind": "adversarial"})
-        body = {"key": json.loads(json.dumps(key, default=str)), "part": pack(value), "tensor": points is not None}
-        write_atomic(path, json.dumps(body).encode())
 
 
 def run(
@@ -100,7 +61,6 @@ def run(
     victim = what.make()
     x, y = pixels(data.images.to(bench.device)), data.labels.to(bench.device)
     fits(victim, x, data)
-    cells = Cells(bench.out / "cells")
     name = f"{what.identity} {data.sha256} {fingerprint(what.make(), x)}"
     about: dict[str, Any] = {}
     trails: list[Trail] = []
@@ -116,9 +76,10 @@ def run(
             guides=[g.make() for g in guides], control=None if control is None else control.make(), fresh=what.make,
             eot=eot, minutes=minutes, batch=bench.batch, seed=bench.seed, card=about, data=identity(data),
             provenance=provenance(bench, started, command) | _contract(what, threat) | {"target sha256": what.identity},
-            store=cells, identity=name,
+            store=bench.cells, identity=name,
             say=bench.tick, stop=bench.stop,
         )  # fmt: skip
+        found = replace(found, provenance=found.provenance | bench.others)  # known when all is read
         audits.append(_keep(bench, what, data, found, points))
         images += [i | {"audit": len(audits) - 1} for i in _examples(victim, found, points, data, bench.device)]
     report = Report(

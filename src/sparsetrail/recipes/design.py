@@ -14,8 +14,9 @@ from typing import Any, Literal, get_args
 
 from sparsetrail.attacks.pgd import PACE
 from sparsetrail.core import Linf, Report, Route, Run, Threat
-from sparsetrail.data import Dataset, load, take
+from sparsetrail.data import Dataset, load
 from sparsetrail.recipes.measure import Bench, Job, card, clean, fit_all, follow, provenance, strike
+from sparsetrail.recipes.scales import part
 from sparsetrail.recipes.targets import Target, ours
 from sparsetrail.report.design_tables import tradeoff, tradeoff_sentences
 from sparsetrail.snn.encode import phase
@@ -147,8 +148,8 @@ def sweep(
     size, started = SIZES[scale], time.monotonic()
     threats = [Linf(e, space="pixel") for e in eps]
     train_set, test_set = (load(dataset, split, root=root) for split in ("train", "test"))
-    seen = _part(train_set, size.images)
-    scored, attacked, traced = (_part(test_set, n) for n in (size.scored, size.attacked, size.traced))
+    seen = part(train_set, size.images)
+    scored, attacked, traced = (part(test_set, n) for n in (size.scored, size.attacked, size.traced))
     every = list(designs(size, int(train_set.images.shape[1]), len(train_set.classes), factors))
     cards, runs, trails = [], [], []
     specs = [TrainSpec(epochs=size.epochs, seed=TrainSpec().seed + seed) for seed in range(seeds)]
@@ -188,10 +189,6 @@ def _struck(bench: Bench, what: Target, threat: Threat, data: Dataset) -> list[R
         pace: dict[str, Any] = {"step": PACE * threat.eps} if attack == "pgd" else {}
         runs.append(strike(bench, what, attack, threat, data, route=route, **knobs, **pace))
     return runs
-
-
-def _part(data: Dataset, n: int | None) -> Dataset:
-    return data if n is None or n >= len(data.labels) else take(data, n, seed=0)
 
 
 def _notes(size: Size, seeds: int) -> tuple[str, ...]:

@@ -1,16 +1,11 @@
 """The steps that experiments are made of, each kept on disk as soon as it is done: a repeated command continues.
 
-A cell is one measured thing; its key is a hash of everything that decides the result (weights, data, attack, settings,
-threat, route, seed), so a changed setting is a new cell and never a mix.
+A cell is one measured thing; its key is everything that decides the result: weights, data, attack, settings, threat,
+route, seed.
 """
 
 import contextlib
-import functools
-import hashlib
-import json
 import platform
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,18 +18,17 @@ import torch
 from torch import Tensor
 
 from sparsetrail import __version__
-from sparsetrail._files import write_atomic
 from sparsetrail.attacks import ATTACKS, attack, authors, settings
 from sparsetrail.attacks.pgd import own_step
 from sparsetrail.attacks.run import samples
 from sparsetrail.core import Linf, Mode, Rate, Route, Run, Threat, Trail, Victim, as_fraction
 from sparsetrail.data import Dataset, pixels
 from sparsetrail.models import Trained
+from sparsetrail.recipes.cells import Cells, version
 from sparsetrail.recipes.targets import Target, afresh
 from sparsetrail.report import pack, unpack
 from sparsetrail.snn.encode import Encoder
 from sparsetrail.snn.net import NetSpec, describe
-from sparsetrail.snn.weights import load_weights, save_weights
 from sparsetrail.trails import Detail, trail
 from sparsetrail.training import Seams, TrainingStopped, TrainSpec, accuracy, train
 
@@ -59,6 +53,17 @@ class Bench:
     tick: Tick = _silent
     stop: Callable[[], bool] = lambda: False
     kept: set[str] = field(default_factory=set)  # the versions that made the cells taken from before
+
+    @property
+    def cells(self) -> Cells:
+        """What is done already."""
+        return Cells(self.out / "cells", self.kept)
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The other versions, for a report, that made what was taken from before; nothing where there is none."""
+        others = sorted(self.kept - {version()})
+        return {"kept from before, made by": ", ".join(others)} if others else {}
 
 
 def fit(
@@ -154,11 +159,11 @@ def strike(
     eot = samples(v) if eot is None else eot
     if eot != 1:
         spec["eot"] = eot
-    done = _read(bench, spec)
+    done = bench.cells.get(spec, Run)
     task = f"{attack_name} {threat}: {what.name}"
     if done is not None:
         bench.tick(task, len(data.labels), len(data.labels), "kept from before")
-        return replace(unpack(Run, done), victim=v.name)
+        return replace(done, victim=v.name)
     run = attack(
         ATTACKS[attack_name],
         v,
@@ -176,9 +181,7 @@ def strike(
         stop=bench.stop,
         **knobs,
     )
-    if run.adversarial is not None:
-        save_weights(_path(bench, spec).with_suffix(".safetensors"), {"adversarial": run.adversarial}, spec)
-    _write(bench, spec, pack(run))
+    bench.cells.put(spec, run)
     return run
 
 
@@ -200,7 +203,7 @@ def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, 
     spec = _spec(bench, model.sha256, model.encode.random, route, "train", data, known["seed"])
     spec |= {"attack": "authors", "knobs": known}
     task, n = f"authors' evaluation: {name}", len(data.labels)
-    done = _read(bench, spec)
+    done = bench.cells.read(spec)
     if done is not None:
         bench.tick(task, n, n, "kept from before")
         fgsm, pgd = unpack(Run, done["fgsm"]), unpack(Run, done["pgd"])
@@ -217,7 +220,7 @@ def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, 
         stop=bench.stop,
         **knobs,
     )
-    _write(bench, spec, {"fgsm": pack(fgsm), "pgd": pack(pgd)})
+    bench.cells.write(spec, {"fgsm": pack(fgsm), "pgd": pack(pgd)})
     return fgsm, pgd
 
 
@@ -246,10 +249,10 @@ def follow(
         if got != usual:  # older cells know none of these
             spec[key] = got
     task, n = f"trail ({replaced or f'{mode} mode'}): {what.name}", len(data.labels)
-    done = _read(bench, spec)
+    done = bench.cells.get(spec, Trail)
     if done is not None:
         bench.tick(task, n, n, "kept from before")
-        return replace(unpack(Trail, done), victim=v.name)
+        return replace(done, victim=v.name)
     found = trail(
         v,
         x,
@@ -264,18 +267,18 @@ def follow(
         stop=bench.stop,
     )
     found = replace(found, replaced=replaced)
-    _write(bench, spec, pack(found))
+    bench.cells.put(spec, found)
     return found
 
 
 def clean(bench: Bench, model: Trained, name: str, data: Dataset) -> Rate:
     """Clean accuracy on a whole set as a cell."""
     spec = _spec(bench, model.sha256, model.encode.random, "", "eval", data, 0) | {"clean": True}
-    done = _read(bench, spec)
+    done = bench.cells.read(spec)
     if done is None:
         rate = accuracy(model.net.to(bench.device), afresh(model.encode), data, device=bench.device)
         done = asdict(rate)
-        _write(bench, spec, done)
+        bench.cells.write(spec, done)
     bench.tick(f"clean accuracy: {name}", len(data.labels), len(data.labels), "")
     return Rate(**done)
 
@@ -338,7 +341,6 @@ def told(knobs: dict[str, Any]) -> str:
 
 def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
     """Versions, machine and time of a report; other versions too that made cells it took from before."""
-    others = sorted(bench.kept - {version()})
     return {
         "command": command,
         "sparsetrail": version(),
@@ -349,35 +351,13 @@ def provenance(bench: Bench, started: float, command: str) -> dict[str, Any]:
         "seed": bench.seed,
         "date": time.strftime("%Y-%m-%d"),
         "seconds of this command": round(time.monotonic() - started, 1),
-    } | ({"kept from before, made by": ", ".join(others)} if others else {})
-
-
-@functools.cache  # code that changes later is not what runs here
-def version() -> str:
-    """The version, and the commit this code runs from where that is a clone with git at hand; '+changes' if altered."""
-    here = Path(__file__).resolve().parents[3]
-    if not (here / ".git").exists() or shutil.which("git") is None:
-        return __version__
-    look = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--exclude=*"]
-    found = subprocess.run(look, capture_output=True, text=True)
-    return __version__ + (f" at {found.stdout.strip()}" if found.returncode == 0 else "")
+    } | bench.others
 
 
 def identity(data: Dataset) -> str:
     """A data set in one phrase for results."""
     tag = "official" if data.official else "subset or unofficial"
     return f"{data.name} {data.split}, n={len(data.labels)}, content {data.sha256[:12]} ({tag})"
-
-
-def adversarial(bench: Bench, run: Run, model: Trained, data: Dataset) -> Tensor | None:
-    """The kept adversarial images of a pixel-space run on one of our models, if they are on disk."""
-    spec = _spec(bench, model.sha256, model.encode.random, run.route, run.mode, data, run.seed) | {
-        "attack": run.attack,
-        "knobs": run.knobs,
-        "threat": asdict(run.threat),
-    }
-    path = _path(bench, spec).with_suffix(".safetensors")
-    return load_weights(path)[0]["adversarial"] if path.exists() else None
 
 
 def _spec(bench: Bench, weights: str, random: bool, route: str, mode: str, data: Dataset, seed: int) -> dict[str, Any]:
@@ -391,27 +371,3 @@ def _spec(bench: Bench, weights: str, random: bool, route: str, mode: str, data:
         "version": __version__,
     }
     return spec | {"batch": bench.batch} if random else spec  # fresh draws a batch: it decides the result
-
-
-def _path(bench: Bench, spec: dict[str, Any]) -> Path:
-    text = json.dumps(spec, sort_keys=True)
-    return bench.out / "cells" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-
-
-def _read(bench: Bench, spec: dict[str, Any]) -> dict[str, Any] | None:
-    path = _path(bench, spec)
-    if not path.exists():
-        return None
-    try:
-        held = json.loads(path.read_text())
-        held["spec"], held["result"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected a cell, found {error!r}; move the file away and repeat") from None
-    if held["spec"] != json.loads(json.dumps(spec)):
-        raise ValueError(f"{path}: expected the cell of {spec}, found another; move the file away")
-    bench.kept.add(held.get("made by") or f"{spec['version']}, commit not noted")
-    return held["result"]
-
-
-def _write(bench: Bench, spec: dict[str, Any], result: dict[str, Any]) -> None:
-    write_atomic(_path(bench, spec), json.dumps({"spec": spec, "result": result, "made by": version()}).encode())

@@ -107,8 +107,9 @@ def caveats(
     systems, how = [row for row in chosen if row.system], size.systems
     if systems:
         notes.append(
-            "The compared systems were published under pixel threats (8/255; HIRE-SNN 0.031) in eval mode, and trained "
-            "at radii of their own (see each card): theirs are columns of their own, beside none of the encoded ones."
+            "The compared systems were published under pixel threats (8/255; HIRE-SNN 0.031, of which an image of 256 "
+            "grey levels has 7) in eval mode, and trained at radii of their own (see each card): theirs are columns of "
+            "their own, beside none of the encoded ones."
         )
         notes += [f"{row.name}: open in its source: {facts(row.arch)['open in its source']}." for row in systems]
     if systems and how.images is not None:

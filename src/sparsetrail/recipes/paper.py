@@ -39,7 +39,7 @@ TWINS = {"table1": "table2", "table2": "table1"}  # of the same models, but for 
 TEXT = Linf(8 / 255, space="pixel")
 CODE = Linf(6 / 255, space="encoded")
 THREATS = (TEXT, CODE, Linf(8 / 255, space="encoded"))
-HIRE = Linf(0.031, space="pixel")  # HIRE-SNN's own radius, 7.905/255
+HIRE = Linf(0.031, space="pixel")  # HIRE-SNN's own radius, 7.905/255: images of 256 grey levels differ by 7
 
 
 def reproduce(

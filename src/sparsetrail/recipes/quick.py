@@ -8,7 +8,7 @@ import torch
 from sparsetrail.core import Linf, Report, Run, Trail
 from sparsetrail.data import load, take
 from sparsetrail.models import Trained
-from sparsetrail.recipes.measure import Bench, adversarial, card, clean, fit, follow, provenance, strike
+from sparsetrail.recipes.measure import Bench, card, clean, fit, follow, provenance, strike
 from sparsetrail.recipes.targets import as_victim, ours
 from sparsetrail.report import claims
 from sparsetrail.snn.encode import phase
@@ -109,7 +109,7 @@ def _examples(bench: Bench, runs: list[Run], models: dict[str, Trained], attacke
     for run in runs:
         if run.attack != "pgd" or run.threat != PIXEL:
             continue
-        points = adversarial(bench, run, models[run.victim], attacked)
+        points = run.adversarial
         fooled = [i for i in range(run.n) if run.clean[i] and not run.robust[i]][:count]
         if points is None or not fooled:
             continue

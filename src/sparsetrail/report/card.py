@@ -13,7 +13,7 @@ from typing import Any
 from sparsetrail.core import Audit, Rate, Report, Run
 from sparsetrail.report.audits import battery, others, steps, where
 from sparsetrail.report.io import pack
-from sparsetrail.report.labels import route_of, setting, size
+from sparsetrail.report.labels import bare, route_of, setting, size
 
 CARD = "card.json"
 VERSIONS = ("sparsetrail", "torch", "python", "numpy", "cuda", "spikingjelly", "snntorch", "norse")
@@ -135,18 +135,14 @@ class _Told:
         for key, entry in entries.items():
             here = (*path, str(key))
             for i in range(len(here)):
-                self.known.setdefault(_bare(" ".join(here[i:])), entry)
+                self.known.setdefault(bare(" ".join(here[i:])), entry)
         for key, entry in entries.items():  # after its own level, so that an outer entry comes before an inner one
             if isinstance(entry, Mapping):
                 self._take(entry, (*path, str(key)))
 
     def __call__(self, *keys: str) -> Any:
         """The first of `keys` that is known to be something, None if none is."""
-        return next((self.known[key] for key in map(_bare, keys) if self.known.get(key) is not None), None)
-
-
-def _bare(text: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", text.lower())
+        return next((self.known[key] for key in map(bare, keys) if self.known.get(key) is not None), None)
 
 
 def _network(told: _Told) -> dict[str, Any]:

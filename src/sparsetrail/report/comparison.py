@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsetrail.core import Claim, Report
-from sparsetrail.report.labels import Setting, columns, setting_label, settings, value
+from sparsetrail.report.labels import Setting, bare, columns, setting_label, settings, value
 from sparsetrail.report.tables import Grid, Row, clean_columns, percent
 from sparsetrail.report.trail_tables import FIGURES, by_op, mean_range, spoken_of
 
@@ -156,13 +156,13 @@ def _cards(report: Report) -> dict[str, dict[str, Any]]:
 
 
 def _same_model(claim: Claim, victim: str, card: dict[str, Any]) -> bool:
-    model, pool = _bare(str(claim.conditions.get("model", claim.row))), str(claim.conditions.get("pool", ""))
+    model, pool = bare(str(claim.conditions.get("model", claim.row))), str(claim.conditions.get("pool", ""))
     if str(card.get("defence") or "none") != str(claim.conditions.get("defence") or "none"):
         return False
     arch = card.get("arch", card.get("architecture", card.get("model")))
     if arch is not None and "pool" in card:
-        return _bare(str(arch)) == model and card["pool"] == pool
-    return _bare(victim).startswith(model) and pool in re.split(r"[^a-z0-9]+", victim.lower())
+        return bare(str(arch)) == model and card["pool"] == pool
+    return bare(victim).startswith(model) and pool in re.split(r"[^a-z0-9]+", victim.lower())
 
 
 def _same_data(dataset: str, data: str) -> bool:
@@ -176,10 +176,6 @@ def _described(victim: str, card: dict[str, Any], claim: Claim) -> str:
     apart = [
         f"{key} {value(card[key])}, paper {value(claim.conditions[other])}"
         for key, other in KNOWN.items()
-        if key in card and other in claim.conditions and _bare(str(card[key])) != _bare(str(claim.conditions[other]))
+        if key in card and other in claim.conditions and bare(str(card[key])) != bare(str(claim.conditions[other]))
     ]
     return f"{victim} ({'; '.join(apart)})" if apart else victim
-
-
-def _bare(text: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", text.lower())

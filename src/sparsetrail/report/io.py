@@ -1,19 +1,18 @@
 """A report as bytes and as files: what is written is read back equal, and nothing unknown is let in."""
 
-import csv
 import dataclasses
 import functools
-import io
 import math
 import operator
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsetrail.core import Report
+from sparsetrail.report.tables import as_csv
 
 SCHEMA = 1
 T = TypeVar("T")
@@ -112,7 +111,7 @@ def trail_csv(report: Report) -> str:
         for t in report.trails
         for i, r in enumerate(t.rows)
     )
-    return _csv(head, rows)
+    return as_csv(head, rows)
 
 
 def steps_csv(report: Report) -> str:
@@ -123,15 +122,7 @@ def steps_csv(report: Report) -> str:
         for i, r in enumerate(t.rows)
         for step, zero in enumerate(r.per_step or (), 1)
     )
-    return _csv(("victim", "mode", "data", "order", "op", "kind", "step", "zero"), rows)
-
-
-def _csv(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return out.getvalue()
+    return as_csv(("victim", "mode", "data", "order", "op", "kind", "step", "zero"), rows)
 
 
 def _bare(value: Any) -> Any:

@@ -6,7 +6,7 @@ A column of accuracies holds one attack with its knobs under one threat, mode an
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,7 +191,7 @@ def share(x: float | None) -> str:
     return "0 %" if x == 0 else "< 0.01 %" if 0 < x < 5e-5 else f"{100 * x:.2f} %"
 
 
-def as_csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def as_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Comma-separated values; None is an empty cell."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from sparsetrail._files import write_atomic
 from sparsetrail.report.charts.look import Spec, config, plain
-from sparsetrail.report.io import _csv, pack
+from sparsetrail.report.io import pack
 from sparsetrail.report.labels import value
 from sparsetrail.report.page import _cell, _flat, _prose
-from sparsetrail.report.tables import Grid
+from sparsetrail.report.tables import Grid, as_csv
 
 TONES = {
     "holds": ("good", "\u2713"),
@@ -116,7 +116,7 @@ def write(page: Page, out: str | Path) -> dict[str, Path]:
 def images_csv(page: Page) -> str:
     """One row an image and radius; only the head of an empty table where no victim was measured."""
     head = tuple(page.images[0]) if page.images else ("victim",)
-    return _csv(head, (tuple(row.values()) for row in page.images))
+    return as_csv(head, [tuple(row.values()) for row in page.images])
 
 
 def named(page: Page) -> dict[str, Plot]:

@@ -124,7 +124,8 @@ def _sizes(g: Tensor | None) -> tuple[float, float, float]:
 class Tracking:
     """A rank correlation over images and its percentile bootstrap interval.
 
-    `rho` is "constant" where one of the two does not vary: there is then nothing to correlate.
+    `rho` is "constant" where one of the two does not vary, or there are fewer than three images: there is then nothing
+    to correlate.
     """
 
     layer: str

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from sparsetrail._shapes import Float, Int
 from sparsetrail.core import Mode, Trail, TrailRow, Victim, correct
+from sparsetrail.core.inputs import refuse_batch
 from sparsetrail.core.precision import in_full
 from sparsetrail.trails.geometry import kind_of
 from sparsetrail.trails.watch import Tally, Watch
@@ -55,8 +56,7 @@ def trail(
         raise ValueError(f"mode: expected eval or train, got {mode!r}")
     if batch < 1:
         raise ValueError(f"batch: expected at least 1 image, got {batch}")
-    if len(x) == 0 or y.shape != x.shape[:1]:
-        raise ValueError(f"y: expected a label for each of at least 1 image, got {len(x)} images and {tuple(y.shape)}")
+    refuse_batch(victim, x, y)
     if victim.module is None:
         raise ValueError(f"{victim.name}: the trail needs the network behind the victim; give Victim(module=...)")
     net = victim.module

@@ -129,12 +129,14 @@ def restore(out: Path, identity, net: nn.Module, optimizer: Optimizer, done: Pro
     return False
 
 
-def keep_model(path: Path, identity, net: nn.Module, done: Progress, score: Rate | None, device: torch.device) -> None:
+def keep_model(
+    path: Path, identity, net: nn.Module, done: Progress, score: Rate | None, chosen_by: str, device: torch.device
+) -> None:
     """Write the weights with their card."""
     card = identity | {
         "kind": "model",
         "epochs_done": done.epoch,
-        "chosen_by": "last epoch" if score is None else "accuracy on the held-out part of the training set",
+        "chosen_by": chosen_by,
         "validation": None if score is None else {"k": score.k, "n": score.n},
         "made_with": machine_of(device),
     }

@@ -19,7 +19,7 @@ from sparsetrail.data import Dataset, cutout, flip, pixels, split_validation
 from sparsetrail.data import crop as random_crop
 from sparsetrail.models import Trained, load_model, net_spec_from
 from sparsetrail.snn.encode import Encoder, build_encoder
-from sparsetrail.snn.engine import halve, has_bf16, share_memory
+from sparsetrail.snn.engine import NO_BF16, halve, has_bf16, share_memory
 from sparsetrail.snn.graphs import training_products
 from sparsetrail.snn.net import NetSpec, build
 from sparsetrail.snn.weights import load_weights
@@ -117,7 +117,7 @@ class _Loop:
         self.steps = len(self.labels) // spec.batch  # an epoch
         self.total = self.steps * spec.epochs
         share_memory(self.net)
-        if spec.precision == "bf16" and device.type == "cpu" and has_bf16():
+        if spec.precision == "bf16" and device.type == "cpu":
             halve(self.net)
         self.update = Step(self.net, self.optimizer, spec, seams)
         self.recorded = self.update.record(encode) if device.type == "cuda" else None
@@ -132,7 +132,7 @@ class _Loop:
             for epoch in range(done.epoch, self.spec.epochs):
                 self._epoch(epoch)
                 self._end(epoch)
-            self._keep("last.safetensors", self._validation())
+            self._keep("last.safetensors", self._validation(), "last epoch")
             self.log("done", epoch=self.spec.epochs, step=self.total, of=self.total, seconds=round(done.seconds, 2))
         finally:
             self.log.close()
@@ -197,7 +197,8 @@ class _Loop:
         value = float(epoch) if validation is None else validation
         if value > done.best:
             done.best, done.best_epoch = value, epoch
-            self._keep("model.safetensors", score)
+            held_out = "accuracy on the held-out part of the training set"
+            self._keep("model.safetensors", score, "last epoch" if score is None else held_out)
         self._save()
         seconds = round(done.seconds, 2)
         self.log("epoch", epoch=epoch, loss=loss, validation=validation, best_epoch=done.best_epoch, seconds=seconds)
@@ -208,8 +209,8 @@ class _Loop:
         judge = _drawn(self.encode, self.spec.seed, -1)  # the same draws every epoch
         return accuracy(self.net, judge, self.held_out, device=self.device)
 
-    def _keep(self, name: str, score: Rate | None) -> None:
-        keep_model(self.out / name, self.identity, self.net, self.done, score, self.device)
+    def _keep(self, name: str, score: Rate | None, chosen_by: str) -> None:
+        keep_model(self.out / name, self.identity, self.net, self.done, score, chosen_by, self.device)
 
     def _save(self) -> None:
         self.done.seconds = self.before + time.monotonic() - self.started
@@ -237,6 +238,8 @@ class _Loop:
 def _refuse(spec: TrainSpec, seams: Seams, device: torch.device) -> None:
     if spec.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision: tf32 is for products on a GPU, found {device}; take fp32 or bf16")
+    if spec.precision == "bf16" and device.type == "cpu" and not has_bf16():
+        raise ValueError(NO_BF16.format("cpu"))
     if not seams.name and (seams.inputs or seams.penalty or seams.after_step or seams.periods > 1):
         raise ValueError("seams: expected a name, by which a resumed run and the card know the defence; give name")
 
@@ -253,6 +256,11 @@ def _check_start(start: Trained, net_spec: NetSpec) -> None:
 
 
 def _check_fit(net: NetSpec, encode: Encoder, data: Dataset, spec: TrainSpec) -> None:
+    if data.split == "test":
+        raise ValueError(
+            f"data: expected images to train on, got the test split of {data.name}, on which figures are measured; "
+            'take load(..., "train")'
+        )
     side = min(data.images.shape[2:])
     for name, many in (("crop", spec.crop), ("cutout", spec.cutout)):
         if many >= side:
