@@ -77,3 +77,11 @@ def test_declared_noise_hides_no_fault_of_state_or_batch(name, id):
         assert found.level == "fail", found
     silent = CHECKS["S4"](case(replace(honest("ann"), random=True), n=8))
     assert silent.level == "warn"  # declared, and draws nothing
+
+
+def test_every_check_looks_at_a_radius_of_one_grey_level():
+    probe = case(honest("direct"), eps=1 / 255, n=24)
+    assert probe.grid
+    found = look(probe)
+    failed = [f"{id}: {f.evidence}" for id, f in found.items() if f.level == "fail"]
+    assert not failed and found["C2"].level == "pass" and "0.25/255" not in found["C2"].evidence

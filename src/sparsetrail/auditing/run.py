@@ -81,9 +81,8 @@ def audit(
     stages = battery(victim, threat, budget, guides=guides, gradient=reaches, code=code)
     if broken:  # what is measured on a broken evaluation is worth nothing: the default attack shows what was claimed
         stages = stages[:1]
-    if [(f.id, f.value) for f in broken] == [
-        ("S9", victim.classes)
-    ]:  # all scores are there: decisions, attacked as such
+    decisions = [(f.id, f.value) for f in broken] == [("S9", victim.classes)]  # all scores are there, without degrees
+    if decisions:  # which can be attacked as such
         blind = battery(victim, threat, budget, guides=guides, gradient=False)
         stages += [s for s in blind if s not in stages and s.attack not in ("square", "spsa")]
     ledger, complete = work.play(stages, deadline)

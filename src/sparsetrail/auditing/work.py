@@ -120,6 +120,7 @@ class Work:
         return {
             "audit": self.identity,
             "version": __version__,
+            "format": 2,
             "route": self.victim.path(t.space),
             "threat": [t.norm, t.eps, t.space, *t.box],
             "seed": self.seed,

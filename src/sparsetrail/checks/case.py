@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsetrail._shapes import Bool, Float, Int
 from sparsetrail.attacks import Attack, attack, noise, pgd
+from sparsetrail.attacks.run import on_grey_levels
 from sparsetrail.core import Finding, Problem, Run, Streams, Threat, Victim, correct
 from sparsetrail.core.precision import in_full
 from sparsetrail.core.problem import enough
@@ -120,6 +121,11 @@ class Case:
     def axis(self) -> int:
         """The axis of the attacked tensor that counts images."""
         return self.threat.axis
+
+    @cached_property
+    def grid(self) -> bool:
+        """Whether points are rounded to 256 grey levels, as the images are."""
+        return on_grey_levels(self.threat, self.x)
 
     @property
     def f(self) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from sparsetrail._shapes import Float
 from sparsetrail.attacks import attack, noise, pgd
 from sparsetrail.checks.case import Case, Outcome, Skip, check, flags, graded
 from sparsetrail.checks.chance import surely_over, surely_under
-from sparsetrail.core import Linf, Rate, Run, Victim, correct, grey, margin
+from sparsetrail.core import Linf, Rate, Run, Victim, correct, margin
 
 
 @check("S0", "finite scores")
@@ -62,8 +62,7 @@ def validity(case: Case, run: Run) -> Outcome:
     lost = torch.zeros_like(fooled)  # stays so for a random victim: votes on a point near the boundary waver
     count = int(fooled.sum())
     held = f"{count} {'adversarial' if count == 1 else 'adversarials'} in {case.threat.space} space, not rounded"
-    shown = case.threat.space == "pixel" and case.threat.box == (0.0, 1.0) and bool(grey(case.x).all())
-    if shown and not case.victim.random:
+    if case.grid and not case.victim.random:
         rounded = run.threat.snap(u.nan_to_num(), case.u0)
         with torch.no_grad():
             z = torch.cat([case.victim.judge("pixel")(part).float() for part in rounded.split(case.batch)])
