@@ -1,6 +1,7 @@
 """The audit: the worst case per image, its resumption, the last judgement, and the rules of the verdict."""
 
 import contextlib
+import inspect
 import json
 import math
 import sys
@@ -1193,3 +1194,43 @@ def test_a_victim_that_tells_decisions_alone_falls_to_the_attack_that_asks_for_n
     assert taken["rays"] > 5 * taken["square"] or taken["rays"] > 10
     assert found.accuracy.k == sum(found.clean) - sum(taken.values())
     assert found.verdict == "inconclusive" and "S9" in found.reason
+
+
+def test_memory_is_asked_for_before_the_victim_is_made_anew(brief):
+    """Making it anew empties what the old one reaches into: the old one must have been asked by then."""
+    v, x, y = line(n=24)
+    asked: list[int] = []  # gradients, since it was made
+
+    def make():
+        asked.clear()
+        return replace(v, logits=remembers)
+
+    def remembers(u):
+        if u.requires_grad:
+            asked.append(1)
+            return v.logits(u)
+        return v.logits(u) + (torch.tensor([2.0, 0.0]) if asked else 0)
+
+    found, _ = audit(make(), Linf(EPS, space="pixel"), x, y, budget="quick", fresh=make, minutes=0)
+    assert next(f for f in found.findings if f.id == "S3f").level == "fail"
+
+
+def test_a_part_whose_points_are_lost_is_told(snn, tmp_path, brief):
+    v, x, y = snn
+    store = Cells(tmp_path)
+    ask = lambda: audit(v, Linf(1 / 255, space="pixel"), x, y, budget="quick", store=store, identity="a")  # noqa: E731
+    ask()
+    next(iter(tmp_path.glob("*.safetensors"))).unlink()
+    with pytest.raises(ValueError, match="found no file"):
+        ask()
+
+
+def test_what_is_no_victim_threat_or_image_is_told_before_an_audit(snn):
+    v, x, y = snn
+    plain, ball = inspect.unwrap(audit), Linf(EPS, space="pixel")
+    for args, match in (
+        ((v.module, ball, x, y), "expected a Victim"), ((v, "8/255", x, y), "expected a threat such as Linf"),
+        ((v, ball, x, None), "labels: expected a tensor, got NoneType"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            plain(*args)

@@ -93,8 +93,9 @@ def test_a_compared_system_is_one_command_away(tmp_path, capsys):
 def test_usage_errors_exit_2(capsys):
     code, _, err = run("attak", capsys=capsys)
     assert code == 2 and "attack" in err  # did you mean
-    code, _, err = run("attack", "x", "--eps", "eight", "--space", "pixel", capsys=capsys)
-    assert code == 2 and "8/255" in err
+    for no_number in ("eight", "8/255/2", "8/", "/255", "8/0"):
+        code, _, err = run("attack", "x", "--eps", no_number, "--space", "pixel", capsys=capsys)
+        assert code == 2 and "a fraction such as 8/255" in err and repr(no_number) in err, err
     code, _, err = run("attack", "x", "--spce", "pixel", capsys=capsys)
     assert code == 2 and "--space" in err
 

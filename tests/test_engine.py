@@ -1181,6 +1181,15 @@ def test_a_weight_made_of_others_is_made_once_a_forward():
         close(y, F.conv2d(x, conv.weight, conv.bias, padding=1), 1e-5)
 
 
+def test_a_first_layer_made_of_others_is_made_once_in_both_ways():
+    net, x, _ = network(torch.float32)
+    torch.nn.utils.parametrizations.weight_norm(net.conv1)
+    asked, code = [], phase(steps=5)
+    net.conv1.parametrizations.weight[0].register_forward_hook(lambda *_: asked.append(1))
+    close(net.scores(x, code), net(code(x)), 1e-6)
+    assert len(asked) == 2
+
+
 def test_batchnorm_without_running_tensors_trains_as_pytorchs():
     net, x, y = network(torch.float32)
     plain = copy.deepcopy(net)

@@ -222,11 +222,18 @@ def test_weight_decay_of_the_published_code_makes_networks_of_their_own(fake_cif
     assert ours["weights sha256"] != alone.models[0]["weights sha256"]
     assert system["name"] == "SNN-RAT WRN-16-4, cifar10" and "weight decay 0," in system["training"]  # its source's
     assert {c.value for c in report.claims} >= {c.value for c in alone.claims}  # beside the same published figures
+    for page, words in (
+        (alone, "without its code's weight decay of 1e-3"),
+        (report, "with a weight decay of 0.1"),
+    ):
+        assert any(f"trained {words}" in note for note in page.notes)
     assert {c.row for c in paper.beside(report, "table1").claims} == {"SEW-ResNet18", "SNN-RAT WRN-16"}
     write(report, tmp_path / "page")
     assert "SEW-ResNet18 max pool, weight decay 0.1, cifar10" in (tmp_path / "page" / "report.md").read_text()
     with pytest.raises(ValueError, match="expected none beside trained `models`"):
         paper.reproduce(fake_cifar, "table3", "smoke", weight_decay=1e-3, models=tmp_path)
+    with pytest.raises(ValueError, match="weight_decay: expected a ResNet among the rows"):
+        paper.reproduce(fake_cifar, "table2", "smoke", rows=("rat_wrn16",), weight_decay=1e-3)
     with pytest.raises(ValueError, match="weight_decay: expected 0 or a finite number"):
         paper.reproduce(fake_cifar, "table3", "smoke", rows=("sew_resnet18",), weight_decay=-1.0)
 

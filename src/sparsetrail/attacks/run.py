@@ -62,11 +62,13 @@ def attack(
     CPU. `indices` are the places of the images in their data set: random streams are keyed by them, and what a victim
     that draws noise and can be reseeded draws is keyed by the first of a batch. `say(done, n)` is called at the start
     and after every batch, `stop()` asked before it (KeyboardInterrupt follows). Which images fall does not depend on
-    `batch`, up to float rounding of the matrix products, unless the victim draws noise; what is counted of calls and
-    gradients does. Bad input is refused before anything runs, and the images given are never written to.
+    `batch`, up to float rounding of the matrix products, unless the victim draws noise or normalises by the batch; what
+    is counted of calls and gradients does. Autocast around the call is switched off: one that the victim needs belongs
+    into its `logits`. Bad input is refused before anything runs, and the images given are never written to.
     """
     _refuse(fn, victim, threat, x, y)
-    indices = None if indices is None else tuple(indices.tolist() if hasattr(indices, "tolist") else indices)
+    if indices is not None:
+        indices = tuple(torch.as_tensor(indices).reshape(-1).tolist() if hasattr(indices, "tolist") else indices)
     knobs = _settled(fn, knobs, threat)
     eot = samples(victim) if eot is None else eot
     _refuse_counts(len(y), batch=batch, eot=eot, votes=votes, seed=seed, indices=indices)
@@ -97,8 +99,9 @@ def attack(
         if stop is not None and stop():
             raise KeyboardInterrupt
         some = slice(i, i + batch)
-        if victim.reseed is not None:  # what it draws is that of this call, whatever was asked of it before
-            victim.reseed(_key(f"{_name(fn)} {path} {seed} {places[i]}"))
+        for who in (victim, guide):  # what they draw is that of this call, whatever was asked of them before
+            if who is not None and who.reseed is not None:
+                who.reseed(_key(f"{who.name} {_name(fn)} {path} {seed} {places[i]}"))
         played.append(match.play(x[some].clone(), y[some].long(), places[some], keep=keep))
     if say is not None:
         say(len(y), len(y))

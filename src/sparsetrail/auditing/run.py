@@ -21,6 +21,8 @@ from sparsetrail.auditing.work import SAMPLE, Forgetful, Store, Work, fingerprin
 from sparsetrail.checks import CHECKS
 from sparsetrail.checks.chance import surely_over
 from sparsetrail.core import Audit, Finding, Rate, Threat, Victim
+from sparsetrail.core.inputs import refuse_images as of_victim
+from sparsetrail.core.inputs import refuse_threat
 from sparsetrail.core.precision import in_full
 
 WHOLE = ("S6",)  # asked here of all adversarials, not of the sample
@@ -64,6 +66,8 @@ def audit(
     Adversarials come by position in `x`, in the attacked tensor's shape without the image axis. ValueError where input
     is not fit; nothing is attacked then.
     """
+    of_victim(victim, x, y)
+    refuse_threat(threat)
     refuse([threat], claim=claim, batch=batch, eot=eot, minutes=minutes, budget=budget)
     indices = tuple(range(len(y)) if indices is None else map(int, indices))
     refuse_images(victim, threat, x, y, indices)
@@ -86,17 +90,18 @@ def audit(
         blind = battery(victim, threat, budget, guides=guides, gradient=False)
         stages += [s for s in blind if s not in stages and s.attack not in ("square", "spsa")]
     ledger, complete = work.play(stages, deadline)
-    held = work.verify(ledger, (fresh or (lambda: victim))())  # what is taken back counts for nobody below
     if not broken:
         for name in (c for c in CHECKS if c.startswith("C") and c not in WHOLE):
             if time.monotonic() > deadline:
                 complete = False
                 break
             findings.append(work.check(name))
+    forgets = work.forgets(fresh)  # before the victim is made anew
+    held = work.verify(ledger, (fresh or (lambda: victim))())  # what is taken back counts for no attack
+    if not broken:
         findings += battery_findings(ledger.broken_by, ledger.runs, stages)
         findings.append(_control(work, control, budget))
-    findings.append(work.forgets(fresh))
-    findings += held
+    findings += [forgets, *held]
     findings.append(sample_size(len(y)))
     default = ledger.default
     verdict, why = judge(findings, default, ledger.standing, ledger.clean, claim, complete, budget, ledger.tied)

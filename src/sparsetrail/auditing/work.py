@@ -271,7 +271,7 @@ class Work:
         means over draws are compared, as there. The new one is made after the old one was asked: making it may give
         anew what the old one reaches into.
         """
-        name, limit = "nothing is remembered from the attacks", "lower end of the share of images that change 0.05"
+        name, limit = "nothing is remembered from the attacks", "surely a share of 0.05 of images that change"
         if fresh is None:
             return Finding(id="S3f", name=name, level="not applicable", value=None, limit=limit, evidence=NOT_ANEW)
         case, advice = self.case, "score every image by itself: keep nothing of those before it"
@@ -372,7 +372,7 @@ class Work:
 
 def join(parts: Sequence[Run]) -> Run:
     """Runs of one attack on several batches as one."""
-    first = parts[0]
+    first = replace(parts[0], trace=())  # of how many images each mean is, runs do not tell
     if len(parts) == 1:
         return first
     zero = [(p.zero_gradient, p.backwards) for p in parts if p.zero_gradient is not None]
@@ -392,7 +392,6 @@ def join(parts: Sequence[Run]) -> Run:
             i + at for at, p in zip(accumulate((p.n for p in parts), initial=0), parts, strict=False) for i in p.tied
         ),
         zero_gradient=sum(z * n for z, n in zero) / sum(n for _, n in zero) if zero else None,
-        trace=(),  # of how many images each mean is, runs do not tell
         seconds=sum(p.seconds for p in parts),
         adversarial=torch.cat([p.adversarial for p in parts if p.adversarial is not None], axis)
         if first.adversarial is not None

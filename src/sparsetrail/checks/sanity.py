@@ -407,7 +407,7 @@ def apart(case: Case, pairs: dict[str, list[Tensor]], advice: str) -> Outcome:
     return Outcome(
         graded(False, fails),
         worst,
-        f"lower end of the share of images whose mean of {DRAWS} draws moves by {FAR:g} standard errors 0.05",
+        f"surely a share of 0.05 of images whose mean of {DRAWS} draws moves by {FAR:g} standard errors",
         "mean scores move: " + ", ".join(said),
         advice,
     )

@@ -24,6 +24,8 @@ def _fraction(_type: Any, tokens: Sequence[Token]) -> float:
     text = tokens[0].value
     above, line, below = text.partition("/")
     try:
+        if "/" in below:
+            raise ValueError
         return float(Fraction(above) / Fraction(below) if line else Fraction(text))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None

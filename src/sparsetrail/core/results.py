@@ -22,11 +22,11 @@ class Run:
     `clean` and `robust` are flags per example; an example is robust if it was right before and no point found makes a
     wrong class strictly better than the true one (a tie is not a success; `ties` counts them, `tied` says which of the
     images, by position). `zero_gradient` is the mean share of exactly zero entries in the gradients asked for, `trace`
-    the mean margin at every call, over the examples asked about (restarts at once share the calls of one);
-    `dead_examples` counts examples whose gradient was once wholly zero, `nonfinite` those with a NaN or infinite
-    gradient, `silent` those that were fooled on the way but not by the last point the attack asked about, None where
-    images leave as soon as they are fooled. `indices` are the images attacked, where not all of the data were. `eot`
-    and `votes` are the evaluations behind every gradient and behind the judgement, of a victim that draws noise.
+    the mean margin at every call, over the examples asked about (restarts at once share the calls of one; empty in an
+    audit); `dead_examples` counts examples whose gradient was once wholly zero, `nonfinite` those with a NaN or
+    infinite gradient, `silent` those that were fooled on the way but not by the last point the attack asked about, None
+    where images leave as soon as they are fooled. `indices` are the images attacked, where not all of the data were.
+    `eot` and `votes` are the evaluations behind every gradient and behind the judgement, of a victim that draws noise.
     `adversarial` is not written to JSON.
     """
 

@@ -38,36 +38,25 @@ class Cells:
 
     def read(self, key: Mapping[str, Any]) -> Any | None:
         """What is held of a key, None where nothing is yet; ValueError where its file is damaged or another's."""
-        path = self.path(key)
-        if not path.exists():
-            return None
-        try:
-            held = json.loads(path.read_text())
-            spec, found = held["spec"], held["result"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a cell, found {error!r}; move the file away and repeat") from None
-        if spec != _plain(key):
-            raise ValueError(f"{path}: expected the cell of {_plain(key)}, found another; move the file away")
-        self.kept.add(held.get("made by") or f"{spec.get('version')}, commit not noted")
-        return found
+        held = self._held(key)
+        return None if held is None else held["result"]
 
-    def write(self, key: Mapping[str, Any], result: Any) -> None:
+    def write(self, key: Mapping[str, Any], result: Any, **more: Any) -> None:
         """Keep a result, whole or not at all."""
-        body = {"spec": _plain(key), "result": result, "made by": version()}
+        body = {"spec": _plain(key), "result": result, "made by": version()} | more
         write_atomic(self.path(key), json.dumps(body).encode())
 
     def get(self, key: Mapping[str, Any], kind: type[T]) -> T | None:
-        """The part of a key as a core dataclass, a run's adversarial points with it."""
-        held = self.read(key)
+        """The part of a key as a core dataclass, a run's adversarial points with it; one that lost them is told."""
+        held, path = self._held(key), self.path(key)
         if held is None:
             return None
-        path = self.path(key)
         try:
-            found = unpack(kind, held)
+            found = unpack(kind, held["result"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a {kind.__name__}, found {error!r}; move the file away") from None
         tensor = path.with_suffix(".safetensors")
-        if isinstance(found, Run) and tensor.exists():
+        if isinstance(found, Run) and held.get("tensor", tensor.exists()):  # older ones do not say
             found = replace(found, adversarial=load_weights(tensor)[0]["adversarial"])  # type: ignore[type-var]
         return found
 
@@ -77,7 +66,21 @@ class Cells:
         if points is not None:
             card = _plain(key) | {"kind": "adversarial"}
             save_weights(self.path(key).with_suffix(".safetensors"), {"adversarial": points}, card)
-        self.write(key, pack(value))
+        self.write(key, pack(value), tensor=points is not None)
+
+    def _held(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            held = json.loads(path.read_text())
+            spec, _ = held["spec"], held["result"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a cell, found {error!r}; move the file away and repeat") from None
+        if spec != _plain(key):
+            raise ValueError(f"{path}: expected the cell of {_plain(key)}, found another; move the file away")
+        self.kept.add(held.get("made by") or f"{spec.get('version')}, commit not noted")
+        return held
 
 
 def _plain(key: Mapping[str, Any]) -> dict[str, Any]:

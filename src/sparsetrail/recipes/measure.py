@@ -152,6 +152,8 @@ def strike(
     small = threat.norm == "linf" and threat.eps < 0.01 * threat.span
     if attack_name == "pgd" and knobs["step"] is None and small:  # cells of before took a step longer than the radius
         spec["step"] = own_step(threat, knobs["steps"])
+    if threat.space == "pixel" and (threat.levels < 1 or threat.between_levels):
+        spec["format"] = 3  # cells of before do not say how many grey levels a radius holds, or that it holds none
     if route:
         spec["routes"] = [str(r) for r in route]
     if guide is not None:
@@ -201,7 +203,7 @@ def strike_as_published(bench: Bench, model: Trained, name: str, data: Dataset, 
     route = describe(model.net)
     known = {k: v for k, v in settings(authors).items() if k in ("eps", "step", "steps", "batch", "seed")} | knobs
     spec = _spec(bench, model.sha256, model.encode.random, route, "train", data, known["seed"])
-    spec |= {"attack": "authors", "knobs": known}
+    spec |= {"attack": "authors", "knobs": known, "format": 3}  # older ones took the time of both for each
     task, n = f"authors' evaluation: {name}", len(data.labels)
     done = bench.cells.read(spec)
     if done is not None:
@@ -370,4 +372,5 @@ def _spec(bench: Bench, weights: str, random: bool, route: str, mode: str, data:
         "format": 2,
         "version": __version__,
     }
-    return spec | {"batch": bench.batch} if random else spec  # fresh draws a batch: it decides the result
+    # fresh draws a batch: it decides the result; 3: drawn by the call, not by what was drawn before
+    return spec | {"batch": bench.batch, "format": 3} if random else spec

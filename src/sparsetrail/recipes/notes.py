@@ -86,14 +86,18 @@ def caveats(
     run = {row.arch for row in chosen}
     left = [c for c in left if not any(row_of(f) in run for f in found if f.row == c)]
     own = not all(row.system for row in chosen)
+    decays = [f"{row.decay:g}" for row in chosen if row.decay]
+    decay = (
+        f"with a weight decay of {decays[0]} (its code's 1e-3)" if decays else "without its code's weight decay of 1e-3"
+    )
     notes: list[str] = []
     if own:
         notes += [
             "The paper's text perturbs the image by 8/255; its code perturbs the encoded spikes by 6/255, crafting in "
             "train mode on the test batches. Each is a threat of its own here; the published figure belongs to the "
             "code's.",
-            "The paper's networks are trained without its code's weight decay of 1e-3, the best epoch chosen on "
-            "held-out training images instead of the test set.",
+            f"The paper's networks are trained {decay}, the best epoch chosen on held-out training images instead of "
+            "the test set.",
         ]
     if own and kept:
         notes.append(

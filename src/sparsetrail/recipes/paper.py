@@ -72,6 +72,8 @@ def reproduce(
     started = time.monotonic()
     found = claims("table3") + claims("table2") if figure in PAIRS else claims(figure)
     chosen = _chosen(figure, found, scale, size, rows, datasets, models, seeds)
+    if weight_decay and all(row.system for row in chosen):
+        raise ValueError("weight_decay: expected a ResNet among the rows, found compared systems alone")
     chosen = [row if row.system else replace(row, decay=weight_decay) for row in chosen]
     sets = {row.dataset: [load(row.dataset, s, root=root) for s in ("train", "test")] for row in chosen}
     own = [row for row in chosen if not row.system]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sparsetrail._shapes import Float
 from sparsetrail.snn import dense, kernels, unfold
@@ -234,6 +235,8 @@ def coded(x: Float[Tensor, "n c h w"], encode: Encoder, conv: nn.Module) -> Tens
     On a GPU where half of the steps or more show a frame again: `fire` copies the currents there.
     """
     if encode.frames is None or not isinstance(conv, Conv2d) or conv.in_channels > FEW or not conv.usual():
+        return None
+    if is_parametrized(conv):  # asked for its weight once, by the convolution itself
         return None
     frames = range(max(encode.frames) + 1)
     weight = conv.weight
