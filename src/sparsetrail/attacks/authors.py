@@ -7,9 +7,10 @@ image counts as robust only if it was right before (the published count is in th
 the gradient norm falls under 1e-6, we count; it shuffles the test set, we keep the order.
 """
 
+import contextlib
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +47,18 @@ def authors(
     ball = Linf(eps, space="encoded")
     net = copy.deepcopy(net).requires_grad_(False)
     g = torch.Generator().manual_seed(seed)
-    started = time.perf_counter()
-    with torch.no_grad():
+    took = {"fgsm": 0.0, "pgd": 0.0}
+
+    @contextlib.contextmanager
+    def timed(*kinds: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        for kind in kinds:
+            took[kind] += time.perf_counter() - began
+
+    with torch.no_grad(), timed("fgsm", "pgd"):  # each needs to know what is right
         net.eval()
         clean = torch.cat([correct(net(encode(x[i : i + batch])), y[i : i + batch]) for i in range(0, len(y), batch)])
-    took = dict.fromkeys(("fgsm", "pgd"), time.perf_counter() - started)  # each needs to know what is right
     flags: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
     ties = {"fgsm": 0, "pgd": 0}
     zero: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}  # share of zeros, per example
@@ -73,27 +81,24 @@ def authors(
     for i in range(0, len(y), batch):
         if stop is not None and stop():
             raise KeyboardInterrupt
-        u0, labels = encode(x[i : i + batch]).detach(), y[i : i + batch]
+        with timed("fgsm", "pgd"):
+            u0, labels = encode(x[i : i + batch]).detach(), y[i : i + batch]
         net.train()
-        began = time.perf_counter()
-        points = {"fgsm": (u0 + eps * gradient(u0, labels, "fgsm", i).sign()).clamp(0, 1)}
-        took["fgsm"] += time.perf_counter() - began
-        began = time.perf_counter()
-        u = (u0 + (torch.rand(u0.shape, generator=g).to(u0) * 2 - 1) * eps).clamp(0, 1)
-        for _ in range(steps):
-            u = ball.project(u + step * gradient(u, labels, "pgd", i).sign(), u0)
-        points["pgd"] = u
-        took["pgd"] += time.perf_counter() - began
+        with timed("fgsm"):
+            points = {"fgsm": (u0 + eps * gradient(u0, labels, "fgsm", i).sign()).clamp(0, 1)}
+        with timed("pgd"):
+            u = (u0 + (torch.rand(u0.shape, generator=g).to(u0) * 2 - 1) * eps).clamp(0, 1)
+            for _ in range(steps):
+                u = ball.project(u + step * gradient(u, labels, "pgd", i).sign(), u0)
+            points["pgd"] = u
         net.eval()
-        with torch.no_grad():
-            for kind, point in points.items():
-                began = time.perf_counter()
+        for kind, point in points.items():
+            with torch.no_grad(), timed(kind):
                 z = net(point)
                 right = correct(z, labels)
                 ties[kind] += int((margin(z, labels) == 0).sum())
                 counted[kind] += int(right.sum())
                 flags[kind].append(right & clean[i : i + batch])
-                took[kind] += time.perf_counter() - began
         if say is not None:
             say(min(i + batch, len(y)), len(y))
 

@@ -1,4 +1,4 @@
-"""What every measurement refuses before it runs: images and labels that do not fit a victim."""
+"""What attacks, audits and trails refuse before they run: images, labels, victims and threats that do not fit."""
 
 from typing import Any
 
