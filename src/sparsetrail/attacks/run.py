@@ -1,6 +1,5 @@
 """Let an attack play, batch by batch, then judge what it found; its own word counts for nothing."""
 
-import hashlib
 import inspect
 import math
 import numbers
@@ -99,9 +98,8 @@ def attack(
         if stop is not None and stop():
             raise KeyboardInterrupt
         some = slice(i, i + batch)
-        for who in (victim, guide):  # what they draw is that of this call, whatever was asked of them before
-            if who is not None and who.reseed is not None:
-                who.reseed(_key(f"{who.name} {_name(fn)} {path} {seed} {places[i]}"))
+        for who in (victim, *([] if guide is None else [guide])):  # whatever was asked of them before
+            who.draw_by(f"{who.name} {_name(fn)} {path} {seed} {places[i]}")
         played.append(match.play(x[some].clone(), y[some].long(), places[some], keep=keep))
     if say is not None:
         say(len(y), len(y))
@@ -369,10 +367,6 @@ def on_grey_levels(threat: Threat, x: Tensor) -> bool:
             "least 1/255"
         )
     return True
-
-
-def _key(words: str) -> int:
-    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big")
 
 
 def _name(fn: Attack) -> str:

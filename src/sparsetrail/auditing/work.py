@@ -140,9 +140,7 @@ class Work:
 
     def _reseed(self, key: dict[str, Any]) -> None:
         """What a part draws must not depend on which parts before it were kept: a repeated command continues."""
-        if self.victim.reseed is not None:
-            sha = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
-            self.victim.reseed(int.from_bytes(sha.digest()[:4], "big"))
+        self.victim.draw_by(json.dumps(key, sort_keys=True, default=str))
 
     @functools.cached_property
     def case(self) -> Case:

@@ -1,7 +1,6 @@
 """What a check looks at: a victim, a threat and a small sample of images; and how its finding is made."""
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -140,15 +139,10 @@ class Case:
         """What is made once and shared, by a name that draws are keyed by; `key` where that does not tell all."""
         key = name if key is None else key
         if key not in self._held:
-            self._reseed(f"{name} made")
+            self.victim.draw_by(f"{self.seed} {name} made")
             self._held[key] = make()
-        self._reseed(f"{name} known")
+        self.victim.draw_by(f"{self.seed} {name} known")
         return self._held[key]
-
-    def _reseed(self, words: str) -> None:
-        if self.victim.reseed is not None:
-            sha = hashlib.sha256(f"{self.seed} {words}".encode())
-            self.victim.reseed(int.from_bytes(sha.digest()[:4], "big"))
 
     @property
     def u0(self) -> Tensor:

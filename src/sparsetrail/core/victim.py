@@ -1,5 +1,6 @@
 """What is attacked: two stateless functions, and how an adversary may differentiate them."""
 
+import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
@@ -110,6 +111,11 @@ class Victim:
     codebook: Tensor | None = None
     reseed: Callable[[int], None] | None = None
     time_first: bool = False
+
+    def draw_by(self, words: str) -> None:
+        """Let what it draws from here on depend on these words alone; nothing where it cannot be reseeded."""
+        if self.reseed is not None:
+            self.reseed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big"))
 
     def scores(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Class scores of images."""
